@@ -1,0 +1,293 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Control groups: limits, freezing, killing and counting of one container.
+
+Hosts differ: cgroup v2 alone (what users run), or controllers that are bound
+to v1 hierarchies beside a v2 hierarchy that has none. The v2 hierarchy always
+exists, carries the container's processes, its freezer and ``cgroup.kill``, and
+is what the guest sees. A controller is used where the kernel has it.
+"""
+
+import collections.abc as cabc
+import dataclasses
+import errno
+import os
+import pathlib
+import time
+
+from nova_pycontainer.runtime import errors
+
+_REMOVE_TIMEOUT = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Limits of one container; None means that there is none.
+
+    ``cpu_shares`` is Nova's and cgroup v1's unit (1024 is one ordinary CPU);
+    times are microseconds, sizes bytes.
+    """
+
+    memory_bytes: int | None = None
+    cpu_shares: int | None = None
+    cpu_quota_us: int | None = None
+    cpu_period_us: int | None = None
+    pids_max: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    cpu_time_ns: int
+    memory_bytes: int
+    pids: int
+    oom_kills: int
+
+
+def _unescape(field: str) -> str:
+    return field.encode().decode('unicode_escape')
+
+
+def _read_int(path: pathlib.Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _read_key(path: pathlib.Path, key: str) -> int | None:
+    try:
+        for line in path.read_text().splitlines():
+            name, _, value = line.partition(' ')
+            if name == key:
+                return int(value)
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+class Hierarchies:
+    """What this host's kernel offers, read from mountinfo."""
+
+    def __init__(self, mountinfo: str | None = None) -> None:
+        if mountinfo is None:
+            mountinfo = pathlib.Path('/proc/self/mountinfo').read_text()
+        self.v1: dict[str, pathlib.Path] = {}
+        v2: list[pathlib.Path] = []
+        for line in mountinfo.splitlines():
+            fields, _, rest = line.partition(' - ')
+            columns = fields.split()
+            point = pathlib.Path(_unescape(columns[4]))
+            kind, _, options = rest.split(maxsplit=2)
+            if columns[3] != '/':
+                # A bind of a part of the tree: its files are not those of
+                # the hierarchy's root.
+                continue
+            if kind == 'cgroup2':
+                v2.append(point)
+            elif kind == 'cgroup':
+                for name in options.split(','):
+                    self.v1.setdefault(name, point)
+        if not v2:
+            raise errors.ContainerError(
+                'unsupported', 'no cgroup v2 hierarchy is mounted',
+                remedy='Boot with systemd.unified_cgroup_hierarchy=1, or '
+                       'mount cgroup2 at /sys/fs/cgroup')
+        # Later mounts lie over earlier ones at the same place.
+        default = pathlib.Path('/sys/fs/cgroup')
+        self.v2 = default if default in v2 else v2[-1]
+        controllers = (self.v2 / 'cgroup.controllers').read_text().split()
+        self.v2_controllers = frozenset(controllers)
+
+    @property
+    def mode(self) -> str:
+        return 'unified' if 'memory' in self.v2_controllers else 'hybrid'
+
+    def legacy(self, controller: str) -> pathlib.Path | None:
+        """The v1 hierarchy of a controller that v2 does not have."""
+        if controller in self.v2_controllers:
+            return None
+        return self.v1.get(controller)
+
+    def missing(self) -> list[str]:
+        """Controllers that no hierarchy has: limits that cannot hold."""
+        return [name for name in ('cpu', 'memory', 'pids')
+                if name not in self.v2_controllers and name not in self.v1]
+
+
+class Cgroup:
+    """The cgroup of one container, in all hierarchies."""
+
+    #: v1 controllers that are used where v2 lacks them.
+    LEGACY = ('memory', 'cpu', 'cpuacct', 'pids')
+
+    def __init__(self, hierarchies: Hierarchies, path: str) -> None:
+        self._h = hierarchies
+        self.path = path.strip('/')
+        self.v2 = hierarchies.v2 / self.path
+
+    def _legacy(self, controller: str) -> pathlib.Path | None:
+        root = self._h.legacy(controller)
+        return root / self.path if root else None
+
+    def create_legacy(self, limits: Limits) -> list[pathlib.Path]:
+        """Make the v1 cgroups, with limits.
+
+        :returns: the ``cgroup.procs`` files that the process which creates
+            the container must enter first: v1 does not move charges later
+        """
+        procs = []
+        for controller in self.LEGACY:
+            directory = self._legacy(controller)
+            if directory is None:
+                continue
+            directory.mkdir(parents=True, exist_ok=True)
+            procs.append(directory / 'cgroup.procs')
+        self.set_legacy_limits(limits)
+        return procs
+
+    def set_legacy_limits(self, limits: Limits) -> None:
+        def write(controller: str, name: str, value: int | None) -> None:
+            directory = self._legacy(controller)
+            if directory is not None and value is not None:
+                (directory / name).write_text(str(value))
+
+        write('memory', 'memory.limit_in_bytes', limits.memory_bytes)
+        write('cpu', 'cpu.shares', limits.cpu_shares)
+        write('cpu', 'cpu.cfs_period_us', limits.cpu_period_us)
+        write('cpu', 'cpu.cfs_quota_us', limits.cpu_quota_us)
+        write('pids', 'pids.max', limits.pids_max)
+
+    def oci_resources(self, limits: Limits) -> dict[str, object]:
+        """The limits that the OCI runtime is to set, on cgroup v2.
+
+        A runtime refuses a bundle with limits whose controller v2 lacks.
+        """
+        resources: dict[str, object] = {}
+        have = self._h.v2_controllers
+        if 'memory' in have and limits.memory_bytes is not None:
+            # No swap beyond memory: OCI's swap is memory plus swap.
+            resources['memory'] = {
+                'limit': limits.memory_bytes, 'swap': limits.memory_bytes}
+        if 'cpu' in have:
+            cpu = {'shares': limits.cpu_shares, 'quota': limits.cpu_quota_us,
+                   'period': limits.cpu_period_us}
+            resources['cpu'] = {
+                k: v for k, v in cpu.items() if v is not None}
+        if 'pids' in have and limits.pids_max is not None:
+            resources['pids'] = {'limit': limits.pids_max}
+        return resources
+
+    def exists(self) -> bool:
+        return self.v2.is_dir()
+
+    def populated(self) -> bool:
+        return _read_key(self.v2 / 'cgroup.events', 'populated') == 1
+
+    def frozen(self) -> bool:
+        return _read_key(self.v2 / 'cgroup.events', 'frozen') == 1
+
+    def freeze(self, on: bool, timeout: float = 10.0) -> None:
+        """Freeze or thaw all processes, and wait until the kernel says so.
+
+        :raises ContainerError: ``timeout``: a process stays in an
+            uninterruptible sleep; the change is taken back
+        """
+        file = self.v2 / 'cgroup.freeze'
+        file.write_text('1' if on else '0')
+        deadline = time.monotonic() + timeout
+        while self.frozen() != on:
+            if time.monotonic() > deadline:
+                file.write_text('0' if on else '1')
+                raise errors.ContainerError(
+                    'timeout',
+                    f'the processes did not {"freeze" if on else "thaw"} '
+                    f'within {timeout:.0f} s',
+                    remedy='A process of the guest waits for a device or a '
+                           'network file system; try again later')
+            time.sleep(0.002)
+
+    def kill(self) -> None:
+        """Send SIGKILL to every process, however fast they fork."""
+        try:
+            (self.v2 / 'cgroup.kill').write_text('1')
+        except FileNotFoundError:
+            pass
+
+    def usage(self) -> Usage:
+        cpu = memory = pids = oom = None
+        usec = _read_key(self.v2 / 'cpu.stat', 'usage_usec')
+        if usec is not None:
+            cpu = usec * 1000
+        if 'memory' in self._h.v2_controllers:
+            memory = _read_int(self.v2 / 'memory.current')
+            oom = _read_key(self.v2 / 'memory.events', 'oom_kill')
+        elif directory := self._legacy('memory'):
+            memory = _read_int(directory / 'memory.usage_in_bytes')
+            oom = _read_key(directory / 'memory.oom_control', 'oom_kill')
+        if 'pids' in self._h.v2_controllers:
+            pids = _read_int(self.v2 / 'pids.current')
+        elif directory := self._legacy('pids'):
+            pids = _read_int(directory / 'pids.current')
+        return Usage(cpu or 0, memory or 0, pids or 0, oom or 0)
+
+    def remove(self) -> None:
+        """Remove the cgroups and those that the guest made in them.
+
+        :raises ContainerError: ``timeout``: processes are still in there
+        """
+        trees = [self.v2]
+        trees += [d for c in self.LEGACY if (d := self._legacy(c))]
+        deadline = time.monotonic() + _REMOVE_TIMEOUT
+        for tree in trees:
+            while not _rmtree(tree):
+                if time.monotonic() > deadline:
+                    raise errors.ContainerError(
+                        'timeout', f'the cgroup {tree} stays busy',
+                        remedy='Look at the processes in its cgroup.procs')
+                time.sleep(0.01)
+
+
+def _rmtree(top: pathlib.Path) -> bool:
+    """rmdir a cgroup and its children. False when one is still busy."""
+    for path in _bottom_up(top):
+        try:
+            path.rmdir()
+        except FileNotFoundError:
+            pass
+        except OSError as e:
+            if e.errno in (errno.EBUSY, errno.ENOTEMPTY):
+                return False
+            raise
+    return True
+
+
+def _bottom_up(top: pathlib.Path) -> cabc.Iterator[pathlib.Path]:
+    for directory, _, _ in os.walk(top, topdown=False):
+        yield pathlib.Path(directory)
+
+
+def of_process(pid: int, hierarchies: Hierarchies) -> str:
+    """The path of the v2 cgroup that a process is in.
+
+    :raises ProcessLookupError: it is gone
+    """
+    try:
+        text = pathlib.Path(f'/proc/{pid}/cgroup').read_text()
+    except FileNotFoundError:
+        raise ProcessLookupError(errno.ESRCH, f'no process {pid}') from None
+    for line in text.splitlines():
+        number, controllers, path = line.split(':', 2)
+        if number == '0' and not controllers:
+            return path
+    raise errors.ContainerError(
+        'unsupported', f'process {pid} is in no cgroup v2')

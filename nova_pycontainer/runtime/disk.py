@@ -1,0 +1,252 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""A container's own files, and the limit on their size (Nova's DISK_GB).
+
+``<instance>/disk/`` holds ``upper/`` and ``work/`` of the overlay. What makes
+it bounded differs by host:
+
+``project``
+    a project quota (ext4, xfs). The file system of the state directory must
+    be mounted with ``prjquota``. No cost per container.
+``loop``
+    an ext4 file system of that size in a sparse file. Works everywhere, and
+    costs a superblock and a journal thread for each running container.
+``none``
+    no limit; only when the operator says so, or the flavor has no disk.
+"""
+
+import ctypes
+import errno
+import fcntl
+import os
+import pathlib
+import struct
+import subprocess
+
+from oslo_log import log as logging
+
+from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime import syscalls
+
+LOG = logging.getLogger(__name__)
+
+METHODS = ('auto', 'project', 'loop', 'none')
+
+# <linux/fs.h>
+_FS_IOC_FSGETXATTR = 0x801C581F
+_FS_IOC_FSSETXATTR = 0x401C5820
+_FS_XFLAG_PROJINHERIT = 0x00000200
+_FSXATTR = struct.Struct('=IIIII8x')
+
+# <linux/quota.h>
+_PRJQUOTA = 2
+_Q_SETQUOTA = 0x800008
+_Q_GETQUOTA = 0x800007
+_QIF_LIMITS = 0x5
+_QUOTA_BLOCK = 1024
+
+_TIMEOUT = 120.0
+#: One inode for each 16 KiB, mke2fs' own default.
+_BYTES_PER_INODE = 16384
+_LOOP_MIN_BYTES = 32 << 20
+
+
+class _DqBlk(ctypes.Structure):
+    """struct if_dqblk"""
+
+    _fields_ = [
+        ('bhardlimit', ctypes.c_uint64),
+        ('bsoftlimit', ctypes.c_uint64),
+        ('curspace', ctypes.c_uint64),
+        ('ihardlimit', ctypes.c_uint64),
+        ('isoftlimit', ctypes.c_uint64),
+        ('curinodes', ctypes.c_uint64),
+        ('btime', ctypes.c_uint64),
+        ('itime', ctypes.c_uint64),
+        ('valid', ctypes.c_uint32),
+    ]
+
+
+def project_quota_works(path: pathlib.Path) -> bool:
+    """Whether the file system of ``path`` accounts for projects.
+
+    Asked of the kernel and not of the mount options: ext4 accepts
+    ``prjquota`` on a kernel that has no quota format compiled in.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        block = _DqBlk()
+        syscalls.quotactl_fd(
+            fd, (_Q_GETQUOTA << 8) | _PRJQUOTA, 0, ctypes.byref(block))
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+
+
+def choose_method(wanted: str, state_dir: pathlib.Path) -> str:
+    """Return the method in force on this host.
+
+    :raises ContainerError: ``unsupported``: ``project`` was asked for and
+        the file system cannot do it
+    """
+    if wanted not in METHODS:
+        raise errors.ContainerError(
+            'invalid', f'disk_limit is {wanted!r}, not one of {METHODS}')
+    if wanted == 'auto':
+        return 'project' if project_quota_works(state_dir) else 'loop'
+    if wanted == 'project' and not project_quota_works(state_dir):
+        raise errors.ContainerError(
+            'unsupported',
+            f'the file system of {state_dir} has no project quotas',
+            remedy='Mount it with prjquota, or set [pycontainer] '
+                   'disk_limit = loop')
+    return wanted
+
+
+class Disk:
+    """The disk of one container, in the directory of its instance."""
+
+    def __init__(
+        self, instance_dir: pathlib.Path, method: str, base_id: int,
+        limit: int | None,
+    ) -> None:
+        self._method = 'none' if limit is None else method
+        self._base_id = base_id
+        self._limit = limit or 0
+        self._image = instance_dir / 'disk.img'
+        self.directory = instance_dir / 'disk'
+        self.upper = self.directory / 'upper'
+        self.work = self.directory / 'work'
+
+    def create(self) -> None:
+        """Make the disk, empty. Mounting is :meth:`mount`'s."""
+        self.directory.mkdir(mode=0o700, exist_ok=True)
+        if self._method == 'project':
+            self._set_project()
+        elif self._method == 'loop':
+            self._make_image()
+
+    def _make_image(self) -> None:
+        size = max(self._limit, _LOOP_MIN_BYTES)
+        fd = os.open(
+            self._image, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC,
+            0o600)
+        try:
+            os.ftruncate(fd, size)
+        finally:
+            os.close(fd)
+        _run([
+            'mkfs.ext4', '-q', '-F', '-m', '0', '-i', str(_BYTES_PER_INODE),
+            '-I', '256', '-J', 'size=4', '-O', '^resize_inode,^huge_file',
+            # The file is new and sparse, so it reads as zeros: nothing must
+            # be written, now or by the kernel's lazy initialisation later,
+            # which would fill the holes.
+            '-E', 'assume_storage_prezeroed=1,nodiscard,root_owner=0:0',
+            str(self._image)])
+
+    def _set_project(self) -> None:
+        # The base id is distinct for each instance of the host and fits the
+        # 32 bits of a project id.
+        project = self._base_id
+        fd = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            raw = fcntl.ioctl(fd, _FS_IOC_FSGETXATTR, bytes(_FSXATTR.size))
+            flags, extsize, nextents, _, cow = _FSXATTR.unpack(raw)
+            fcntl.ioctl(fd, _FS_IOC_FSSETXATTR, _FSXATTR.pack(
+                flags | _FS_XFLAG_PROJINHERIT, extsize, nextents, project,
+                cow))
+            block = _DqBlk(
+                bhardlimit=self._limit // _QUOTA_BLOCK,
+                ihardlimit=max(self._limit // _BYTES_PER_INODE, 16384),
+                valid=_QIF_LIMITS)
+            syscalls.quotactl_fd(
+                fd, (_Q_SETQUOTA << 8) | _PRJQUOTA, project,
+                ctypes.byref(block))
+        finally:
+            os.close(fd)
+
+    def mount(self) -> None:
+        """Make ``upper`` and ``work`` usable; idempotent."""
+        if self._method == 'loop' and not os.path.ismount(self.directory):
+            self._mount_image()
+        for path, owner in ((self.upper, self._base_id), (self.work, 0)):
+            if not path.exists():
+                path.mkdir(mode=0o755)
+                os.chown(path, owner, owner)
+
+    def _mount_image(self) -> None:
+        # Direct I/O keeps the file's pages out of the page cache, where each
+        # block of the container would lie twice.
+        device = _run([
+            'losetup', '--find', '--show', '--nooverlap', '--direct-io=on',
+            str(self._image)]).strip()
+        try:
+            _run(['mount', '-t', 'ext4', '-o', 'noatime,nodev', device,
+                  str(self.directory)])
+        finally:
+            # Detaching a device in use makes it detach itself at the last
+            # unmount, so that no crash of ours can leak it.
+            _run(['losetup', '--detach', device])
+
+    def unmount(self) -> None:
+        """Let go of the file system; idempotent."""
+        while os.path.ismount(self.directory):
+            syscalls.umount(str(self.directory), syscalls.UMOUNT_NOFOLLOW)
+
+    def usage(self) -> tuple[int, int] | None:
+        """Bytes used and bytes free, or None while it is not mounted."""
+        if self._method == 'loop' and not os.path.ismount(self.directory):
+            return None
+        try:
+            vfs = os.statvfs(self.directory)
+        except OSError as e:
+            if e.errno == errno.ENOENT:
+                return None
+            raise
+        used = (vfs.f_blocks - vfs.f_bfree) * vfs.f_frsize
+        return used, vfs.f_bavail * vfs.f_frsize
+
+    def clear_limit(self) -> None:
+        """Forget the project's limit; the directory is about to go."""
+        if self._method != 'project' or not self.directory.exists():
+            return
+        fd = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            syscalls.quotactl_fd(
+                fd, (_Q_SETQUOTA << 8) | _PRJQUOTA, self._base_id,
+                ctypes.byref(_DqBlk(valid=_QIF_LIMITS)))
+        finally:
+            os.close(fd)
+
+
+def _run(argv: list[str]) -> str:
+    try:
+        done = subprocess.run(
+            argv, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            timeout=_TIMEOUT)
+    except subprocess.TimeoutExpired as e:
+        raise errors.ContainerError(
+            'timeout', f'{argv[0]} did not end within {_TIMEOUT:.0f} s',
+        ) from e
+    except FileNotFoundError as e:
+        raise errors.ContainerError(
+            'unsupported', f'{argv[0]} is not installed',
+            remedy='Install e2fsprogs and util-linux') from e
+    if done.returncode:
+        text = done.stderr.strip()
+        code = 'no_space' if 'No space left' in text else 'internal'
+        raise errors.ContainerError(
+            code, f'{argv[0]} failed', cause=text or f'{done.returncode}')
+    return done.stdout
