@@ -1,0 +1,203 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""A container's network interfaces: veth pairs.
+
+The *outer* end carries the name that Nova gives to the VIF and is what os-vif
+plugs into the integration bridge. The *inner* end is *parked* in the host's
+network namespace until the container's own namespace exists, then moved into
+it as eth0, eth1 … before the init runs. Neutron can so see the port up long
+before there is a container; and CRIU can restore into the same parked end.
+
+The container makes its own network namespace (CRIU refuses to restore a
+foreign one together with a user namespace), so a pair dies with its
+container, and is made again for the next start.
+"""
+
+import collections.abc as cabc
+import contextlib
+import dataclasses
+import errno
+import os
+import re
+import typing as ty
+
+import pyroute2
+from pyroute2.netlink import exceptions as nl_exceptions
+
+from nova_pycontainer.runtime import errors
+
+_MAC = re.compile(r'^([0-9a-f]{2}:){5}[0-9a-f]{2}$')
+_NAME = re.compile(r'^[A-Za-z0-9._-]{1,15}$')
+
+
+@dataclasses.dataclass(frozen=True)
+class Nic:
+    """One interface of a container.
+
+    :param id: the Neutron port's uuid
+    :param devname: name of the outer end
+    :param mac: address of the inner end
+    :param mtu: bytes, of both ends
+    :param tx_offload: False switches transmit offloads of the inner end off:
+        a userspace datapath gets frames with unfinished checksums otherwise,
+        and TCP hangs while ping works (neutron bug 1832021)
+    """
+
+    id: str
+    devname: str
+    mac: str
+    mtu: int
+    tx_offload: bool = True
+
+    @property
+    def parked_name(self) -> str:
+        """Name of the inner end while it is on the host."""
+        return 'nic' + self.id[:11]
+
+    @classmethod
+    def from_dict(cls, data: ty.Mapping[str, ty.Any]) -> 'Nic':
+        """:raises ContainerError: ``invalid``"""
+        try:
+            nic = cls(
+                id=str(data['id']), devname=str(data['devname']),
+                mac=str(data['mac']).lower(), mtu=int(data['mtu']),
+                tx_offload=bool(data.get('tx_offload', True)))
+        except (KeyError, TypeError, ValueError) as e:
+            raise errors.ContainerError(
+                'invalid', f'a network interface is not well described: {e}',
+            ) from e
+        if not (_MAC.match(nic.mac) and _NAME.match(nic.devname) and
+                _NAME.match(nic.parked_name) and 68 <= nic.mtu <= 65535):
+            raise errors.ContainerError(
+                'invalid', f'a network interface is not valid: {data}')
+        return nic
+
+    def to_dict(self) -> dict[str, ty.Any]:
+        return dataclasses.asdict(self)
+
+
+@contextlib.contextmanager
+def _netlink(what: str) -> cabc.Iterator[pyroute2.IPRoute]:
+    try:
+        with pyroute2.IPRoute() as ipr:
+            yield ipr
+    except nl_exceptions.NetlinkError as e:
+        raise errors.ContainerError(
+            'network', f'{what} failed', cause=str(e)) from e
+
+
+def _index(ipr: pyroute2.IPRoute, name: str) -> int | None:
+    found = ipr.link_lookup(ifname=name)
+    return found[0] if found else None
+
+
+def exists(nic: Nic) -> bool:
+    with _netlink(f'looking for {nic.devname}') as ipr:
+        return _index(ipr, nic.devname) is not None
+
+
+def plug(nic: Nic) -> bool:
+    """Make the pair, with the inner end parked, unless it exists.
+
+    :returns: whether a pair was made
+    :raises ContainerError: ``network``
+    """
+    with _netlink(f'making the interface {nic.devname}') as ipr:
+        if _index(ipr, nic.devname) is not None:
+            return False
+        ipr.link('add', ifname=nic.devname, kind='veth', mtu=nic.mtu, peer={
+            'ifname': nic.parked_name, 'address': nic.mac, 'mtu': nic.mtu})
+        try:
+            if not nic.tx_offload:
+                _tx_offload_off(nic.parked_name)
+            ipr.link('set', index=_index(ipr, nic.devname), state='up')
+        except BaseException:
+            _delete(ipr, nic.devname)
+            raise
+    return True
+
+
+def _tx_offload_off(name: str) -> None:
+    with contextlib.closing(pyroute2.Ethtool()) as tool:
+        features = tool.get_features(name)
+        for key, feature in features.features.items():
+            # Segmentation offloads need the checksum's, so the kernel
+            # switches them off along with it.
+            if key.startswith('tx-checksum') and feature.available:
+                feature.enable = False
+        tool.set_features(name, features)
+
+
+def move_in(nic: Nic, netns: int, position: int) -> None:
+    """Move the parked inner end into a container as ``eth<position>``.
+
+    One message renames and moves, so no other interface of the host can take
+    the name in between.
+
+    :param netns: descriptor of the container's network namespace
+    :raises ContainerError: ``network``
+    """
+    name = f'eth{position}'
+    with _netlink(f'moving {nic.devname} into the container') as ipr:
+        index = _index(ipr, nic.parked_name)
+        if index is None:
+            raise errors.ContainerError(
+                'network', f'the inner end of {nic.devname} is not here',
+                remedy='Power the instance off and on again')
+        ipr.link('set', index=index, net_ns_fd=netns, ifname=name,
+                 address=nic.mac)
+
+
+def parked(nic: Nic) -> bool:
+    with _netlink(f'looking for {nic.parked_name}') as ipr:
+        return _index(ipr, nic.parked_name) is not None
+
+
+def unplug(devname: str) -> None:
+    """Remove a pair by its outer end; idempotent."""
+    with _netlink(f'removing {devname}') as ipr:
+        _delete(ipr, devname)
+
+
+def _delete(ipr: pyroute2.IPRoute, devname: str) -> None:
+    index = _index(ipr, devname)
+    if index is None:
+        return
+    try:
+        ipr.link('del', index=index)
+    except nl_exceptions.NetlinkError as e:
+        if e.code != errno.ENODEV:
+            raise
+
+
+def statistics(nic: Nic) -> dict[str, int] | None:
+    """Counters as the guest sees them, or None while there is no pair.
+
+    Read at the outer end, whose receive is the guest's transmit: nothing of
+    ours needs to enter the guest's namespace.
+    """
+    base = f'/sys/class/net/{nic.devname}/statistics'
+    names = {
+        'rx_octets': 'tx_bytes', 'rx_packets': 'tx_packets',
+        'rx_drop': 'tx_dropped', 'rx_errors': 'tx_errors',
+        'tx_octets': 'rx_bytes', 'tx_packets': 'rx_packets',
+        'tx_drop': 'rx_dropped', 'tx_errors': 'rx_errors',
+    }
+    result = {}
+    try:
+        for ours, theirs in names.items():
+            with open(os.path.join(base, theirs)) as f:
+                result[ours] = int(f.read())
+    except FileNotFoundError:
+        return None
+    return result
