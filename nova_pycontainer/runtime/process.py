@@ -1,0 +1,96 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Processes of which we are not the parent, by facts that cannot be reused.
+"""
+
+import dataclasses
+import errno
+import os
+import pathlib
+import select
+import signal
+import typing as ty
+
+
+def boot_id() -> str:
+    return pathlib.Path(
+        '/proc/sys/kernel/random/boot_id').read_text().strip()
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessId:
+    """A process for ever: a pid alone is reused.
+
+    :param start_time: clock ticks since boot, field 22 of proc_pid_stat(5)
+    """
+
+    pid: int
+    start_time: int
+    boot_id: str
+
+    @classmethod
+    def of(cls, pid: int) -> 'ProcessId':
+        """:raises ProcessLookupError: there is no such process"""
+        return cls(pid, _start_time(pid), boot_id())
+
+    def to_dict(self) -> dict[str, ty.Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: ty.Mapping[str, ty.Any]) -> 'ProcessId':
+        return cls(int(data['pid']), int(data['start_time']),
+                   str(data['boot_id']))
+
+    def open(self) -> int | None:
+        """Return a pidfd, or None when the process is gone.
+
+        The descriptor comes first: a check of the start time before it could
+        be of another process.
+        """
+        if self.boot_id != boot_id():
+            return None
+        try:
+            fd = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            return None
+        try:
+            if _start_time(self.pid) == self.start_time:
+                return fd
+        except ProcessLookupError:
+            pass
+        os.close(fd)
+        return None
+
+
+def _start_time(pid: int) -> int:
+    try:
+        text = pathlib.Path(f'/proc/{pid}/stat').read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        raise ProcessLookupError(errno.ESRCH, f'no process {pid}') from None
+    # The command's name, in parentheses, may hold anything.
+    return int(text.rpartition(')')[2].split()[19])
+
+
+def exited(pidfd: int, timeout: float = 0.0) -> bool:
+    """Whether the process has ended, waiting at most ``timeout`` seconds."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(timeout * 1000))
+
+
+def send_signal(pidfd: int, number: int) -> None:
+    """Send a signal; a process that is gone is no error."""
+    try:
+        signal.pidfd_send_signal(pidfd, number)
+    except ProcessLookupError:
+        pass
