@@ -36,11 +36,13 @@ the format: .tar.zst (also if OUT is not given), .tar.gz, .tar.xz or .tar.
 A build is kept, so the second call is instant; --refresh builds anew from
 what the mirror has now.
 
-  NOVA_PYCONTAINER_WORK    where builds are kept, under images/
-                           (default /var/tmp/nova-pycontainer)
-  NOVA_PYCONTAINER_MIRROR  the Debian archive to build from (default: the one
-                           this machine's apt is configured with), likewise
-  NOVA_PYCONTAINER_MIRROR_SECURITY
+Environment:
+  NOVA_PYCONTAINER_WORK
+      builds are kept under its images/ (default /var/tmp/nova-pycontainer)
+  NOVA_PYCONTAINER_DEBIAN_MIRROR
+  NOVA_PYCONTAINER_DEBIAN_SECURITY_MIRROR
+      the Debian archives to build from (default: those that this machine's
+      own apt is configured with)
 USAGE
 }
 
@@ -144,6 +146,7 @@ build() {
     fi
     # shellcheck source=/dev/null
     . "$recipe"
+    # shellcheck disable=SC2153
     SOURCE_DATE_EPOCH=$(debian_release_time "$SUITE") \
         || die "cannot read the Release file of $SUITE"
     export SOURCE_DATE_EPOCH

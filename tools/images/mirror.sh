@@ -1,3 +1,4 @@
+# shellcheck shell=bash disable=SC2016
 # Copyright the nova-pycontainer developers
 # SPDX-License-Identifier: Apache-2.0
 #
@@ -19,18 +20,17 @@
 
 # debian_mirror main|security
 #   The base URI of Debian's archive as apt is configured here.
-#   NOVA_PYCONTAINER_MIRROR and NOVA_PYCONTAINER_MIRROR_SECURITY override it
-#   (a host that is not Debian has no such entry to take it from).
+#   NOVA_PYCONTAINER_DEBIAN_MIRROR and NOVA_PYCONTAINER_DEBIAN_SECURITY_MIRROR
+#   override it (a host that is not Debian has no such entry).
 #   Prints nothing and returns 1 if there is none.
 debian_mirror() {
-    local wanted=$1 found
-    if [ "$wanted" = main ] && [ -n "${NOVA_PYCONTAINER_MIRROR:-}" ]; then
-        echo "$NOVA_PYCONTAINER_MIRROR"
-        return 0
-    fi
-    if [ "$wanted" = security ] \
-            && [ -n "${NOVA_PYCONTAINER_MIRROR_SECURITY:-}" ]; then
-        echo "$NOVA_PYCONTAINER_MIRROR_SECURITY"
+    local wanted=$1 given= found
+    case $wanted in
+    main) given=${NOVA_PYCONTAINER_DEBIAN_MIRROR:-} ;;
+    security) given=${NOVA_PYCONTAINER_DEBIAN_SECURITY_MIRROR:-} ;;
+    esac
+    if [ -n "$given" ]; then
+        echo "${given%/}"
         return 0
     fi
     # CODENAME is the suite's real name ("bookworm", "bookworm-security"),
@@ -55,7 +55,8 @@ debian_sources() {
     local suite=$1 main security
     if ! main=$(debian_mirror main); then
         echo "apt on this machine has no Debian archive with fetched lists:" \
-            "run 'apt-get update' first, or set NOVA_PYCONTAINER_MIRROR" >&2
+            "run 'apt-get update' first, or set" \
+            "NOVA_PYCONTAINER_DEBIAN_MIRROR" >&2
         return 1
     fi
     echo "deb $main $suite main"

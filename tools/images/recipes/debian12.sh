@@ -1,3 +1,4 @@
+# shellcheck shell=bash disable=SC2016,SC2034,SC2154
 # Copyright the nova-pycontainer developers
 # SPDX-License-Identifier: Apache-2.0
 #
