@@ -24,7 +24,7 @@
 #   override it (a host that is not Debian has no such entry).
 #   Prints nothing and returns 1 if there is none.
 debian_mirror() {
-    local wanted=$1 given= found
+    local wanted=$1 given='' found
     case $wanted in
     main) given=${NOVA_PYCONTAINER_DEBIAN_MIRROR:-} ;;
     security) given=${NOVA_PYCONTAINER_DEBIAN_SECURITY_MIRROR:-} ;;
