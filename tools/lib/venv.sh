@@ -16,8 +16,9 @@
 #   venv.sh            make it, or do nothing when it is up to date
 #   venv.sh --relock   resolve requirements.txt anew into constraints.txt
 #
-# NOVA_PYCONTAINER_DEV=1 installs the project editable; without it the
-# project is built from the clone and installed as users would have it.
+# NOVA_PYCONTAINER_DEV=1 installs the project editable; with 0 it is built from
+# the clone and installed as users would have it. Unset leaves the mode as it
+# is, and is 0 for a new environment.
 #
 # The interpreter is the system's own: nova-compute runs as an unprivileged
 # user, who could not read an interpreter below someone's home directory.
@@ -81,6 +82,11 @@ fi
 # The project itself. Editable: once; entry points change with setup.cfg.
 # Otherwise whenever a file of the clone that gets installed has changed.
 project=$VENV/.project
+if [ -z "${NOVA_PYCONTAINER_DEV:-}" ]; then
+    case $(cat "$project" 2>/dev/null) in
+        "editable $REPO "*) NOVA_PYCONTAINER_DEV=1 ;;
+    esac
+fi
 if [ "${NOVA_PYCONTAINER_DEV:-0}" = 1 ]; then
     want="editable $REPO $(cat "$REPO/setup.cfg" "$REPO/setup.py" |
         sha256sum)"

@@ -1,0 +1,158 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Takes the cloud down; nothing of it is left but the data."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import time
+
+from cloud import graph
+from cloud import hosts
+from cloud import layout
+from cloud import network
+from cloud import process
+
+#: Stopped after the others, which would log failures for want of them.
+LAST = ('mariadb', 'rabbitmq', 'memcached')
+
+
+def _cgroup_dirs(host: str) -> list[pathlib.Path]:
+    """The host's parent cgroups in every hierarchy of this machine."""
+    parent = layout.CGROUP_PARENT.format(host=host)
+    found = []
+    for line in pathlib.Path('/proc/self/mountinfo').read_text().splitlines():
+        left, _, right = line.partition(' - ')
+        if right.split()[0] in ('cgroup', 'cgroup2'):
+            path = pathlib.Path(left.split()[4]) / parent
+            if path.is_dir():
+                found.append(path)
+    return found
+
+
+def _cgroup_pids(top: pathlib.Path) -> list[int]:
+    pids = []
+    for path, _, files in os.walk(top):
+        if 'cgroup.procs' in files:
+            try:
+                pids += (pathlib.Path(path) /
+                         'cgroup.procs').read_text().split()
+            except OSError:
+                pass
+    return [int(pid) for pid in pids]
+
+
+def _thaw(top: pathlib.Path) -> None:
+    """A frozen process of cgroup v1 does not die before it is thawed."""
+    for path, _, files in os.walk(top):
+        for name, value in (('freezer.state', 'THAWED'),
+                            ('cgroup.freeze', '0')):
+            if name in files:
+                try:
+                    (pathlib.Path(path) / name).write_text(value)
+                except OSError:
+                    pass
+
+
+def _remove_cgroups(host: str) -> list[str]:
+    """Kills the containers that are left and removes their cgroups."""
+    tops = _cgroup_dirs(host)
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        pids = {pid for top in tops for pid in _cgroup_pids(top)}
+        if not pids:
+            break
+        for pid in pids:
+            process.signal_quietly(pid, signal.SIGKILL)
+        for top in tops:
+            _thaw(top)
+        time.sleep(0.05)
+    left = []
+    for top in tops:
+        for path, _, _ in os.walk(top, topdown=False):
+            for _ in range(20):
+                try:
+                    os.rmdir(path)
+                    break
+                except FileNotFoundError:
+                    break
+                except OSError:
+                    time.sleep(0.05)
+            else:
+                left.append(f'cgroup {path}')
+    return left
+
+
+def _detach_loops() -> None:
+    """Loop devices over files of the cloud."""
+    done = subprocess.run(['losetup', '--json', '--output',
+                           'NAME,BACK-FILE'],
+                          capture_output=True, text=True)
+    if done.returncode or not done.stdout.strip():
+        return
+    for device in json.loads(done.stdout)['loopdevices']:
+        backing = device['back-file'] or ''
+        # Inside a host the file's path begins where the host sees it.
+        if backing.startswith((f'{layout.CLOUD}/',
+                               '/var/lib/pycontainer/')):
+            subprocess.run(['losetup', '--detach', device['name']],
+                           capture_output=True)
+
+
+def down(purge: bool = False) -> None:
+    records = process.records()
+    names = [record.name for record in records]
+    pauses = [name for name in names if name.endswith('.pause')]
+    computes = [name for name in names if name.endswith('.nova-compute')]
+    last = [name for name in names if name in LAST]
+    rest = [name for name in names
+            if name not in (*pauses, *computes, *last)]
+    if names:
+        graph.say(f'stopping {len(names)} processes')
+    process.stop(computes, grace=5)
+    process.stop(rest, grace=5)
+    process.stop(last, grace=20)
+    # Whatever else was started inside the hosts: workers, haproxy, epmd,
+    # the keeper, shells. A container's own processes are in its cgroup.
+    left: list[str] = []
+    for host in layout.ALL_HOSTS:
+        keep = process.Record.load(hosts.pause_name(host))
+        pids = [pid for pid in hosts.members(host)
+                if not keep or pid != keep.pid]
+        for number, grace in ((signal.SIGTERM, 0.5), (signal.SIGKILL, 3.0)):
+            for pid in pids:
+                process.signal_quietly(pid, number)
+            pids = hosts.wait_gone(pids, grace)
+        left += [f'process {pid} on {host}' for pid in pids]
+        left += _remove_cgroups(host)
+    _detach_loops()
+    # With the last process of a namespace all mounts and links in it go.
+    process.stop(pauses, grace=2, number=signal.SIGKILL)
+    network.unlink_controller()
+    _detach_loops()
+    for path in (layout.RUN, layout.HOSTS):
+        shutil.rmtree(path, ignore_errors=True)
+    if purge:
+        created = (layout.DATA / 'user-created').exists()
+        shutil.rmtree(layout.CLOUD, ignore_errors=True)
+        shutil.rmtree(layout.LOGS, ignore_errors=True)
+        if created:
+            subprocess.run(['userdel', layout.USER], capture_output=True)
+        if layout.CLOUD.exists():
+            left.append(f'files in {layout.CLOUD}')
+    if left:
+        raise process.CloudError('left behind: ' + ', '.join(left))
+    graph.say('the cloud is down' + (', its data removed' if purge else ''))
