@@ -94,15 +94,16 @@ class Hierarchies:
                 continue
             if kind == 'cgroup2':
                 v2.append(point)
-            elif kind == 'cgroup':
+            elif kind == 'cgroup' and (point / 'cgroup.procs').exists():
+                # A mount that another one covers is listed as well: the last
+                # that can be seen is the one on top.
                 for name in options.split(','):
-                    self.v1.setdefault(name, point)
+                    self.v1[name] = point
         if not v2:
             raise errors.ContainerError(
                 'unsupported', 'no cgroup v2 hierarchy is mounted',
                 remedy='Boot with systemd.unified_cgroup_hierarchy=1, or '
                        'mount cgroup2 at /sys/fs/cgroup')
-        # Later mounts lie over earlier ones at the same place.
         default = pathlib.Path('/sys/fs/cgroup')
         self.v2 = default if default in v2 else v2[-1]
         controllers = (self.v2 / 'cgroup.controllers').read_text().split()
@@ -145,15 +146,16 @@ class Cgroup:
         :returns: the ``cgroup.procs`` files that the process which creates
             the container must enter first: v1 does not move charges later
         """
-        procs = []
-        for controller in self.LEGACY:
-            directory = self._legacy(controller)
-            if directory is None:
-                continue
-            directory.mkdir(parents=True, exist_ok=True)
-            procs.append(directory / 'cgroup.procs')
+        procs = self.legacy_procs()
+        for file in procs:
+            file.parent.mkdir(parents=True, exist_ok=True)
         self.set_legacy_limits(limits)
         return procs
+
+    def legacy_procs(self) -> list[pathlib.Path]:
+        """The ``cgroup.procs`` files of the v1 cgroups."""
+        return [directory / 'cgroup.procs' for controller in self.LEGACY
+                if (directory := self._legacy(controller))]
 
     def set_legacy_limits(self, limits: Limits) -> None:
         def write(controller: str, name: str, value: int | None) -> None:

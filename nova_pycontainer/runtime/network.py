@@ -37,6 +37,7 @@ from pyroute2.netlink import exceptions as nl_exceptions
 from nova_pycontainer.runtime import errors
 
 _MAC = re.compile(r'^([0-9a-f]{2}:){5}[0-9a-f]{2}$')
+_OUTER = re.compile(r'^tap[A-Za-z0-9-]{1,11}$')
 _NAME = re.compile(r'^[A-Za-z0-9._-]{1,15}$')
 
 
@@ -76,7 +77,7 @@ class Nic:
             raise errors.ContainerError(
                 'invalid', f'a network interface is not well described: {e}',
             ) from e
-        if not (_MAC.match(nic.mac) and _NAME.match(nic.devname) and
+        if not (_MAC.match(nic.mac) and _OUTER.match(nic.devname) and
                 _NAME.match(nic.parked_name) and 68 <= nic.mtu <= 65535):
             raise errors.ContainerError(
                 'invalid', f'a network interface is not valid: {data}')
@@ -84,6 +85,18 @@ class Nic:
 
     def to_dict(self) -> dict[str, ty.Any]:
         return dataclasses.asdict(self)
+
+
+def check_devname(name: object) -> str:
+    """Return the name of an outer end, as Nova makes them.
+
+    :raises ContainerError: ``invalid``: no other link of the host may be
+        touched through the agent
+    """
+    if not isinstance(name, str) or not _OUTER.match(name):
+        raise errors.ContainerError(
+            'invalid', f'{name!r} is not the name of an instance\'s interface')
+    return name
 
 
 @contextlib.contextmanager

@@ -18,21 +18,10 @@ bundle. From then on a container is what the kernel says of it.
 
 import pathlib
 import subprocess
-import typing as ty
 
 from nova_pycontainer.runtime import config as rconfig
 from nova_pycontainer.runtime import errors
-
-
-class Runner(ty.Protocol):
-    """Runs a command as a child of the keeper (keeper_client.KeeperClient).
-    """
-
-    def run(
-        self, argv: list[str], *, env: dict[str, str] | None = None,
-        cwd: str | None = None, cgroup_procs: list[str] | None = None,
-        timeout_s: float = 60.0,
-    ) -> ty.Mapping[str, ty.Any]: ...
+from nova_pycontainer.runtime import keeper_client
 
 
 class OciRuntime:
@@ -80,7 +69,7 @@ class OciRuntime:
         return argv
 
     def create(
-        self, runner: Runner, uuid: str, bundle: pathlib.Path,
+        self, keeper: keeper_client.KeeperClient, uuid: str, bundle: pathlib.Path,
         console_socket: pathlib.Path, pid_file: pathlib.Path,
         cgroup_procs: list[str],
     ) -> int:
@@ -92,11 +81,11 @@ class OciRuntime:
         argv = self._base() + [
             'create', '--bundle', str(bundle), '--console-socket',
             str(console_socket), '--pid-file', str(pid_file), uuid]
-        done = runner.run(
+        done = keeper.run(
             argv, cgroup_procs=cgroup_procs, timeout_s=self._timeout)
         if done['returncode'] != 0:
             raise self._failed(
-                uuid, 'create', str(done.get('stderr_tail', '')))
+                uuid, 'create', done['stderr_tail'])
         return int(pid_file.read_text())
 
     def start(self, uuid: str) -> None:
@@ -109,9 +98,13 @@ class OciRuntime:
         """
         self._call(uuid, 'delete', '--force', uuid)
 
-    def exec_argv(self, uuid: str, process: pathlib.Path) -> list[str]:
+    def exec_argv(
+        self, uuid: str, process: pathlib.Path, pid_file: pathlib.Path
+    ) -> list[str]:
         """The command that runs ``process`` (an OCI process object)."""
-        return self._base() + ['exec', '--process', str(process), uuid]
+        return self._base() + [
+            'exec', '--process', str(process), '--pid-file', str(pid_file),
+            uuid]
 
     def _call(self, uuid: str, verb: str, *arguments: str) -> None:
         try:

@@ -1,0 +1,469 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""One container: the steps that make, start and take it down.
+
+No locking here and no registry: :mod:`nova_pycontainer.runtime.host` calls
+these methods one at a time for each container.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import pathlib
+import shutil
+import socket
+import stat
+import time
+import typing as ty
+
+from oslo_log import log as logging
+
+from nova_pycontainer.runtime import bundle
+from nova_pycontainer.runtime import cgroup
+from nova_pycontainer.runtime import config as rconfig
+from nova_pycontainer.runtime import disk
+from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime import init as initd
+from nova_pycontainer.runtime import keeper_client
+from nova_pycontainer.runtime import network
+from nova_pycontainer.runtime import oci
+from nova_pycontainer.runtime import overlay
+from nova_pycontainer.runtime import process
+from nova_pycontainer.runtime import revert
+from nova_pycontainer.runtime import spec as rspec
+from nova_pycontainer.runtime import state
+from nova_pycontainer.runtime import syscalls
+
+LOG = logging.getLogger(__name__)
+
+#: Seconds for the last processes to die after SIGKILL.
+KILL_TIMEOUT = 30.0
+_CONSOLE_TIMEOUT = 10.0
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Container:
+    """A container in its directory. ``st`` is what is on disk of it."""
+
+    def __init__(
+        self,
+        config: rconfig.Config,
+        runtime: oci.OciRuntime,
+        hierarchies: cgroup.Hierarchies,
+        keeper: keeper_client.KeeperClient,
+        st: state.State,
+    ) -> None:
+        self._config = config
+        self._oci = runtime
+        self._h = hierarchies
+        self._keeper = keeper
+        self.st = st
+        self.uuid = st.uuid
+        self.spec = rspec.Spec.from_dict(st.spec)
+        self.directory = config.instances_dir / st.uuid
+        self.root = config.run_dir / 'root' / st.uuid
+        self.log = self.directory / 'console.log'
+        self.exit_file = self.directory / 'exit.json'
+        self.config_drive = self.directory / 'config-drive'
+        self.bundle = config.run_dir / 'bundle' / st.uuid
+        self.disk = disk.Disk(
+            self.directory, st.disk_method, st.base_id, self.spec.disk_bytes)
+        self.cgroup = cgroup.Cgroup(
+            hierarchies,
+            (st.run or {}).get('cgroup') or
+            f'{config.cgroup_parent}/{st.uuid}')
+
+    # What it is
+
+    def process(self) -> process.ProcessId | None:
+        run = self.st.run
+        return process.ProcessId.from_dict(run['process']) if run else None
+
+    def open(self) -> int | None:
+        """A pidfd of the running init, or None."""
+        ident = self.process()
+        return ident.open() if ident else None
+
+    def status(self) -> str:
+        """The state, by the kernel: created, running, paused, or not there.
+        """
+        fd = self.open()
+        if fd is None:
+            return 'stopped' if self.st.exit or self.st.run else 'defined'
+        try:
+            if process.exited(fd):
+                return 'stopped'
+        finally:
+            os.close(fd)
+        assert self.st.run is not None
+        if self.st.run['started_at'] is None:
+            return 'created'
+        return 'paused' if self.cgroup.frozen() else 'running'
+
+    def info(self) -> dict[str, ty.Any]:
+        run = self.st.run
+        current = self.status()
+        live = current in ('created', 'running', 'paused')
+        usage = (self.cgroup.usage() if live
+                 else cgroup.Usage(0, 0, 0, 0))
+        used = self.disk.usage()
+        return {
+            'uuid': self.uuid,
+            'name': self.spec.name,
+            'state': current,
+            'pid': run['process']['pid'] if run and live else None,
+            'exit': self.st.exit.to_dict() if self.st.exit else None,
+            'cpu_time_ns': usage.cpu_time_ns,
+            'memory_bytes': usage.memory_bytes,
+            'pids': usage.pids,
+            'oom_kills': usage.oom_kills,
+            'base_id': self.st.base_id,
+            'layer': self.spec.layer,
+            'image_id': self.spec.image_id,
+            'nics': [
+                nic.to_dict() | {'statistics': network.statistics(nic)}
+                for nic in self.spec.nics],
+            'resources': dict(self.st.spec.get('resources') or {}),
+            'disk': ({'method': self.st.disk_method, 'used_bytes': used[0],
+                      'free_bytes': used[1]} if used else
+                     {'method': self.st.disk_method, 'used_bytes': None,
+                      'free_bytes': None}),
+            'created_at': self.st.created_at,
+            'started_at': run['started_at'] if run and live else None,
+            'spec': {k: v for k, v in self.st.spec.items()
+                     if k != 'config_drive'},
+        }
+
+    # Making it
+
+    def define(self, config_drive: ty.Mapping[str, str] | None) -> None:
+        """Make the directory, the disk and ``state.json``; all or nothing.
+        """
+        with revert.Reverter(self.uuid) as r:
+            with r.step('instance-directory', self.remove_files):
+                self.directory.mkdir(mode=0o700)
+            with r.step('disk'):
+                self.disk.create()
+            with r.step('config-drive'):
+                self.set_config_drive(config_drive)
+            with r.step('state'):
+                self.st.save(self.directory)
+            r.success()
+
+    def set_config_drive(self, files: ty.Mapping[str, str] | None) -> None:
+        if self.config_drive.exists():
+            shutil.rmtree(self.config_drive)
+        if files is None:
+            return
+        self.config_drive.mkdir(mode=0o755)
+        rspec.write_config_drive(self.config_drive, files)
+        for path in (self.config_drive, *self.config_drive.rglob('*')):
+            os.chown(path, self.st.base_id, self.st.base_id)
+
+    def prepare(self, layer: pathlib.Path) -> None:
+        """Make everything up to an init that waits to be started.
+
+        :param layer: root directory of the image's layer
+        """
+        c = self._config
+        init = initd.make(
+            layer, self.uuid, argv=self.spec.init_argv,
+            env=self.spec.init_env, stop_signal=self.spec.stop_signal)
+        with revert.Reverter(self.uuid) as r:
+            with r.step('mount-disk', self.disk.unmount):
+                self.disk.mount()
+            with r.step('mount-root', lambda: overlay.unmount(self.root)):
+                self.root.parent.mkdir(mode=0o711, exist_ok=True)
+                overlay.mount(
+                    self.root, layer=layer, upper=self.disk.upper,
+                    work=self.disk.work, base_id=self.st.base_id)
+            with r.step('cgroup', self.cgroup.remove):
+                procs = self.cgroup.create_legacy(self.spec.limits)
+            with r.step('bundle', self._remove_bundle):
+                self._write_bundle(init)
+            with r.step('create', self._remove_from_runtime):
+                pid, master = self._create(procs)
+            try:
+                with r.step('guest-files'):
+                    if init.kind is initd.Kind.SYSTEMD:
+                        self._write_guest_file(pid, *initd.SYSTEMD_DROP_IN)
+                with r.step('console', self._release_console):
+                    self._keeper.hold(
+                        self.uuid, master, str(self.log),
+                        c.console_log_bytes)
+            finally:
+                os.close(master)
+            with r.step('network', self.unplug_all):
+                self._wire(pid)
+            with r.step('watch'):
+                self.exit_file.unlink(missing_ok=True)
+                self._keeper.watch(self.uuid, pid, str(self.exit_file))
+            with r.step('record'):
+                self.st.run = {
+                    'process': process.ProcessId.of(pid).to_dict(),
+                    'cgroup': cgroup.of_process(pid, self._h),
+                    'started_at': None,
+                    'init': {
+                        'kind': str(init.kind),
+                        'stop_signal': init.stop_signal,
+                        'stop_argv': init.stop_argv},
+                }
+                self.st.exit = None
+                self.st.save(self.directory)
+                self._set_cgroup()
+            r.success()
+
+    def _set_cgroup(self) -> None:
+        # systemd chooses the place of a scope itself.
+        assert self.st.run is not None
+        self.cgroup = cgroup.Cgroup(self._h, self.st.run['cgroup'])
+
+    def _write_bundle(self, init: initd.Init) -> None:
+        # A bundle without a container is of no use after a reboot of the
+        # host, so it lies with the volatile things.
+        self.bundle.mkdir(mode=0o700, parents=True, exist_ok=True)
+        document = bundle.make(
+            uuid=self.uuid,
+            hostname=self.spec.hostname,
+            root=self.root,
+            base_id=self.st.base_id,
+            init=init,
+            cgroups_path=self._oci.cgroups_path(
+                self._config.cgroup_parent, self.uuid),
+            resources=self.cgroup.oci_resources(self.spec.limits),
+            config_drive=(
+                self.config_drive if self.config_drive.exists() else None),
+            nesting=self.spec.nesting)
+        (self.bundle / 'config.json').write_text(json.dumps(document))
+
+    def _create(self, procs: list[pathlib.Path]) -> tuple[int, int]:
+        """:returns: the init's pid, and the master of its console"""
+        path = self._config.run_dir / 'console' / f'{self.uuid}.sock'
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        path.unlink(missing_ok=True)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
+            server.bind(str(path))
+            try:
+                server.listen(1)
+                server.settimeout(_CONSOLE_TIMEOUT)
+                pid = self._oci.create(
+                    self._keeper, self.uuid, self.bundle, path,
+                    self.bundle / 'pid', [str(p) for p in procs])
+                # The runtime has sent it before it ended.
+                connection, _ = server.accept()
+            finally:
+                path.unlink(missing_ok=True)
+        with connection:
+            connection.settimeout(_CONSOLE_TIMEOUT)
+            _, fds, _, _ = socket.recv_fds(connection, 4096, 4)
+        if len(fds) != 1:
+            for fd in fds:
+                os.close(fd)
+            raise errors.ContainerError(
+                'oci_failed',
+                f'{self._oci.name} sent {len(fds)} consoles instead of one')
+        return pid, fds[0]
+
+    def _write_guest_file(self, pid: int, path: str, content: str) -> None:
+        """Write a file into the guest's /run before its init runs.
+
+        Nothing of the guest has run yet, and the tmpfs is ours; still the
+        path is resolved within the guest's root, since /run may be a link in
+        the image.
+        """
+        base = self.st.base_id
+        root = os.open(f'/proc/{pid}/root', os.O_PATH | os.O_DIRECTORY)
+        # The tmpfs belongs to the guest's user namespace, in which our own
+        # ids do not exist: the kernel answers EOVERFLOW to them. setfsuid is
+        # of this thread only.
+        _libc.setfsgid(base)
+        _libc.setfsuid(base)
+        try:
+            parent = root
+            for part in pathlib.PurePosixPath(path).parent.parts[1:]:
+                try:
+                    os.mkdir(part, 0o755, dir_fd=parent)
+                except FileExistsError:
+                    pass
+                fd = syscalls.openat2(
+                    parent, part, os.O_PATH | os.O_DIRECTORY,
+                    syscalls.RESOLVE_IN_ROOT)
+                if parent != root:
+                    os.close(parent)
+                parent = fd
+            fd = os.open(
+                os.path.basename(path),
+                os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644,
+                dir_fd=parent)
+            with os.fdopen(fd, 'w') as f:
+                f.write(content)
+            if parent != root:
+                os.close(parent)
+        finally:
+            _libc.setfsuid(os.getuid())
+            _libc.setfsgid(os.getgid())
+            os.close(root)
+
+    def _wire(self, pid: int) -> None:
+        netns = os.open(f'/proc/{pid}/ns/net', os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            for position, nic in enumerate(self.spec.nics):
+                if network.exists(nic) and not network.parked(nic):
+                    # An outer end whose inner end is in a namespace that is
+                    # being destroyed.
+                    network.unplug(nic.devname)
+                network.plug(nic)
+                network.move_in(nic, netns, position)
+        finally:
+            os.close(netns)
+
+    def start(self) -> None:
+        """Let the init run."""
+        assert self.st.run is not None
+        self._oci.start(self.uuid)
+        self.st.run['started_at'] = time.time()
+        self.st.save(self.directory)
+
+    # Taking it down
+
+    def ask_to_stop(self, pidfd: int) -> tuple[str, ...] | None:
+        """Ask the init to shut down.
+
+        :returns: a command that has to be run in the guest instead, if its
+            init knows no signal for that
+        """
+        assert self.st.run is not None
+        init = self.st.run['init']
+        if init['stop_signal'] is not None:
+            process.send_signal(pidfd, int(init['stop_signal']))
+            return None
+        return tuple(init['stop_argv'])
+
+    def kill(self) -> None:
+        """Kill every process and wait until the init is gone.
+
+        :raises ContainerError: ``timeout``
+        """
+        fd = self.open()
+        if fd is None:
+            return
+        try:
+            self.cgroup.kill()
+            # The init's own death is enough: the kernel kills the whole PID
+            # namespace with it.
+            process.send_signal(fd, 9)
+            if not process.exited(fd, KILL_TIMEOUT):
+                raise errors.ContainerError(
+                    'timeout',
+                    f'the container did not die within {KILL_TIMEOUT:.0f} s '
+                    'of SIGKILL', uuid=self.uuid,
+                    remedy='A process waits in the kernel for a device or a '
+                           'network file system; see its stack in /proc')
+        finally:
+            os.close(fd)
+
+    def read_exit(self) -> state.Exit:
+        """How the init ended, from what the keeper wrote."""
+        deadline = time.monotonic() + 2.0
+        while True:
+            try:
+                ended = state.Exit.from_dict(
+                    state.read_json(self.exit_file))
+                break
+            except FileNotFoundError:
+                if time.monotonic() > deadline:
+                    ended = state.Exit()
+                    break
+                time.sleep(0.01)
+        with contextlib.suppress(OSError):
+            ended.oom = self.cgroup.usage().oom_kills > 0
+        return ended
+
+    def teardown(self) -> None:
+        """Remove all that a container needs while it lives; idempotent."""
+        self._remove_from_runtime()
+        self._release_console()
+        overlay.unmount(self.root)
+        self.disk.unmount()
+        self.cgroup.remove()
+        self._remove_bundle()
+        self.unplug_all()
+
+    def unplug_all(self) -> None:
+        """Remove the veth pairs.
+
+        The kernel destroys them with the namespace, but some time later; a
+        pair of the same name could not be made until then.
+        """
+        for nic in self.spec.nics:
+            network.unplug(nic.devname)
+
+    def _remove_from_runtime(self) -> None:
+        if (self._config.oci_root / self.uuid).exists():
+            self._oci.delete(self.uuid)
+
+    def _remove_bundle(self) -> None:
+        shutil.rmtree(self.bundle, ignore_errors=True)
+
+    def _release_console(self) -> None:
+        try:
+            self._keeper.release(self.uuid)
+        except errors.ContainerError as e:
+            if e.code not in ('not_found', 'keeper_unavailable'):
+                raise
+
+    def remove_files(self) -> None:
+        """Delete the instance's directory; idempotent."""
+        self.disk.unmount()
+        self.disk.clear_limit()
+        if self.directory.exists():
+            remove_tree(self.directory)
+
+
+def remove_tree(top: pathlib.Path) -> None:
+    """Delete a tree whose content a guest made.
+
+    shutil.rmtree is safe against links, and gives up at what the guest made
+    immutable; those flags are only of this tree's inodes.
+    """
+    def failed(function: ty.Any, path: str, info: ty.Any) -> None:
+        parent = os.path.dirname(path)
+        for item in (parent, path):
+            _make_mutable(item)
+        function(path)
+
+    shutil.rmtree(top, onerror=failed)
+
+
+def _make_mutable(path: str) -> None:
+    get, put = 0x80086601, 0x40086602  # FS_IOC_GETFLAGS, FS_IOC_SETFLAGS
+    try:
+        if not stat.S_ISREG(os.lstat(path).st_mode) and not stat.S_ISDIR(
+                os.lstat(path).st_mode):
+            return
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return
+    try:
+        flags = int.from_bytes(fcntl.ioctl(fd, get, bytes(8)), 'little')
+        immutable = 0x10 | 0x20
+        if flags & immutable:
+            fcntl.ioctl(
+                fd, put, (flags & ~immutable).to_bytes(8, 'little'))
+    except OSError:
+        pass
+    finally:
+        os.close(fd)

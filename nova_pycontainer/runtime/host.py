@@ -1,0 +1,577 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""All containers of one host: the runtime's face to its users.
+
+The methods are the agent's verbs. Each container has a lock that a change
+holds; nothing that waits for a guest's good will is done under it.
+"""
+
+import collections.abc as cabc
+import contextlib
+import os
+import platform
+import shutil
+import signal
+import socket
+import threading
+import time
+import typing as ty
+
+from oslo_log import log as logging
+
+from nova_pycontainer.runtime import cgroup
+from nova_pycontainer.runtime import config as rconfig
+from nova_pycontainer.runtime import container
+from nova_pycontainer.runtime import disk
+from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime import events
+from nova_pycontainer.runtime import execute
+from nova_pycontainer.runtime import idmap
+from nova_pycontainer.runtime import keeper_client
+from nova_pycontainer.runtime import layers
+from nova_pycontainer.runtime import network
+from nova_pycontainer.runtime import oci
+from nova_pycontainer.runtime import process
+from nova_pycontainer.runtime import spec as rspec
+from nova_pycontainer.runtime import state
+from nova_pycontainer.runtime import watcher
+
+LOG = logging.getLogger(__name__)
+
+#: A guest that reboots sooner than this after its start waits for the rest:
+#: one that never comes up must not spin.
+_MIN_UPTIME = 2.0
+
+Info = dict[str, ty.Any]
+# Within the class these names are verbs.
+_Infos = list[Info]
+_Argv = list[str]
+_Events = list[events.Event]
+
+
+class _Entry:
+    def __init__(self, item: container.Container) -> None:
+        self.container = item
+        self.lock = threading.RLock()
+        #: Set while a caller wants the container down: then an exit that
+        #: looks like a reboot is none.
+        self.stopping = 0
+        self.deleted = False
+
+
+class Host:
+    """The containers of this host."""
+
+    def __init__(self, config: rconfig.Config) -> None:
+        self._config = config
+        self._lock = threading.Lock()
+        self._entries: dict[str, _Entry] = {}
+        self._started = False
+
+    def start(self) -> None:
+        """Rebuild the view from disk and kernel, and clean up after a crash.
+
+        :raises ContainerError: this host cannot run containers
+        """
+        c = self._config
+        c.state_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
+        c.run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
+        c.instances_dir.mkdir(mode=0o700, exist_ok=True)
+        self._ids = idmap.IdAllocator(c.idmap_base, c.idmap_count)
+        self._hierarchies = cgroup.Hierarchies()
+        self._oci = oci.OciRuntime(c)
+        self._disk_method = disk.choose_method(c.disk_limit, c.state_dir)
+        self._keeper = keeper_client.KeeperClient(c.keeper_socket)
+        if c.python:
+            keeper_client.ensure_keeper(c.keeper_socket, c.python)
+        else:
+            keeper_client.ensure_keeper(c.keeper_socket)
+        self._events = events.EventLog()
+        self._layers = layers.LayerStore(
+            c.layers_dir, unpack_base=self._ids.unpack_base,
+            max_entries=c.layer_max_entries, max_bytes=c.layer_max_bytes,
+            in_use=self._layers_in_use)
+        self._layers.recover()
+        self._watcher = watcher.Watcher(self._exited)
+        missing = self._hierarchies.missing()
+        if missing:
+            LOG.error('no cgroup hierarchy has the controllers %s: limits '
+                      'of containers are NOT enforced', missing)
+        self._load()
+        self._started = True
+
+    def close(self) -> None:
+        """Let go of everything; the containers run on."""
+        if self._started:
+            self._started = False
+            self._events.close()
+            self._watcher.close()
+
+    # View
+
+    def _load(self) -> None:
+        for directory in sorted(self._config.instances_dir.iterdir()):
+            uuid = directory.name
+            try:
+                rconfig.check_uuid(uuid)
+            except errors.ContainerError:
+                LOG.warning('%s is not of ours; leaving it alone', directory)
+                continue
+            if not (directory / 'state.json').exists():
+                LOG.warning('removing the unfinished instance %s', uuid)
+                self._remove_unfinished(uuid)
+                continue
+            try:
+                item = self._make(state.State.load(directory))
+            except errors.ContainerError as e:
+                # One damaged file must not take the others' agent away.
+                LOG.error('instance %s cannot be loaded: %s', uuid, e)
+                continue
+            entry = self._entries[uuid] = _Entry(item)
+            pidfd = item.open()
+            if pidfd is not None:
+                self._watcher.add(uuid, pidfd)
+            else:
+                with self._locked(uuid):
+                    self._finish(entry)
+
+    def _make(self, st: state.State) -> container.Container:
+        return container.Container(
+            self._config, self._oci, self._hierarchies, self._keeper, st)
+
+    def _remove_unfinished(self, uuid: str) -> None:
+        directory = self._config.instances_dir / uuid
+        disk.Disk(directory, 'none', 0, None).unmount()
+        container.remove_tree(directory)
+
+    def _entry(self, uuid: str) -> _Entry:
+        rconfig.check_uuid(uuid)
+        with self._lock:
+            entry = self._entries.get(uuid)
+        if entry is None:
+            raise errors.ContainerError(
+                'not_found', f'there is no container of instance {uuid} '
+                'on this host', uuid=uuid)
+        return entry
+
+    @contextlib.contextmanager
+    def _locked(self, uuid: str) -> cabc.Iterator[_Entry]:
+        entry = self._entry(uuid)
+        with entry.lock:
+            if entry.deleted:
+                raise errors.ContainerError(
+                    'not_found', f'the container of instance {uuid} has '
+                    'been deleted', uuid=uuid)
+            try:
+                yield entry
+            except errors.ContainerError as e:
+                e.uuid = e.uuid or uuid
+                raise
+
+    @staticmethod
+    def _require(entry: _Entry, *states: str) -> str:
+        current = entry.container.status()
+        if current not in states:
+            raise errors.ContainerError(
+                'bad_state',
+                f'the container is {current}, not {" or ".join(states)}',
+                uuid=entry.container.uuid)
+        return current
+
+    def list(self) -> _Infos:
+        with self._lock:
+            entries = [*self._entries.values()]
+        return [e.container.info() for e in entries if not e.deleted]
+
+    def info(self, uuid: str) -> Info:
+        return self._entry(uuid).container.info()
+
+    def host_info(self) -> Info:
+        """What this host has. Sizes are bytes."""
+        usage = shutil.disk_usage(self._config.state_dir)
+        with open('/proc/meminfo') as f:
+            memory = {line.split(':')[0]: int(line.split()[1]) * 1024
+                      for line in f}
+        with open('/proc/uptime') as f:
+            uptime = float(f.read().split()[0])
+        return {
+            'hostname': socket.gethostname(),
+            'architecture': platform.machine(),
+            'kernel': platform.release(),
+            'cpus': os.cpu_count() or 1,
+            'memory_bytes': memory['MemTotal'],
+            'memory_available_bytes': memory['MemAvailable'],
+            'disk_total_bytes': usage.total,
+            'disk_free_bytes': usage.free,
+            'uptime_s': uptime,
+            'containers': len(self._entries),
+            'oci_runtime': {
+                'name': self._oci.name, 'version': self._oci.version},
+            'cgroup': {
+                'mode': self._hierarchies.mode,
+                'missing': self._hierarchies.missing()},
+            'disk_limit': self._disk_method,
+        }
+
+    # Layers
+
+    def _layers_in_use(self) -> set[str]:
+        with self._lock:
+            return {e.container.spec.layer for e in self._entries.values()}
+
+    def layer_present(self, key: str) -> bool:
+        return self._layers.get(rconfig.check_layer_key(key)) is not None
+
+    def layer_import(
+        self, key: str, stream: ty.BinaryIO | cabc.Iterable[bytes], *,
+        image: str, max_bytes: int | None = None,
+        digest: tuple[str, str] | None = None,
+    ) -> Info:
+        """Unpack an image, unless it is there; see :mod:`.layers`."""
+        return self._layers.import_layer(
+            rconfig.check_layer_key(key), stream, image=image,
+            max_bytes=max_bytes, digest=digest).to_dict()
+
+    def layer_list(self) -> _Infos:
+        return [layer.to_dict() for layer in self._layers.list()]
+
+    def layer_delete(self, key: str) -> None:
+        self._layers.delete(rconfig.check_layer_key(key))
+
+    # Network
+
+    def plug(self, uuid: str, nics: cabc.Sequence[Info]) -> None:
+        """Make veth pairs before their container; idempotent.
+
+        :raises ContainerError: ``network``, ``invalid``
+        """
+        rconfig.check_uuid(uuid)
+        made = []
+        try:
+            for nic in [network.Nic.from_dict(n) for n in nics]:
+                if network.plug(nic):
+                    made.append(nic)
+        except BaseException:
+            for nic in made:
+                network.unplug(nic.devname)
+            raise
+
+    def unplug(self, uuid: str, devnames: cabc.Sequence[str]) -> None:
+        """Remove veth pairs by their outer ends; idempotent."""
+        rconfig.check_uuid(uuid)
+        for name in devnames:
+            network.unplug(network.check_devname(name))
+
+    # Life
+
+    def define(self, uuid: str, spec: Info) -> Info:
+        """Make a container's directory and disk.
+
+        :raises ContainerError: ``exists``, ``layer_missing``, ``invalid``,
+            ``no_base_id``, ``no_space``
+        """
+        rconfig.check_uuid(uuid)
+        parsed = rspec.Spec.from_dict(spec)
+        drive = spec.get('config_drive')
+        if self._layers.get(parsed.layer) is None:
+            raise self._layer_missing(uuid, parsed)
+        kept = {k: v for k, v in spec.items() if k != 'config_drive'}
+        with self._lock:
+            if uuid in self._entries:
+                raise errors.ContainerError(
+                    'exists', 'this host has a container of it already',
+                    uuid=uuid, remedy='Delete it first')
+            base_id = self._ids.allocate(
+                uuid,
+                {e.container.st.base_id for e in self._entries.values()},
+                spec.get('base_id'))
+            item = self._make(state.State(
+                uuid=uuid, spec=kept, base_id=base_id,
+                disk_method=self._disk_method, created_at=time.time()))
+            # Taken from now on: the id range and the name.
+            entry = self._entries[uuid] = _Entry(item)
+            entry.lock.acquire()
+        try:
+            item.define(drive)
+        except BaseException:
+            with self._lock:
+                del self._entries[uuid]
+            entry.deleted = True
+            raise
+        finally:
+            entry.lock.release()
+        return item.info()
+
+    @staticmethod
+    def _layer_missing(
+        uuid: str, spec: rspec.Spec
+    ) -> errors.ContainerError:
+        return errors.ContainerError(
+            'layer_missing', f'the layer of image {spec.image_id} is not on '
+            'this host', uuid=uuid, remedy='Import the image again')
+
+    def prepare(self, uuid: str, changes: Info | None = None) -> Info:
+        """Make everything up to an init that waits for :meth:`start_container`.
+
+        :param changes: new values for parts of the spec: ``nics``,
+            ``resources``, ``init``, ``config_drive``, ``name``, ``hostname``,
+            ``nesting``
+        """
+        with self._locked(uuid) as entry:
+            self._require(entry, 'defined', 'stopped')
+            if changes:
+                self._change(entry, dict(changes))
+            self._prepare(entry)
+            return entry.container.info()
+
+    def _change(self, entry: _Entry, changes: Info) -> None:
+        old = entry.container
+        no_drive = object()
+        drive = changes.pop('config_drive', no_drive)
+        unknown = set(changes) - {
+            'hostname', 'init', 'name', 'nesting', 'nics', 'resources'}
+        if unknown:
+            raise errors.ContainerError(
+                'invalid', f'{sorted(unknown)} cannot be changed')
+        st = old.st
+        new_spec = st.spec | changes
+        if (rspec.Spec.from_dict(new_spec).disk_bytes !=
+                old.spec.disk_bytes):
+            raise errors.ContainerError(
+                'unsupported', 'the size of a disk cannot be changed here')
+        st.spec = new_spec
+        item = self._make(st)
+        if drive is not no_drive:
+            item.set_config_drive(ty.cast(dict[str, str] | None, drive))
+        st.save(item.directory)
+        entry.container = item
+
+    def _prepare(self, entry: _Entry) -> None:
+        item = entry.container
+        layer = self._layers.get(item.spec.layer)
+        if layer is None:
+            raise self._layer_missing(item.uuid, item.spec)
+        item.prepare(layer.root)
+        pidfd = item.open()
+        if pidfd is not None:
+            self._watcher.add(item.uuid, pidfd)
+
+    def start_container(self, uuid: str) -> Info:
+        """Let a prepared container's init run."""
+        with self._locked(uuid) as entry:
+            self._require(entry, 'created')
+            entry.container.start()
+            self._events.add('started', uuid)
+            return entry.container.info()
+
+    def stop(self, uuid: str, timeout_s: float) -> Info:
+        """Ask the init to shut down; after the time-out kill it.
+
+        :returns: how it ended; idempotent
+        """
+        with self._locked(uuid) as entry:
+            item = entry.container
+            current = item.status()
+            if current in ('defined', 'stopped'):
+                self._finish(entry)
+                return (item.st.exit or state.Exit()).to_dict()
+            if current == 'paused':
+                # A frozen init cannot shut down.
+                item.cgroup.freeze(False)
+            entry.stopping += 1
+            pidfd = item.open()
+            command = None
+            if pidfd is not None and current != 'created' and timeout_s > 0:
+                command = item.ask_to_stop(pidfd)
+        try:
+            deadline = time.monotonic() + timeout_s
+            if command is not None:
+                self._run_stop_command(item, command, timeout_s)
+            if pidfd is None or current == 'created' or not process.exited(
+                    pidfd, max(deadline - time.monotonic(), 0)):
+                with self._locked(uuid):
+                    item.kill()
+            with self._locked(uuid):
+                self._finish(entry)
+                return (item.st.exit or state.Exit()).to_dict()
+        finally:
+            entry.stopping -= 1
+            if pidfd is not None:
+                os.close(pidfd)
+
+    def _run_stop_command(
+        self, item: container.Container, command: tuple[str, ...],
+        timeout_s: float,
+    ) -> None:
+        try:
+            execute.run(self._oci, item, [*command], timeout_s=timeout_s)
+        except errors.ContainerError as e:
+            # The time-out and SIGKILL are still to come.
+            LOG.warning('instance %s: asking it to shut down: %s',
+                        item.uuid, e)
+
+    def kill(self, uuid: str) -> Info:
+        return self.stop(uuid, 0)
+
+    def reboot(self, uuid: str, timeout_s: float,
+               changes: Info | None = None) -> Info:
+        """Stop, and start again; 0 seconds mean a hard reboot."""
+        self.stop(uuid, timeout_s)
+        with self._locked(uuid):
+            self.prepare(uuid, changes)
+            return self.start_container(uuid)
+
+    def pause(self, uuid: str) -> Info:
+        with self._locked(uuid) as entry:
+            if self._require(entry, 'running', 'paused') == 'running':
+                entry.container.cgroup.freeze(True)
+                self._events.add('paused', uuid)
+            return entry.container.info()
+
+    def unpause(self, uuid: str) -> Info:
+        with self._locked(uuid) as entry:
+            if self._require(entry, 'running', 'paused') == 'paused':
+                entry.container.cgroup.freeze(False)
+                self._events.add('unpaused', uuid)
+            return entry.container.info()
+
+    def delete(self, uuid: str, keep_disk: bool = False) -> None:
+        """Kill a container and remove all of it; idempotent.
+
+        :param keep_disk: keep its files, as a stopped container
+        """
+        try:
+            entry = self._entry(uuid)
+        except errors.ContainerError as e:
+            if e.code != 'not_found':
+                raise
+            return
+        with entry.lock:
+            if entry.deleted:
+                return
+            entry.stopping += 1
+            try:
+                entry.container.kill()
+                self._finish(entry)
+                if keep_disk:
+                    return
+                entry.container.remove_files()
+                entry.deleted = True
+            finally:
+                entry.stopping -= 1
+        with self._lock:
+            self._entries.pop(uuid, None)
+
+    # Ends
+
+    def _exited(self, uuid: str) -> None:
+        """The watcher has seen the end of an init."""
+        try:
+            with self._locked(uuid) as entry:
+                again = self._finish(entry)
+                if again:
+                    self._reboot_by_guest(entry)
+        except errors.ContainerError as e:
+            if e.code != 'not_found':
+                raise
+
+    def _finish(self, entry: _Entry) -> bool:
+        """Clean up after an ended container; idempotent.
+
+        :returns: whether the guest asked for a reboot
+        """
+        item = entry.container
+        run = item.st.run
+        if run is None:
+            item.teardown()
+            return False
+        pidfd = item.open()
+        if pidfd is not None:
+            try:
+                if not process.exited(pidfd):
+                    return False
+            finally:
+                os.close(pidfd)
+        same_boot = run['process']['boot_id'] == process.boot_id()
+        ended = item.read_exit() if same_boot else state.Exit()
+        item.teardown()
+        item.st.run, item.st.exit = None, ended
+        item.st.save(item.directory)
+        LOG.info('instance %s: its init ended: %s', item.uuid, ended)
+        # reboot(2) in a PID namespace: the kernel kills its init by SIGHUP
+        # for a restart, by SIGINT for halt and power off.
+        again = (ended.signal == signal.SIGHUP and not entry.stopping and
+                 run['started_at'] is not None)
+        if again:
+            early = run['started_at'] + _MIN_UPTIME - time.time()
+            time.sleep(min(max(early, 0), _MIN_UPTIME))
+        elif run['started_at'] is not None:
+            self._events.add('stopped', item.uuid, ended.to_dict())
+        return again
+
+    def _reboot_by_guest(self, entry: _Entry) -> None:
+        item = entry.container
+        try:
+            self._prepare(entry)
+            item.start()
+        except errors.ContainerError as e:
+            LOG.error('instance %s: it asked for a reboot, which failed: %s',
+                      item.uuid, e)
+            self._events.add(
+                'stopped', item.uuid,
+                item.st.exit.to_dict() if item.st.exit else None)
+            return
+        self._events.add('rebooted', item.uuid)
+
+    # In the guest
+
+    def exec(
+        self, uuid: str, argv: _Argv, *, stdin: bytes = b'',
+        env: dict[str, str] | None = None, timeout_s: float = 30.0,
+        max_output: int = 1 << 20,
+    ) -> execute.ExecResult:
+        """Run a program in a running container; see :mod:`.execute`."""
+        entry = self._entry(uuid)
+        self._require(entry, 'running')
+        return execute.run(
+            self._oci, entry.container, argv, stdin=stdin, env=env,
+            timeout_s=timeout_s, max_output=max_output)
+
+    def console_log(self, uuid: str, max_bytes: int = 102400) -> bytes:
+        """The end of the console's output, also of a stopped container."""
+        log = self._entry(uuid).container.log
+        parts: list[bytes] = []
+        for path in (log.with_name(log.name + '.1'), log):
+            try:
+                parts.append(path.read_bytes())
+            except FileNotFoundError:
+                continue
+        return b''.join(parts)[-max_bytes:]
+
+    def console_attach(self, uuid: str) -> socket.socket:
+        """A stream to and from the console of a container that is not down.
+        """
+        entry = self._entry(uuid)
+        self._require(entry, 'created', 'running', 'paused')
+        ours, theirs = socket.socketpair()
+        try:
+            self._keeper.attach(uuid, theirs.fileno())
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        return ours
+
+    def events(self, after: int, timeout_s: float) -> _Events:
+        return self._events.after(after, timeout_s)
