@@ -110,9 +110,11 @@ def _link(path: pathlib.Path) -> str | None:
 
 
 def _process(pid: int) -> Process | None:
-    """What ``/proc`` says of one process; None for a kernel thread or one
-    that is gone (or a zombie, which holds nothing but its number: its
-    parent's, which is looked at itself)."""
+    """What ``/proc`` says of one process.
+
+    None for a kernel thread and for one that is gone or a zombie: that holds
+    nothing but its number, and its parent is looked at itself.
+    """
     base = _PROC / str(pid)
     stat = _read(base / 'stat')
     if stat is None:
@@ -134,9 +136,9 @@ def _process(pid: int) -> Process | None:
     return Process(
         pid=pid, start=start, parent=parent,
         command=command or stat[stat.index('('):stat.rindex(')') + 1],
-        cgroup=' '.join(sorted(set(
+        cgroup=' '.join(sorted({
             line.split(':', 2)[2]
-            for line in (_read(base / 'cgroup') or '').splitlines()))),
+            for line in (_read(base / 'cgroup') or '').splitlines()})),
         namespaces=namespaces)
 
 

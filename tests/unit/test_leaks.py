@@ -38,8 +38,10 @@ class TestLeaks(unittest.TestCase):
         self.marker = uuid.uuid4().hex
 
     def _orphan(self):
-        """An orphaned process with the marker in its command; it ends when
-        the returned descriptor is closed."""
+        """An orphaned process with the marker in its command.
+
+        It ends when the returned descriptor is closed.
+        """
         read, write = os.pipe()
         subprocess.run(
             ['python3', '-c', _ORPHAN, self.marker, str(read)],
