@@ -1,0 +1,136 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Configuration options of the driver, group ``[pycontainer]`` of nova.conf.
+
+Neither Nova nor the runtime is imported here: the agent and oslo's config
+generator load this module too.
+"""
+
+from oslo_config import cfg
+
+pycontainer_group = cfg.OptGroup(
+    'pycontainer',
+    title='System containers',
+    help='Options of the system container driver, '
+         '``compute_driver = pycontainer.PyContainerDriver``.')
+
+driver_opts = [
+    cfg.StrOpt(
+        'agent_socket',
+        default='/run/pycontainer/agent.sock',
+        help="""
+Unix socket of the pycontainer agent of this host.
+
+The agent is the root process that owns the containers; nova-compute itself
+needs no privilege. The user that nova-compute runs as has to be a member of
+the socket's group.
+"""),
+    cfg.FloatOpt(
+        'agent_timeout',
+        default=60,
+        min=1,
+        help="""
+Seconds after which a call to the agent is given up.
+
+Calls that may rightly last longer (a shutdown that waits for the guest, the
+import of an image) have their own limit on top of it.
+"""),
+    cfg.FloatOpt(
+        'agent_start_timeout',
+        default=60,
+        min=0,
+        help="""
+Seconds that nova-compute waits, while it starts, for the agent to answer.
+
+Both are usually started at the same time when the host boots. If the agent
+does not answer by then nova-compute does not start: without it nothing is
+known of the containers, and to report them as stopped would make Nova stop
+them.
+"""),
+    cfg.FloatOpt(
+        'agent_lost_timeout',
+        default=10,
+        min=0,
+        help="""
+Seconds without an answer of the agent until this host is taken out of
+scheduling.
+
+Its compute service is then disabled, with a reason that says so, and enabled
+again as soon as the agent answers. A service that the operator disabled is
+left alone. A restart of the agent takes less than this time and should not be
+noticed.
+"""),
+    cfg.IntOpt(
+        'soft_reboot_timeout',
+        default=60,
+        min=1,
+        help="""
+Seconds that a soft reboot waits for the guest to shut down before its
+processes are killed.
+"""),
+    cfg.FloatOpt(
+        'image_import_timeout',
+        default=1800,
+        min=1,
+        help="""
+Seconds that the download and the unpacking of one image may take.
+"""),
+    cfg.IntOpt(
+        'image_max_gb',
+        default=64,
+        min=1,
+        help="""
+Largest image in GiB, as unpacked.
+
+It protects the host against images that unpack to far more than they seem to
+hold. The size of a flavor's root disk limits what a server writes, and does
+not count the image.
+"""),
+    cfg.StrOpt(
+        'tx_offload',
+        default='auto',
+        choices=[
+            ('auto', 'off for ports in an Open vSwitch bridge with the '
+                     'userspace datapath (``netdev``), on otherwise'),
+            ('on', 'always leave checksums to the receiving end'),
+            ('off', 'always compute checksums in the container'),
+        ],
+        help="""
+Whether the guest's end of its network interface may leave checksums of
+outgoing packets to be filled in later.
+
+The userspace datapath of Open vSwitch hands packets on as they are: with
+offload on, ping works and TCP connections hang. The kernel datapath needs no
+such care.
+"""),
+    cfg.IntOpt(
+        'pids_max',
+        default=16384,
+        min=64,
+        help="""
+How many processes and threads a server may have.
+
+A flavor's extra spec ``pycontainer:pids_max`` takes precedence.
+"""),
+]
+
+
+def register(conf):
+    """Register the driver's options with an oslo.config object."""
+    conf.register_group(pycontainer_group)
+    conf.register_opts(driver_opts, group=pycontainer_group)
+
+
+def list_opts():
+    """Entry point ``oslo.config.opts``: for oslo-config-generator."""
+    return [(pycontainer_group, driver_opts)]

@@ -1,0 +1,311 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""The compute driver: Nova's words in, the agent's verbs out.
+
+It holds no state that cannot be read from the agent again, and it needs no
+privilege. Each subject has a module of its own; here they are only put
+together.
+"""
+
+import functools
+import time
+
+import nova.conf
+from nova import exception
+from nova.virt import driver
+from nova.virt import hardware
+from nova.virt import node
+from oslo_concurrency import processutils
+from oslo_log import log as logging
+from oslo_utils import units
+
+from nova_pycontainer.agent import client as agent_client
+from nova_pycontainer import conf as driver_conf
+from nova_pycontainer import console
+from nova_pycontainer import errors as driver_errors
+from nova_pycontainer import events
+from nova_pycontainer import host as driver_host
+from nova_pycontainer import image
+from nova_pycontainer import power
+from nova_pycontainer.runtime import errors
+from nova_pycontainer import spawn
+from nova_pycontainer import vif
+
+CONF = nova.conf.CONF
+LOG = logging.getLogger(__name__)
+
+driver_conf.register(CONF)
+
+#: Seconds between two attempts to reach the agent while nova-compute starts.
+_RETRY_S = 1.0
+
+#: Limit for the program ``uptime``, in seconds.
+_UPTIME_TIMEOUT_S = 10
+
+
+def _periodic(method):
+    """For what the compute manager's periodic tasks call.
+
+    They skip their turn on VirtDriverNotReady and log a traceback, or worse,
+    on everything else.
+    """
+    @functools.wraps(method)
+    def wrapper(self, *args, **kwargs):
+        try:
+            return method(self, *args, **kwargs)
+        except errors.AgentUnavailable as e:
+            raise driver_errors.unavailable(e) from e
+        except errors.ContainerError as e:
+            raise driver_errors.to_nova(e) from e
+    return wrapper
+
+
+class PyContainerDriver(driver.ComputeDriver):
+    """System containers, made by the pycontainer agent of this host."""
+
+    capabilities = {
+        **driver.ComputeDriver.capabilities,
+        'supports_image_type_raw': True,
+        'supports_trusted_certs': True,
+    }
+
+    def __init__(self, virtapi):
+        super().__init__(virtapi)
+        self._client = None
+
+    # Start and end of the service.
+
+    def _agent_client(self, host):
+        """Return the client of the agent of a host.
+
+        Functional tests, which run several hosts in one process, override
+        it and :meth:`_node_uuid`.
+        """
+        return agent_client.Client(
+            CONF.pycontainer.agent_socket, CONF.pycontainer.agent_timeout)
+
+    def _node_uuid(self, host):
+        return node.get_local_node_uuid()
+
+    def init_host(self, host):
+        # Several computes may share one CONF in a test process, so what
+        # belongs to the host is read here, once.
+        self._client = self._agent_client(host)
+        self._wait_for_agent()
+        options = CONF.pycontainer
+        self._host = driver_host.Host(
+            self._client, CONF, host, self._node_uuid(host), CONF.my_ip)
+        self._images = image.Images(
+            self._client, timeout=options.image_import_timeout,
+            max_bytes=options.image_max_gb * units.Gi)
+        self._power = power.Power(self._client, options)
+        self._spawner = spawn.Spawner(
+            self._client, self._images, self.virtapi, options)
+        self._watcher = events.Watcher(
+            self._client, self.emit_event, self._agent_up, self._agent_down,
+            patience=options.agent_lost_timeout)
+        for option in ('cpu_shared_set', 'cpu_dedicated_set'):
+            if CONF.compute[option]:
+                LOG.warning('[compute]%s is ignored: containers run on all '
+                            'CPUs of the host', option)
+
+    def _wait_for_agent(self):
+        """:raises nova.exception.HypervisorUnavailable: it does not answer."""
+        limit = CONF.pycontainer.agent_start_timeout
+        deadline = time.monotonic() + limit
+        while True:
+            try:
+                info = self._client.host_info()
+            except errors.AgentUnavailable as e:
+                if time.monotonic() >= deadline:
+                    LOG.error('%s. nova-compute does not start without it '
+                              '(waited %d s)', e, limit)
+                    raise driver_errors.to_nova(e) from e
+                LOG.warning('Waiting for the pycontainer agent: %s', e)
+                time.sleep(_RETRY_S)
+            else:
+                LOG.info('The pycontainer agent answers: %s', info)
+                return
+
+    def cleanup_host(self, host):
+        # Containers run on. Nothing waits for the thread: its request to the
+        # agent may last half a minute, and it is a daemon's.
+        self._watcher.stop()
+
+    def _agent_up(self):
+        self._spawner.remove_leftovers()
+        self._host.set_enabled(self.virtapi, True)
+
+    def _agent_down(self, error):
+        self._host.set_enabled(self.virtapi, False, reason=str(error))
+
+    # The host.
+
+    def get_available_nodes(self, refresh=False):
+        self._check_agent()
+        return [self._host.name]
+
+    def get_nodenames_by_uuid(self, refresh=False):
+        self._check_agent()
+        return {self._host.node_uuid: self._host.name}
+
+    def _check_agent(self):
+        """:raises nova.exception.VirtDriverNotReady: the agent is gone."""
+        if self._watcher.failure is not None:
+            raise driver_errors.unavailable(self._watcher.failure)
+
+    @_periodic
+    def get_available_resource(self, nodename):
+        # The first call comes when the manager has looked at every instance
+        # after its start (pre_start_hook). Before that an event could stop a
+        # guest that the manager is about to resume after a host's boot.
+        self._watcher.start()
+        return self._host.resources(self.get_host_uptime())
+
+    @_periodic
+    def update_provider_tree(self, provider_tree, nodename, allocations=None):
+        self._host.update_provider_tree(
+            provider_tree, nodename,
+            self._get_allocation_ratios(
+                provider_tree.data(nodename).inventory),
+            self._get_reserved_host_disk_gb_from_config())
+
+    def get_host_ip_addr(self):
+        return self._host.ip
+
+    def get_host_uptime(self):
+        out, _err = processutils.execute(
+            'env', 'LANG=C', 'uptime', timeout=_UPTIME_TIMEOUT_S)
+        return out
+
+    # What is there.
+
+    @_periodic
+    def list_instances(self):
+        return [info['name'] for info in self._client.list()]
+
+    @_periodic
+    def list_instance_uuids(self):
+        return [info['uuid'] for info in self._client.list()]
+
+    def instance_exists(self, instance):
+        try:
+            self.get_info(instance)
+        except exception.InstanceNotFound:
+            return False
+        return True
+
+    def get_info(self, instance, use_cache=True):
+        with driver_errors.translated(instance):
+            return hardware.InstanceInfo(state=self._power.state(instance))
+
+    def get_console_output(self, context, instance):
+        with driver_errors.translated(instance):
+            return console.output(self._client, instance)
+
+    # Making and removing.
+
+    def spawn(self, context, instance, image_meta, injected_files,
+              admin_password, allocations, network_info=None,
+              block_device_info=None, power_on=True, accel_info=None):
+        with driver_errors.translated(instance, image_id=instance.image_ref):
+            self._spawner.spawn(
+                context, instance, image_meta, injected_files,
+                admin_password, network_info, block_device_info, power_on)
+
+    def destroy(self, context, instance, network_info, block_device_info=None,
+                destroy_disks=True, destroy_secrets=True):
+        self.cleanup(context, instance, network_info, block_device_info,
+                     destroy_disks)
+
+    def cleanup(self, context, instance, network_info, block_device_info=None,
+                destroy_disks=True, migrate_data=None, destroy_vifs=True,
+                destroy_secrets=True):
+        with driver_errors.translated(
+                instance, failure=exception.InstanceTerminationFailure):
+            self._spawner.remove(
+                instance, network_info, keep_disk=not destroy_disks,
+                unplug=destroy_vifs)
+
+    def delete_instance_files(self, instance):
+        try:
+            self._client.delete(instance.uuid)
+        except errors.ContainerError as e:
+            # The manager asks again.
+            LOG.warning('The files of the server could not be removed: %s',
+                        e, instance=instance)
+            return False
+        return True
+
+    # Power.
+
+    def power_on(self, context, instance, network_info,
+                 block_device_info=None, accel_info=None, share_info=None):
+        with driver_errors.translated(
+                instance, image_id=instance.image_ref,
+                failure=exception.InstancePowerOnFailure):
+            self._power.on(instance, network_info)
+
+    def power_off(self, instance, timeout=0, retry_interval=0):
+        with driver_errors.translated(
+                instance, failure=exception.InstancePowerOffFailure):
+            self._power.off(instance, timeout)
+
+    def reboot(self, context, instance, network_info, reboot_type,
+               block_device_info=None, bad_volumes_callback=None,
+               accel_info=None, share_info=None):
+        timeout = (CONF.pycontainer.soft_reboot_timeout
+                   if reboot_type == 'SOFT' else 0)
+        with driver_errors.translated(
+                instance, image_id=instance.image_ref,
+                failure=exception.InstanceRebootFailure):
+            self._power.reboot(instance, network_info, timeout)
+
+    def poll_rebooting_instances(self, timeout, instances):
+        # A reboot is over when reboot() returns, and never hangs: every step
+        # of it has a limit.
+        pass
+
+    def resume_state_on_host_boot(self, context, instance, network_info,
+                                  share_info, block_device_info=None):
+        # The order of the arguments is the manager's, who passes them by
+        # position.
+        with driver_errors.translated(
+                instance, image_id=instance.image_ref,
+                failure=exception.InstancePowerOnFailure):
+            self._power.resume(instance, network_info)
+
+    def pause(self, instance):
+        with driver_errors.translated(
+                instance, failure=exception.InstanceSuspendFailure):
+            self._client.pause(instance.uuid)
+
+    def unpause(self, instance):
+        with driver_errors.translated(
+                instance, failure=exception.InstanceResumeFailure):
+            self._client.unpause(instance.uuid)
+
+    # Network.
+
+    def plug_vifs(self, instance, network_info):
+        with driver_errors.translated(
+                instance, failure=driver_errors.plug_failure):
+            self._client.plug(
+                instance.uuid,
+                vif.nics(network_info, CONF.pycontainer.tx_offload))
+            vif.plug(instance, network_info)
+
+    def unplug_vifs(self, instance, network_info):
+        with driver_errors.translated(
+                instance, failure=exception.VirtualInterfaceUnplugException):
+            self._spawner.unplug(instance, network_info)

@@ -1,0 +1,225 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Flavor and image properties → what a container gets.
+
+Image properties reach a compute host only as ``image_*`` keys of
+``instance.system_metadata``: ``nova.objects.ImageMetaProps`` keeps those that
+Nova knows and drops the rest.
+"""
+
+import re
+import shlex
+
+from nova import exception
+from nova.i18n import _
+from oslo_utils import strutils
+from oslo_utils import units
+
+#: The kernel's default, and libvirt's: a quota means nothing without it.
+_PERIOD_US = 100_000
+
+#: Bounds of the kernel (kernel/sched/core.c: min_cfs_quota_period,
+#: max_cfs_quota_period) in microseconds.
+_PERIOD_RANGE = (1_000, 1_000_000)
+_QUOTA_MIN_US = 1_000
+
+#: cgroup v1's bounds, which ``quota:cpu_shares`` is given in.
+_SHARES_RANGE = (2, 262_144)
+
+_PIDS_MIN = 64
+
+_SIGNAL = re.compile(r'^(SIG)?[A-Z][A-Z0-9]*([+-][0-9]{1,2})?$')
+
+#: Values of the flavor's ``pycontainer:nesting``.
+_NESTING = ('disabled', 'allowed', 'enabled')
+
+
+def _invalid(what, value, must):
+    return exception.InvalidInput(
+        reason=_('%(what)s is %(value)r, but must be %(must)s') %
+        {'what': what, 'value': value, 'must': must})
+
+
+def _int_spec(specs, name, minimum, maximum=None):
+    """Value of an extra spec in its bounds, or None if it is not there."""
+    text = specs.get(name)
+    if text is None:
+        return None
+    must = (f'a whole number of at least {minimum}' if maximum is None
+            else f'a whole number between {minimum} and {maximum}')
+    try:
+        value = int(text)
+    except ValueError:
+        raise _invalid(f'flavor extra spec {name}', text, must) from None
+    if value < minimum or (maximum is not None and value > maximum):
+        raise _invalid(f'flavor extra spec {name}', text, must)
+    return value
+
+
+def _cpu(flavor):
+    """CPU limits with the meaning that they have with libvirt.
+
+    There the quota is each virtual CPU's own
+    (``nova.api.validation.extra_specs.quota``), and a guest can use no more
+    than its virtual CPUs even without one. A container's limit is one for
+    all of its processes.
+    """
+    specs = flavor.extra_specs
+    # Zero means "no value", see the description of the extra spec.
+    period = _int_spec(specs, 'quota:cpu_period', 0, _PERIOD_RANGE[1])
+    if not period:
+        period = _PERIOD_US
+    elif period < _PERIOD_RANGE[0]:
+        raise _invalid(
+            'flavor extra spec quota:cpu_period', period,
+            f'between {_PERIOD_RANGE[0]} and {_PERIOD_RANGE[1]}')
+
+    quota = _int_spec(specs, 'quota:cpu_quota', -(1 << 63))
+    if not quota or quota < 0:
+        # Negative asks for "infinite bandwidth" per virtual CPU, which is
+        # still that many CPUs' worth.
+        quota = period
+    elif quota < _QUOTA_MIN_US:
+        raise _invalid(
+            'flavor extra spec quota:cpu_quota', quota,
+            f'negative or at least {_QUOTA_MIN_US}')
+    return {
+        'cpu_shares': _int_spec(specs, 'quota:cpu_shares', *_SHARES_RANGE),
+        'cpu_quota_us': quota * flavor.vcpus,
+        'cpu_period_us': period,
+    }
+
+
+def resources(flavor, pids_max):
+    """Return the ``resources`` of a container's specification.
+
+    :param flavor: a nova.objects.Flavor
+    :param pids_max: limit where the flavor sets none
+    :raises nova.exception.InvalidInput: the flavor asks for something that
+        is malformed or that containers do not have
+    """
+    for attribute, text in (('ephemeral_gb', 'an ephemeral disk'),
+                            ('swap', 'a swap disk')):
+        if getattr(flavor, attribute):
+            raise exception.InvalidInput(
+                reason=_('flavor %(flavor)s has %(text)s, which containers '
+                         'do not have. Use a flavor without it') %
+                {'flavor': flavor.name, 'text': text})
+    pids = _int_spec(flavor.extra_specs, 'pycontainer:pids_max', _PIDS_MIN)
+    return {
+        'memory_bytes': flavor.memory_mb * units.Mi,
+        'vcpus': flavor.vcpus,
+        'pids_max': pids_max if pids is None else pids,
+        # As with every other driver, 0 means that there is no limit.
+        'disk_bytes': flavor.root_gb * units.Gi or None,
+        **_cpu(flavor),
+    }
+
+
+def _image_property(instance, name):
+    return instance.system_metadata.get(f'image_pycontainer_{name}')
+
+
+def _bad_property(instance, name, value, must):
+    return exception.ImageUnacceptable(
+        image_id=instance.image_ref,
+        reason=_('property pycontainer_%(name)s is %(value)r, but must be '
+                 '%(must)s') % {'name': name, 'value': value, 'must': must})
+
+
+def init(instance):
+    """Return the ``init`` of a container's specification.
+
+    Image property ``pycontainer_init`` is the command line of the first
+    process, ``pycontainer_stop_signal`` what makes it shut down.
+
+    :raises nova.exception.ImageUnacceptable: a property is malformed
+    """
+    argv = None
+    text = _image_property(instance, 'init')
+    if text:
+        try:
+            argv = shlex.split(text)
+        except ValueError:
+            argv = []
+        if not argv or not argv[0].startswith('/'):
+            raise _bad_property(
+                instance, 'init', text,
+                'a command line that starts with an absolute path')
+    stop_signal = _image_property(instance, 'stop_signal')
+    if stop_signal and not _SIGNAL.match(stop_signal):
+        raise _bad_property(
+            instance, 'stop_signal', stop_signal,
+            'the name of a signal, such as SIGRTMIN+3')
+    return {
+        'argv': argv,
+        # cloud-init takes it for the DMI product name of the machine, which
+        # a container must not see (it is the host's), and only then asks the
+        # metadata service (cloudinit/sources/DataSourceOpenStack.py).
+        'env': {'product_name': 'OpenStack Nova'},
+        'stop_signal': stop_signal or None,
+    }
+
+
+def nesting(instance):
+    """Whether the guest may make containers of its own.
+
+    The flavor is the operator's, who says ``disabled`` (the default),
+    ``allowed`` (the image decides by its property ``pycontainer_nesting``) or
+    ``enabled`` in the extra spec ``pycontainer:nesting``. The image is the
+    user's, who cannot go beyond that.
+
+    :raises nova.exception.InvalidInput: the extra spec is malformed
+    :raises nova.exception.ImageUnacceptable: the image needs what the flavor
+        does not allow
+    """
+    level = instance.flavor.extra_specs.get(
+        'pycontainer:nesting', 'disabled').lower()
+    if level not in _NESTING:
+        raise _invalid('flavor extra spec pycontainer:nesting', level,
+                       'one of ' + ', '.join(_NESTING))
+    text = _image_property(instance, 'nesting')
+    try:
+        wanted = strutils.bool_from_string(text, strict=True, default=False)
+    except ValueError:
+        raise _bad_property(
+            instance, 'nesting', text, 'true or false') from None
+    if wanted and level == 'disabled':
+        raise exception.ImageUnacceptable(
+            image_id=instance.image_ref,
+            reason=_('it needs nested containers. Use a flavor with '
+                     'pycontainer:nesting=allowed'))
+    return level == 'enabled' or wanted
+
+
+def specification(instance, *, layer, nics, pids_max, config_drive=None):
+    """Return the whole specification of an instance's container.
+
+    :param layer: key of the image's layer
+    :param nics: list of NICs, see :mod:`nova_pycontainer.vif`
+    :param config_drive: files, see :mod:`nova_pycontainer.configdrive`
+    """
+    return {
+        'name': instance.name,
+        'hostname': instance.hostname,
+        'image_id': instance.image_ref,
+        'layer': layer,
+        # The runtime chooses. The choice is made anew with every new root
+        # disk, because another container may have the old range by now.
+        'base_id': None,
+        'resources': resources(instance.flavor, pids_max),
+        'nics': nics,
+        'init': init(instance),
+        'config_drive': config_drive,
+        'nesting': nesting(instance),
+    }

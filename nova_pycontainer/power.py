@@ -1,0 +1,148 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Start and stop containers that exist."""
+
+from nova.compute import power_state
+from nova import exception
+from nova.i18n import _
+from oslo_log import log as logging
+
+from nova_pycontainer import flavor
+from nova_pycontainer.runtime import errors
+from nova_pycontainer import steps as driver_steps
+from nova_pycontainer import vif
+
+LOG = logging.getLogger(__name__)
+
+#: The runtime's states in Nova's. A container that was made but never
+#: started is off. One that is being started is neither on nor off; to call it
+#: off could make Nova stop it.
+POWER_STATES = {
+    'defined': power_state.SHUTDOWN,
+    'created': power_state.NOSTATE,
+    'running': power_state.RUNNING,
+    'paused': power_state.PAUSED,
+    # However it ended: on CRASHED Nova's handler of lifecycle events would
+    # not act (ComputeManager.handle_lifecycle_event).
+    'stopped': power_state.SHUTDOWN,
+}
+
+#: States with processes in them.
+_ALIVE = ('created', 'running', 'paused')
+
+
+class Power:
+    """Turns containers on and off.
+
+    :param client: client of the agent
+    :param conf: the options of ``[pycontainer]``
+    """
+
+    def __init__(self, client, conf):
+        self._client = client
+        self._conf = conf
+
+    def on(self, instance, network_info):
+        """Start the container, unless it runs.
+
+        :raises nova.exception.InstancePowerOnFailure: the root disk is not on
+            this host
+        :raises ContainerError: the agent's
+        """
+        state = self._existing(instance)['state']
+        if state == 'running':
+            # A power_on that a restart of nova-compute repeats.
+            LOG.info('The container runs already', instance=instance)
+            return
+        if state in _ALIVE:
+            self._client.stop(instance.uuid, 0)
+        self._bring_up(instance, network_info, 'power_on')
+
+    def resume(self, instance, network_info):
+        """Start the container after the host's boot, unless it lives."""
+        if self._existing(instance)['state'] not in ('running', 'paused'):
+            self.on(instance, network_info)
+
+    def reboot(self, instance, network_info, timeout):
+        """Stop the container, if it lives, and start it.
+
+        :param timeout: as for :meth:`off`; 0 for a hard reboot
+        :raises nova.exception.InstancePowerOnFailure: the root disk is not on
+            this host
+        :raises ContainerError: the agent's
+        """
+        if self._existing(instance)['state'] in _ALIVE:
+            self._client.stop(instance.uuid, timeout)
+        self._bring_up(instance, network_info, 'reboot')
+
+    def _bring_up(self, instance, network_info, verb):
+        """Start a stopped container as Nova's database describes it.
+
+        The interfaces of a container end with it, so they are made anew; the
+        flavor's limits are set again. What is there already is left alone.
+        """
+        uuid = instance.uuid
+        with driver_steps.Steps(verb, instance) as steps:
+            with steps.step('network'):
+                nics = vif.nics(network_info, self._conf.tx_offload)
+                changes = {
+                    'nics': nics,
+                    'resources': flavor.resources(
+                        instance.flavor, self._conf.pids_max),
+                }
+            with steps.step('plug'):
+                self._client.plug(uuid, nics)
+            with steps.step('plug_vifs'):
+                vif.plug(instance, network_info)
+            with steps.step('prepare', undo=lambda: self._kill(uuid)):
+                self._client.prepare(uuid, changes)
+            with steps.step('start'):
+                self._client.start_container(uuid)
+            steps.success()
+
+    def off(self, instance, timeout):
+        """Stop the container.
+
+        :param timeout: seconds that the guest has to shut down by itself; 0
+            kills it at once
+        """
+        try:
+            self._client.stop(instance.uuid, timeout)
+        except errors.ContainerError as e:
+            if e.code != 'not_found':
+                raise
+            LOG.warning('There is no container to stop', instance=instance)
+
+    def _kill(self, uuid):
+        if self._client.info(uuid)['state'] in _ALIVE:
+            self._client.stop(uuid, 0)
+
+    def state(self, instance):
+        """Return the power state.
+
+        :raises ContainerError: the agent's; ``not_found``
+        """
+        # A state that this version does not know is no reason to stop it.
+        return POWER_STATES.get(self._client.info(instance.uuid)['state'],
+                                power_state.NOSTATE)
+
+    def _existing(self, instance):
+        """Return what the agent knows of a container that must exist."""
+        try:
+            return self._client.info(instance.uuid)
+        except errors.ContainerError as e:
+            if e.code != 'not_found':
+                raise
+            raise exception.InstancePowerOnFailure(
+                reason=_('its root disk is not on this host. Rebuild the '
+                         'server, or restore the disk')) from e
