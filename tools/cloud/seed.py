@@ -15,8 +15,10 @@
 Everything is looked for before it is made, so that it can run again.
 """
 
+import datetime
 import pathlib
 import subprocess
+import time
 import typing
 
 from keystoneauth1 import exceptions as auth_exceptions
@@ -154,16 +156,27 @@ def key_pair() -> None:
                 f'{DEMO_KEY}.pub').read_text().strip())
 
 
-def services_up(names: set[tuple[str, str]]) -> bool:
-    """Whether Nova reports all of these (binary, host) as up."""
+def services_up(names: dict[tuple[str, str], float]) -> bool:
+    """Whether Nova reports all of these (binary, host) as up.
+
+    :param names: with the Unix time since when each runs: an older report
+        is that of the process before it
+    """
     try:
-        found = {(service.binary, service.host)
-                 for service in connect().compute.services()
-                 if service.state == 'up'}
+        found = {}
+        for service in connect().compute.services():
+            if service.state == 'up':
+                # UTC without a zone; a new service has no report yet.
+                at = service.updated_at
+                found[service.binary, service.host] = (
+                    datetime.datetime.fromisoformat(at).replace(
+                        tzinfo=datetime.UTC).timestamp()
+                    if at else time.time())
     except (openstack.exceptions.SDKException,
             auth_exceptions.ClientException):
         return False
-    return names <= found
+    return all(name in found and found[name] >= since
+               for name, since in names.items())
 
 
 def hypervisors() -> set[str]:

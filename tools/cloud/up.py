@@ -120,12 +120,13 @@ def _write_clients() -> None:
     path.chmod(0o600)
 
 
-def _compute_ready(driver: str) -> None:
-    wanted = {('nova-compute', host) for host in layout.COMPUTES}
-    wanted.update({('nova-scheduler', layout.CONTROLLER),
-                   ('nova-conductor', layout.CONTROLLER)})
-    names = [f'{host}.nova-compute' for host in layout.COMPUTES]
-    names += ['nova-scheduler', 'nova-conductor']
+def _compute_ready() -> None:
+    names = {f'{host}.nova-compute': ('nova-compute', host)
+             for host in layout.COMPUTES}
+    names.update((name, (name, layout.CONTROLLER))
+                 for name in ('nova-scheduler', 'nova-conductor'))
+    wanted = {key: process.Record.load(name).at
+              for name, key in names.items()}
     deadline = time.monotonic() + 120
     while not seed.services_up(wanted):
         for name in names:
@@ -133,7 +134,8 @@ def _compute_ready(driver: str) -> None:
                 raise process.ServiceError(name, 'ended while starting')
         if time.monotonic() > deadline:
             raise process.ServiceError(
-                names[0], 'Nova does not report all services as up')
+                'host1.nova-compute',
+                'Nova does not report all services as up')
         time.sleep(0.5)
     known = layout.DATA / 'hosts-discovered'
     if not known.exists():
@@ -142,7 +144,7 @@ def _compute_ready(driver: str) -> None:
     while seed.hypervisors() < set(layout.COMPUTES):
         if time.monotonic() > deadline:
             raise process.ServiceError(
-                names[0], 'Nova does not list both hypervisors')
+                'host1.nova-compute', 'Nova does not list both hypervisors')
         time.sleep(0.5)
 
 
@@ -222,7 +224,7 @@ def up(driver: str) -> None:
     steps.add('networks', seed.networks, 'neutron',
               *(f'{host}.ovn-controller' for host in layout.COMPUTES))
     steps.add('key pair', seed.key_pair, 'identity', 'nova-api')
-    steps.add('compute services', lambda: _compute_ready(driver),
+    steps.add('compute services', _compute_ready,
               'identity', 'nova-api', 'nova-scheduler',
               *(f'{host}.nova-compute' for host in layout.COMPUTES))
     steps.run()
@@ -279,7 +281,9 @@ def fake_host_up() -> None:
             raise process.ServiceError(service.name, 'ended while starting')
         if time.monotonic() > deadline:
             raise process.ServiceError(service.name, 'not up after 90 s')
-        if not discovered and seed.services_up({('nova-compute', host)}):
+        if not discovered and seed.services_up(
+                {('nova-compute', host): process.Record.load(
+                    service.name).at}):
             schema.discover_hosts()
             discovered = True
         time.sleep(0.5)
