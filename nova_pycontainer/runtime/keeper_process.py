@@ -161,11 +161,11 @@ def _child(
         step = 'descriptors'
         failure = _place(targets, failure)
         step = f'exec {argv[0]}'
-        os.execvpe(argv[0], argv, env)
+        os.execvpe(argv[0], [*argv], env)
     except BaseException as e:
-        number = getattr(e, 'errno', None) or 0
-        text = os.strerror(number) if number else repr(e)
-        os.write(failure, json.dumps([step, number, text]).encode()[:4096])
+        error = getattr(e, 'errno', None) or 0
+        text = os.strerror(error) if error else repr(e)
+        os.write(failure, json.dumps([step, error, text]).encode()[:4096])
     os._exit(127)
 
 

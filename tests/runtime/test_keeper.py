@@ -148,7 +148,8 @@ class TestCommands(KeeperTestCase):
         self.assertEqual('/proc\n', result['stdout_tail'])
 
     def test_the_command_is_in_a_session_of_its_own(self):
-        result = self.client.run(['sh', '-c', 'cut -d" " -f1,5,6 /proc/$$/stat'])
+        result = self.client.run(
+            ['sh', '-c', 'cut -d" " -f1,5,6 /proc/$$/stat'])
         pid, group, session = result['stdout_tail'].split()
         self.assertEqual((pid, pid), (group, session))
 
