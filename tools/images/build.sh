@@ -144,6 +144,9 @@ build() {
             "${missing[@]}" >"$store/$name.log" 2>&1 \
             || die "cannot install ${missing[*]}: see $store/$name.log"
     fi
+    # A machine fresh from its image has no package lists yet.
+    debian_mirror main >/dev/null \
+        || apt-get -q update >"$store/$name.log" 2>&1 || true
     # shellcheck source=/dev/null
     . "$recipe"
     # shellcheck disable=SC2153

@@ -1,0 +1,177 @@
+#!/bin/bash
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+
+# Installs what the tests need, runs them, and looks whether they left
+# anything behind on this machine.
+#
+#   tools/run_tests.sh [GROUP...] [-- STESTR-ARGUMENT...]
+#
+#   pep8        style checks (pre-commit) and types (mypy)
+#   unit        no root, no kernel features
+#   runtime     the container runtime alone: real containers; root
+#   functional  Nova's own services in one process, with this driver; root
+#   cloud       the OpenStack cloud of tools/cloud.sh; root
+#
+# All of them in this order if none is named. What follows "--" goes to
+# stestr, for example a regular expression of tests. The last lines name every
+# test that failed or was skipped, and the totals.
+#
+# A cloud that is up already is used and left up.
+
+# shellcheck source=tools/lib/common.sh
+. "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
+
+ALL=(pep8 unit runtime functional cloud)
+groups=()
+arguments=()
+while [ $# -gt 0 ]; do
+    case $1 in
+    -h|--help) sed -n '13,29s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    --) shift; arguments=("$@"); break ;;
+    *)
+        case " ${ALL[*]} " in
+        *" $1 "*) groups+=("$1") ;;
+        *) die "no group '$1'; there are: ${ALL[*]}" ;;
+        esac ;;
+    esac
+    shift
+done
+[ ${#groups[@]} -gt 0 ] || groups=("${ALL[@]}")
+
+need_root
+cd "$REPO"
+results=$LOGS/tests
+rm -rf "$results"
+mkdir -p "$results"
+export LC_ALL=C.UTF-8 PYTHONWARNINGS=ignore PYTHONUNBUFFERED=1
+export OS_NOVA_DISABLE_EVENTLET_PATCHING=true
+export PATH=$VENV/bin:$PREFIX/bin:$PATH
+export PRE_COMMIT_HOME=$WORK/cache/pre-commit
+
+"$LIB_DIR/setup.sh"
+
+# Before the first test and after the installation: what packages start is no
+# test's doing.
+"$REPO/tools/check_leaks" snapshot "$results/before.json"
+
+cloud_is_up() { "$REPO/tools/cloud.sh" status >/dev/null 2>&1; }
+cloud_was_up=
+if cloud_is_up; then cloud_was_up=1; fi
+
+# Whatever ends this script, no cloud of its own making goes on.
+finish() {
+    if [ -n "${cloud_started:-}" ]; then
+        cloud_started=
+        "$REPO/tools/cloud.sh" down >>"$results/cloud-down.log" 2>&1 ||
+            say "tools/cloud.sh down failed: see $results/cloud-down.log"
+    fi
+}
+trap finish EXIT
+trap 'exit 130' INT TERM HUP
+
+# stestr_group NAME CONCURRENCY WRAPPER...: one stestr run, its results kept
+# as a subunit stream.
+stestr_group() {
+    local name=$1 concurrency=$2 rc=0
+    shift 2
+    local -a stestr=(stestr --test-path "./tests/$name" --top-dir "$REPO"
+                     --repo-url "$results/$name.stestr")
+    # It makes its repository only in a directory that exists.
+    mkdir -p "$results/$name.stestr"
+    "$@" "${stestr[@]}" run --concurrency "$concurrency" \
+        "${arguments[@]}" </dev/null || rc=$?
+    "${stestr[@]}" last --subunit >"$results/$name.subunit" \
+        2>"$results/$name.last.log" </dev/null || true
+    if [ ! -s "$results/$name.subunit" ]; then
+        say "$name: no results (stestr ended with $rc)"
+        return 1
+    fi
+    return "$rc"
+}
+
+# check NAME COMMAND...: a check that counts as one test.
+check() {
+    local name=$1 rc=0
+    shift
+    "$@" </dev/null || rc=$?
+    printf '%s %s\n' "$([ $rc -eq 0 ] && echo passed || echo failed)" \
+        "$name" >>"$results/checks"
+    return "$rc"
+}
+
+run_pep8() {
+    local rc=0
+    # pre-commit looks at what git knows; files of the test machine's root
+    # may lie in a clone that belongs to somebody else.
+    check pep8.pre-commit env GIT_CONFIG_COUNT=1 \
+        GIT_CONFIG_KEY_0=safe.directory GIT_CONFIG_VALUE_0="$REPO" \
+        pre-commit run --all-files --show-diff-on-failure || rc=1
+    check pep8.mypy mypy || rc=1
+    return "$rc"
+}
+
+run_unit() {
+    stestr_group unit 2 env OS_TEST_TIMEOUT=160
+}
+
+run_runtime() {
+    # The tests' images are built outside: a test is no builder.
+    local image
+    for image in busybox debian12 debian13 sysvinit; do
+        "$REPO/tools/images/build.sh" "$image" >/dev/null
+    done
+    stestr_group runtime 1 "$LIB_DIR/in-host.sh" env OS_TEST_TIMEOUT=600
+}
+
+run_functional() {
+    stestr_group functional 1 "$LIB_DIR/in-host.sh" env OS_TEST_TIMEOUT=600
+}
+
+run_cloud() {
+    if ! cloud_is_up; then
+        cloud_started=1
+        "$REPO/tools/cloud.sh" up || return 1
+    fi
+    stestr_group cloud 1 env OS_TEST_TIMEOUT=900
+}
+
+failed=()
+for group in "${groups[@]}"; do
+    say "== $group"
+    begin=$(date +%s)
+    if "run_$group"; then
+        say "== $group: passed ($(( $(date +%s) - begin )) s)"
+    else
+        say "== $group: FAILED ($(( $(date +%s) - begin )) s)"
+        failed+=("$group")
+    fi
+done
+finish
+
+say "== leaks"
+leaks_rc=0
+check leaks "$REPO/tools/check_leaks" compare "$results/before.json" ||
+    leaks_rc=1
+if [ $leaks_rc -ne 0 ]; then
+    failed+=(leaks)
+    [ -z "$cloud_was_up" ] || say "the cloud was up before and went on" \
+        "living meanwhile; some of this may be its own"
+fi
+
+rc=0
+if [ ${#failed[@]} -gt 0 ]; then
+    say "FAILED: ${failed[*]}; results and logs: $LOGS"
+    rc=1
+fi
+# The totals are the last line.
+python3 "$REPO/tools/test_totals.py" "$results" "${groups[@]}" || rc=1
+exit $rc

@@ -1,0 +1,103 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+
+"""Adds up the results of a run of tools/run_tests.sh.
+
+    test_totals.py DIRECTORY GROUP...
+
+Reads DIRECTORY/<group>.subunit and DIRECTORY/checks, names each failed and
+each skipped test with its reason, and prints as the last line the totals.
+Fails if a test failed, or if a group has no results at all: tests that did
+not run have not passed.
+"""
+
+import collections
+import pathlib
+import sys
+
+import subunit
+import testtools
+
+
+class _Totals(testtools.StreamResult):
+    """Counts the last status of each test of a stream."""
+
+    def __init__(self):
+        super().__init__()
+        self.status_of = {}
+        self.reasons = {}
+
+    def status(self, test_id=None, test_status=None, test_tags=None,
+               runnable=True, file_name=None, file_bytes=None, eof=False,
+               mime_type=None, route_code=None, timestamp=None):
+        if test_id is None:
+            return
+        if test_status is not None:
+            self.status_of[test_id] = test_status
+        if file_name == 'reason' and file_bytes:
+            self.reasons[test_id] = (
+                self.reasons.get(test_id, b'') + bytes(file_bytes))
+
+
+def _read(path):
+    totals = _Totals()
+    with open(path, 'rb') as stream:
+        totals.startTestRun()
+        subunit.ByteStreamToStreamResult(
+            stream, non_subunit_name='stdout').run(totals)
+        totals.stopTestRun()
+    return totals
+
+
+def main(argv):
+    directory = pathlib.Path(argv[1])
+    counts = collections.Counter()
+    lines = []
+    for group in argv[2:]:
+        if group == 'pep8':
+            continue
+        path = directory / f'{group}.subunit'
+        totals = _read(path) if path.exists() else _Totals()
+        ran = 0
+        for test, status in sorted(totals.status_of.items()):
+            if status == 'exists':
+                continue
+            ran += 1
+            if status in ('success', 'xfail'):
+                counts['passed'] += 1
+            elif status == 'skip':
+                counts['skipped'] += 1
+                reason = totals.reasons.get(test, b'no reason given')
+                lines.append(f'SKIPPED {test}: '
+                             f'{reason.decode(errors="replace").strip()}')
+            else:
+                # A test that began and never ended ("inprogress") among them.
+                counts['failed'] += 1
+                lines.append(f'FAILED {test} ({status})')
+        if not ran:
+            counts['failed'] += 1
+            lines.append(f'FAILED {group}: no test ran')
+    checks = directory / 'checks'
+    if checks.exists():
+        for line in checks.read_text().splitlines():
+            status, _, name = line.partition(' ')
+            counts[status] += 1
+            if status == 'failed':
+                lines.append(f'FAILED {name}')
+    for line in lines:
+        print(line)
+    print(f'{counts["passed"]} passed, {counts["failed"]} failed, '
+          f'{counts["skipped"]} skipped')
+    return 1 if counts['failed'] else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv))
