@@ -1,0 +1,162 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""The process that unpacks one image: ``python -m ...runtime.unpack JOB``.
+
+Standard input is the image. Standard output is one JSON object when it is
+over: ``{"ok": true, "entries": …, "bytes": …, "notes": {…}}`` or ``{"ok":
+false, "error": {…}}`` with a ContainerError in it. Whoever reads that must
+not trust it: by then this process has read the image.
+"""
+
+import collections.abc as cabc
+import dataclasses
+import json
+import os
+import pathlib
+import resource
+import sys
+import traceback
+import typing as ty
+
+from nova_pycontainer.runtime import archive
+from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime import extract
+from nova_pycontainer.runtime import sandbox
+
+#: The worker opens one file at a time; the rest is room for the interpreter.
+_OPEN_FILES: ty.Final = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What the process is told, in one argument.
+
+    :param root: empty directory to unpack into
+    :param base: first host id of the range to run as
+    :param max_bytes: disk space that the files may take
+    """
+
+    root: str
+    base: int
+    max_bytes: int
+    limits: archive.Limits
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> 'Job':
+        data = json.loads(text)
+        return cls(**{**data, 'limits': archive.Limits(**data['limits'])})
+
+
+class _Input:
+    """The image as it comes in: its pieces, and how much it was."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self.consumed = 0
+
+    def __iter__(self) -> cabc.Iterator[bytes]:
+        while piece := os.read(self._fd, archive.CHUNK):
+            self.consumed += len(piece)
+            yield piece
+
+
+def _with_head(
+    pieces: cabc.Iterator[bytes], size: int
+) -> tuple[bytes, cabc.Iterator[bytes]]:
+    """Look at the first ``size`` bytes of a stream without taking them."""
+    kept: list[bytes] = []
+    total = 0
+    while total < size and (piece := next(pieces, b'')):
+        kept.append(piece)
+        total += len(piece)
+
+    def again() -> cabc.Iterator[bytes]:
+        yield from kept
+        kept.clear()
+        yield from pieces
+
+    return b''.join(kept), again()
+
+
+def unpack(
+    fd: int, root_fd: int, max_bytes: int, limits: archive.Limits
+) -> extract.Result:
+    """Unpack the image that ``fd`` gives into the directory ``root_fd``.
+
+    :raises ContainerError: see :class:`.extract.Extractor`
+    """
+    source = _Input(fd)
+    head, pieces = _with_head(iter(source), 6)
+    packed = archive.compression(head)
+    if packed:
+        pieces = archive.decompress(packed, pieces)
+    head, pieces = _with_head(pieces, 512)
+    try:
+        archive.check_is_tar(head, packed)
+    except errors.ContainerError:
+        # What else it is takes a longer look.
+        head, pieces = _with_head(pieces, archive.HEAD)
+        archive.check_is_tar(head, packed)
+    reader = archive.Reader(pieces, limits, lambda: source.consumed)
+    return extract.Extractor(root_fd, reader, limits, max_bytes).run()
+
+
+def _answer(answer: dict[str, ty.Any]) -> int:
+    data = json.dumps(answer).encode()
+    while data:
+        data = data[os.write(1, data):]
+    return 0 if answer['ok'] else 1
+
+
+def _work(job: Job) -> int:
+    root_fd = os.open('/', os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        result = unpack(0, root_fd, job.max_bytes, job.limits)
+    except errors.ContainerError as e:
+        return _answer({'ok': False, 'error': e.to_dict()})
+    except MemoryError:
+        return _answer({'ok': False, 'error': archive.too_large(
+            f'unpacking the image needs more than '
+            f'{job.limits.memory_bytes} bytes of memory',
+            'Pack it with the default settings of its compressor'
+        ).to_dict()})
+    except Exception:
+        traceback.print_exc()
+        return 2
+    return _answer({'ok': True, 'entries': result.entries,
+                    'bytes': result.bytes, 'notes': result.notes})
+
+
+def main(arguments: list[str]) -> int:
+    job = Job.from_json(arguments[0])
+    sandbox.die_with_parent()
+    limits = job.limits
+    return sandbox.run(
+        pathlib.Path(job.root), job.base,
+        {
+            resource.RLIMIT_CPU: limits.cpu_seconds,
+            resource.RLIMIT_AS: limits.memory_bytes,
+            resource.RLIMIT_FSIZE: limits.file_bytes,
+            resource.RLIMIT_NOFILE: _OPEN_FILES,
+            # It must not start anything. The limit counts per user of the
+            # host, and all unpacking goes by the same ids.
+            resource.RLIMIT_NPROC: 0,
+        },
+        lambda: _work(job))
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))
