@@ -9,6 +9,7 @@
 # distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
 # WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
 # License for the specific language governing permissions and limitations
+# under the License.
 
 # Installs what the tests need, runs them, and looks whether they left
 # anything behind on this machine.
@@ -35,7 +36,7 @@ groups=()
 arguments=()
 while [ $# -gt 0 ]; do
     case $1 in
-    -h|--help) sed -n '13,29s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    -h|--help) sed -n '14,30s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
     --) shift; arguments=("$@"); break ;;
     *)
         case " ${ALL[*]} " in
