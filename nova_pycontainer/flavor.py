@@ -190,7 +190,7 @@ def nesting(instance):
                        'one of ' + ', '.join(_NESTING))
     text = _image_property(instance, 'nesting')
     try:
-        wanted = strutils.bool_from_string(text, strict=True, default=False)
+        wanted = bool(text) and strutils.bool_from_string(text, strict=True)
     except ValueError:
         raise _bad_property(
             instance, 'nesting', text, 'true or false') from None

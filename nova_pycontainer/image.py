@@ -176,7 +176,7 @@ class Images:
             if algorithm in _STRONG and value and _HEX.match(value):
                 self._keys[image_id] = (
                     f'{algorithm.replace("_", "")}-{value}',
-                    f'{algorithm}:{value}')
+                    (algorithm, value))
             else:
                 self._keys[image_id] = (
                     f'image-{image_id.replace("-", "")}', None)

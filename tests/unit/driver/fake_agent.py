@@ -1,0 +1,251 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""An agent in memory, for tests of what calls one.
+
+It has the methods of nova_pycontainer.agent.client.Client and keeps to the
+runtime's rules about states; a test that drives it into a wrong one fails as
+it would with the real agent.
+"""
+
+import hashlib
+import io
+import tarfile
+import threading
+import time
+
+from nova_pycontainer.runtime import errors
+
+GIB = 1 << 30
+
+
+def _error(code, message, **kwargs):
+    return errors.ContainerError(code, message, **kwargs)
+
+
+class FakeAgent:
+    """One host's agent.
+
+    :ivar down: the agent does not answer
+    :ivar failures: verb → exception, raised in place of doing it
+    :ivar calls: verbs in the order in which they were called
+    """
+
+    def __init__(self):
+        self.down = False
+        self.failures = {}
+        self.calls = []
+        self.layers = {}
+        self.imports = 0
+        self.containers = {}
+        self.links = {}
+        self.stubborn = set()
+        self._events = []
+        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._ids = 0x40000000
+
+    def _enter(self, verb):
+        self.calls.append(verb)
+        if self.down:
+            raise errors.AgentUnavailable(
+                'agent_unavailable',
+                'the pycontainer agent at /fake/agent.sock does not answer',
+                remedy='Start pycontainer-agent on this host')
+        if verb in self.failures:
+            raise self.failures[verb]
+
+    def _get(self, uuid, *states):
+        item = self.containers.get(uuid)
+        if item is None:
+            raise _error('not_found',
+                         f'there is no container of instance {uuid} on this '
+                         'host', uuid=uuid)
+        if states and item['state'] not in states:
+            raise _error('bad_state', f'the container is {item["state"]}',
+                         uuid=uuid)
+        return item
+
+    def _event(self, kind, uuid, ended=None):
+        with self._changed:
+            self._events.append({
+                'seq': len(self._events) + 1000, 'type': kind, 'uuid': uuid,
+                'at': time.time(), 'exit': ended})
+            self._changed.notify_all()
+
+    # Host
+
+    def host_info(self):
+        self._enter('host_info')
+        return {
+            'hostname': 'fake', 'architecture': 'x86_64', 'kernel': '6.1',
+            'cpus': 8, 'memory_bytes': 16 * GIB,
+            'memory_available_bytes': 12 * GIB,
+            'disk_total_bytes': 100 * GIB, 'disk_free_bytes': 60 * GIB,
+            'uptime_s': 100.0, 'containers': len(self.containers),
+            'oci_runtime': {'name': 'crun', 'version': '1.8'},
+            'cgroup': {'mode': 'unified', 'missing': []},
+            'disk_limit': 'project'}
+
+    def list(self):
+        self._enter('list')
+        return [dict(item) for item in self.containers.values()]
+
+    def info(self, uuid):
+        self._enter('info')
+        return dict(self._get(uuid))
+
+    # Layers
+
+    def layer_present(self, key):
+        self._enter('layer_present')
+        return key in self.layers
+
+    def layer_import(self, key, stream, *, image, max_bytes=None,
+                     digest=None):
+        self._enter('layer_import')
+        data = b''.join(stream)
+        if digest is not None:
+            algorithm, value = digest
+            if hashlib.new(algorithm, data).hexdigest() != value:
+                raise _error('image_truncated',
+                             'the data do not match the hash')
+        try:
+            with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+                members = archive.getmembers()
+        except tarfile.TarError as e:
+            raise _error(
+                'image_not_archive', f'image {image} is not an archive',
+                cause=str(e), remedy='Upload a root tarball') from e
+        for member in members:
+            if '..' in member.name.split('/'):
+                raise _error(
+                    'image_unsafe_entry',
+                    f'entry {member.name!r} leaves the root directory',
+                    remedy='Build the image again without it')
+        if sum(m.size for m in members) > max_bytes:
+            raise _error('image_too_large', 'the image is too large')
+        self.layers[key] = image
+        self.imports += 1
+        return {'key': key}
+
+    # Network
+
+    def plug(self, uuid, nics):
+        self._enter('plug')
+        for nic in nics:
+            self.links.setdefault(nic['devname'], uuid)
+
+    def unplug(self, uuid, devnames):
+        self._enter('unplug')
+        for name in devnames:
+            self.links.pop(name, None)
+
+    # Life
+
+    def define(self, uuid, spec):
+        self._enter('define')
+        if uuid in self.containers:
+            raise _error('exists', 'this host has it already', uuid=uuid)
+        if spec['layer'] not in self.layers:
+            raise _error('layer_missing', 'the layer is not on this host',
+                         uuid=uuid)
+        with self._lock:
+            self._ids += 65536
+            base_id = spec['base_id'] or self._ids
+        self.containers[uuid] = {
+            'uuid': uuid, 'name': spec['name'], 'state': 'defined',
+            'base_id': base_id, 'nics': spec['nics'],
+            'resources': spec['resources'], 'spec': spec, 'exit': None,
+            'console': b''}
+        return dict(self.containers[uuid])
+
+    def prepare(self, uuid, changes=None):
+        self._enter('prepare')
+        item = self._get(uuid, 'defined', 'stopped')
+        item['spec'] = {**item['spec'], **(changes or {})}
+        item['nics'] = item['spec']['nics']
+        for nic in item['nics']:
+            self.links.setdefault(nic['devname'], uuid)
+        item['state'] = 'created'
+        return dict(item)
+
+    def start_container(self, uuid):
+        self._enter('start_container')
+        item = self._get(uuid, 'created')
+        item['state'] = 'running'
+        item['console'] += b'booting\n'
+        self._event('started', uuid)
+        return dict(item)
+
+    def stop(self, uuid, timeout_s):
+        self._enter('stop')
+        item = self._get(uuid)
+        if item['state'] in ('created', 'running', 'paused'):
+            clean = timeout_s > 0 and uuid not in self.stubborn
+            self._end(item, None if clean else 9)
+        return item['exit']
+
+    def pause(self, uuid):
+        self._enter('pause')
+        item = self._get(uuid, 'running', 'paused')
+        item['state'] = 'paused'
+        self._event('paused', uuid)
+        return dict(item)
+
+    def unpause(self, uuid):
+        self._enter('unpause')
+        item = self._get(uuid, 'running', 'paused')
+        item['state'] = 'running'
+        self._event('unpaused', uuid)
+        return dict(item)
+
+    def delete(self, uuid, keep_disk=False):
+        self._enter('delete')
+        item = self.containers.get(uuid)
+        if item is None:
+            return
+        if item['state'] in ('created', 'running', 'paused'):
+            self._end(item, 9)
+        if not keep_disk:
+            self.containers.pop(uuid)
+
+    def _end(self, item, signal):
+        started = item['state'] != 'created'
+        item['state'] = 'stopped'
+        item['exit'] = {'code': None if signal else 0, 'signal': signal}
+        for nic in item['nics']:
+            self.links.pop(nic['devname'], None)
+        if started:
+            self._event('stopped', item['uuid'], item['exit'])
+
+    def console_log(self, uuid, max_bytes=102400):
+        self._enter('console_log')
+        return self._get(uuid)['console'][-max_bytes:]
+
+    def events(self, after, timeout_s):
+        self._enter('events')
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            while True:
+                if self.down:
+                    self._enter('events')
+                found = [e for e in self._events if e['seq'] > after]
+                left = deadline - time.monotonic()
+                if found or left <= 0:
+                    return found
+                self._changed.wait(min(left, 0.05))
+
+    # What a guest does.
+
+    def guest_powers_off(self, uuid):
+        self._end(self._get(uuid, 'running'), None)
