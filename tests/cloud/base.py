@@ -1,0 +1,288 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Base of the tests that need a real cloud.
+
+The cloud is brought up once through ``tools/cloud.sh up`` (which does
+nothing when it is up) and is left up. All sizes are bytes, times seconds.
+"""
+
+import base64
+import os
+import pathlib
+import shlex
+import socket
+import subprocess
+import time
+import typing
+
+from openstack import config
+from openstack import connection
+from openstack import exceptions
+import testtools
+from testtools import content
+from testtools import content_type
+
+REPO = pathlib.Path(__file__).resolve().parents[2]
+WORK = pathlib.Path(os.environ.get('NOVA_PYCONTAINER_WORK') or
+                    '/var/tmp/nova-pycontainer')
+CLOUD = WORK / 'cloud'
+LOGS = WORK / 'logs' / 'cloud'
+HOSTS = ('host1', 'host2')
+#: Limit of the part of one log that is attached to a failed test.
+LOG_BYTES = 20_000
+DEMO_KEY = CLOUD / 'keys' / 'demo'
+
+
+class CommandError(Exception):
+    """A command ended with a code other than 0."""
+
+
+def run(argv: typing.Sequence[str], timeout: float = 120,
+        stdin: str | None = None,
+        env: dict[str, str] | None = None) -> str:
+    """Runs a command, returns its standard output.
+
+    :raises CommandError: with all of its output
+    """
+    done = subprocess.run(
+        argv, input=stdin, capture_output=True, text=True, timeout=timeout,
+        env={**os.environ, **(env or {})}, errors='replace')
+    if done.returncode:
+        raise CommandError(f'exit code {done.returncode} of '
+                           f'{shlex.join(argv)}\n{done.stdout}{done.stderr}')
+    return done.stdout
+
+
+def cloud_sh(*args: str, timeout: float = 600) -> str:
+    return run([str(REPO / 'tools' / 'cloud.sh'), *args], timeout)
+
+
+_up = False
+
+
+def ensure_cloud() -> None:
+    """Brings the cloud up, once for each process that runs tests."""
+    global _up
+    if not _up:
+        cloud_sh('up', timeout=900)
+        _up = True
+
+
+def connect(name: str, **kwargs: str) -> connection.Connection:
+    """A connection as ``admin`` or ``demo``; keywords override."""
+    found = config.OpenStackConfig(
+        config_files=[str(CLOUD / 'clouds.yaml')], load_envvars=False)
+    return connection.Connection(
+        config=found.get_one(f'pyc-{name}', **kwargs),
+        compute_api_version='2.96', app_name='nova-pycontainer-tests')
+
+
+def wait_for(call: typing.Callable[[], typing.Any], timeout: float,
+             what: str, interval: float = 0.3) -> typing.Any:
+    """Waits until call() gives something true, and returns that.
+
+    The limit is a guard against waiting for ever, never a requirement.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        result = call()
+        if result:
+            return result
+        if time.monotonic() > deadline:
+            raise AssertionError(f'after {timeout:.0f} s still not: {what}')
+        time.sleep(interval)
+
+
+class CloudTestCase(testtools.TestCase):
+    """Gives connections as administrator and as the demo user."""
+
+    def setUp(self):
+        super().setUp()
+        if os.geteuid() != 0:
+            self.fail('the test cloud needs root')
+        ensure_cloud()
+        self.admin = connect('admin')
+        self.addCleanup(self.admin.close)
+        self.demo = connect('demo')
+        self.addCleanup(self.demo.close)
+        self._log_sizes = {path.name: path.stat().st_size
+                           for path in LOGS.glob('*.log')}
+        self.addOnException(self._attach_logs)
+
+    def _attach_logs(self, exc_info):
+        """What the services wrote since the test began."""
+        for path in sorted(LOGS.glob('*.log')):
+            start = self._log_sizes.get(path.name, 0)
+            with open(path, 'rb') as log:
+                size = log.seek(0, os.SEEK_END)
+                if size <= start:
+                    continue
+                log.seek(max(start, size - LOG_BYTES))
+                text = log.read().decode(errors='replace')
+            self.addDetail(path.name, content.Content(
+                content_type.UTF8_TEXT,
+                lambda text=text: [text.encode()]))
+
+    # Hosts
+
+    def on_host(self, host: str, *argv: str, timeout: float = 120) -> str:
+        """Runs a command as root inside a host."""
+        return cloud_sh('run', host, *argv, timeout=timeout)
+
+    def cli(self, *args: str, user: str = 'demo') -> str:
+        """The command-line client, as users type it."""
+        return run([str(WORK / 'venv/bin/openstack'), '--os-cloud',
+                    f'pyc-{user}', *args],
+                   env={'OS_CLIENT_CONFIG_FILE':
+                        str(CLOUD / 'clouds.yaml')})
+
+    # Images
+
+    def image(self, name: str) -> typing.Any:
+        """A public image out of tools/images, uploaded when needed."""
+        path = pathlib.Path(run([str(REPO / 'tools/images/build.sh'), name],
+                                timeout=600).split()[-1])
+        found = self.admin.image.find_image(path.name)
+        if found is None:
+            found = self.admin.image.create_image(
+                path.name, filename=str(path), disk_format='raw',
+                container_format='bare', visibility='public',
+                allow_duplicates=True)
+        return self.admin.image.wait_for_status(found, 'active')
+
+    # Servers
+
+    def create_server(self, image: str = 'debian13',
+                      flavor: str = 'pyc.small', host: str | None = None,
+                      networks: typing.Any = None, wait: bool = True,
+                      name: str | None = None, timeout: float = 180,
+                      **kwargs: typing.Any) -> typing.Any:
+        """A server of the demo project, deleted when the test is over.
+
+        :param image: a name of tools/images
+        :param host: the host to put it on; only administrators may choose
+        """
+        if networks is None:
+            project = self.admin.identity.find_project('demo')
+            networks = [{'uuid': self.admin.network.find_network(
+                'private', project_id=project.id).id}]
+        if host is not None:
+            kwargs['availability_zone'] = f'nova:{host}'
+            cloud = self.as_demo_admin()
+        else:
+            cloud = self.demo
+        kwargs.setdefault('key_name', 'demo')
+        if isinstance(kwargs.get('user_data'), str):
+            kwargs['user_data'] = base64.b64encode(
+                kwargs['user_data'].encode()).decode()
+        server = cloud.compute.create_server(
+            name=name or self.id().rpartition('.')[2],
+            image_id=self.image(image).id,
+            flavor_id=cloud.compute.find_flavor(flavor).id,
+            networks=networks, **kwargs)
+        self.addCleanup(self.delete_server, server.id)
+        if not wait:
+            return server
+        return self.wait_server(server.id, 'ACTIVE', timeout)
+
+    def as_demo_admin(self) -> connection.Connection:
+        """The administrator, acting in the demo project."""
+        admin = self.admin.identity.find_user('admin')
+        project = self.admin.identity.find_project('demo')
+        role = self.admin.identity.find_role('admin')
+        self.admin.identity.assign_project_role_to_user(project, admin, role)
+        cloud = connect('admin', project_name='demo')
+        self.addCleanup(cloud.close)
+        # Key pairs belong to users.
+        if cloud.compute.find_keypair('demo') is None:
+            cloud.compute.create_keypair(
+                name='demo',
+                public_key=pathlib.Path(f'{DEMO_KEY}.pub').read_text())
+        return cloud
+
+    def wait_server(self, server_id: str, status: str,
+                    timeout: float = 180) -> typing.Any:
+        """Waits for a status; fails with the fault if it becomes ERROR."""
+
+        def reached():
+            server = self.admin.compute.get_server(server_id)
+            if server.status == 'ERROR' and status != 'ERROR':
+                self.fail(f'server {server_id} is in ERROR: {server.fault}')
+            return server if (server.status == status and
+                              server.task_state is None) else None
+
+        return wait_for(reached, timeout,
+                        f'server {server_id} has status {status}')
+
+    def delete_server(self, server_id: str, timeout: float = 120) -> None:
+        self.admin.compute.delete_server(server_id, ignore_missing=True)
+
+        def gone():
+            try:
+                server = self.admin.compute.get_server(server_id)
+            except exceptions.NotFoundException:
+                return True
+            if server.status == 'ERROR':
+                self.fail(f'server {server_id} cannot be deleted: '
+                          f'{server.fault}')
+            return False
+
+        wait_for(gone, timeout, f'server {server_id} is deleted')
+
+    def host_of(self, server: typing.Any) -> str:
+        return self.admin.compute.get_server(server.id).compute_host
+
+    def console(self, server: typing.Any, lines: int | None = None) -> str:
+        return self.demo.compute.get_server_console_output(
+            server.id, length=lines)['output']
+
+    def fixed_ip(self, server: typing.Any) -> str:
+        server = self.demo.compute.get_server(server.id)
+        return next(address['addr']
+                    for addresses in server.addresses.values()
+                    for address in addresses
+                    if address['OS-EXT-IPS:type'] == 'fixed')
+
+    def floating_ip(self, server: typing.Any) -> str:
+        """Gives the server's first port a floating IP."""
+        port = next(self.demo.network.ports(device_id=server.id))
+        public = self.admin.network.find_network('public')
+        floating = self.demo.network.create_ip(
+            floating_network_id=public.id, port_id=port.id)
+        self.addCleanup(self.demo.network.delete_ip, floating)
+        return floating.floating_ip_address
+
+    def ssh(self, address: str, command: str, user: str = 'root',
+            timeout: float = 60) -> str:
+        """Runs a command in a server through its floating IP."""
+        return run(['ssh', '-i', str(DEMO_KEY), '-o', 'BatchMode=yes',
+                    '-o', 'StrictHostKeyChecking=no',
+                    '-o', 'UserKnownHostsFile=/dev/null',
+                    '-o', 'LogLevel=ERROR', '-o', 'ConnectTimeout=10',
+                    f'{user}@{address}', command], timeout)
+
+    def wait_ssh(self, address: str, user: str = 'root',
+                 timeout: float = 120) -> None:
+        """Waits until a command runs in the server over ssh."""
+        last = None
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            try:
+                socket.create_connection((address, 22), timeout=3).close()
+                self.ssh(address, 'true', user)
+                return
+            except (OSError, CommandError,
+                    subprocess.TimeoutExpired) as error:
+                last = error
+                time.sleep(0.5)
+        self.fail(f'no ssh to {user}@{address} after {timeout} s: {last}')
