@@ -25,6 +25,7 @@ CODES: ty.Final[dict[str, int]] = {
     'agent_unavailable': 503,
     'bad_state': 409,
     'exists': 409,
+    'forbidden': 403,
     'image_is_disk': 422,
     'image_no_init': 422,
     'image_not_archive': 422,

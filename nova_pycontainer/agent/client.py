@@ -1,0 +1,374 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Client of the agent: what the driver and the ``pycontainer`` command use.
+
+Needs neither root nor Nova, and loads nothing of the runtime but its errors.
+"""
+
+import collections.abc as cabc
+import contextlib
+import http.client
+import select
+import socket
+import typing as ty
+import urllib.parse
+
+from nova_pycontainer.agent import protocol
+from nova_pycontainer.runtime import errors
+
+Json = dict[str, ty.Any]
+# Within the class, list is a verb.
+_List = list[Json]
+
+#: Bytes of an image that are sent at a time.
+_PIECE: ty.Final = 1 << 17
+#: Seconds for the agent to take a connection.
+_CONNECT_TIMEOUT: ty.Final = 10.0
+
+
+class _Connection(http.client.HTTPConnection):
+    """HTTP over a unix socket."""
+
+    def __init__(self, path: str, timeout: float) -> None:
+        super().__init__('localhost', timeout=timeout)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(_CONNECT_TIMEOUT)
+        try:
+            self.sock.connect(self._path)
+        except OSError as e:
+            raise _unreachable(self._path, e) from e
+        self.sock.settimeout(self.timeout)
+
+
+def _unreachable(path: str, error: OSError) -> errors.AgentUnavailable:
+    remedy = 'Is pycontainer-agent running on this host? See its log'
+    if isinstance(error, PermissionError):
+        remedy = ('Let this user be a member of the group of the socket '
+                  '([pycontainer]agent_group)')
+    return errors.AgentUnavailable(
+        'agent_unavailable', f'cannot connect to the agent at {path}',
+        cause=error.strerror or str(error), remedy=remedy)
+
+
+def _lost(what: str, error: Exception) -> errors.AgentUnavailable:
+    return errors.AgentUnavailable(
+        'agent_unavailable', f'the agent went away during {what!r}',
+        cause=str(error) or type(error).__name__,
+        remedy='What it had begun, it undoes or finishes when it is back')
+
+
+class Client:
+    """The agent's verbs, as methods.
+
+    Thread safe: every call has a connection of its own. The names and
+    parameters are those of :class:`nova_pycontainer.runtime.host.Host`,
+    where they are explained; results are plain JSON data.
+
+    Every method raises :class:`errors.AgentUnavailable` if the agent cannot
+    be reached or does not answer at all, and any other
+    :class:`errors.ContainerError` that the agent answers with: ``timeout``
+    for a verb that is still at work after its limit.
+
+    :param timeout_s: seconds that the agent has for a verb, besides what the
+        verb is told to wait for
+    """
+
+    def __init__(self, socket_path: str, timeout_s: float = 60.0) -> None:
+        self._path = socket_path
+        self._timeout_s = float(timeout_s)
+
+    def _call(
+        self, verb: str, params: Json | None = None, wait_s: float = 0.0
+    ) -> ty.Any:
+        limit = self._timeout_s + wait_s
+        connection = _Connection(self._path, limit + protocol.GRACE)
+        try:
+            try:
+                connection.request(
+                    'POST', protocol.PREFIX + verb,
+                    protocol.dumps(params or {}),
+                    {**self._headers(limit),
+                     'Content-Type': 'application/json'})
+            except OSError:
+                # Refused before all of it was read: the answer says why.
+                pass
+            return self._result(connection, verb)
+        finally:
+            connection.close()
+
+    @staticmethod
+    def _headers(limit: float) -> dict[str, str]:
+        return {protocol.VERSION_HEADER: str(protocol.VERSION),
+                protocol.LIMIT_HEADER: f'{limit:g}',
+                'Connection': 'close'}
+
+    def _result(self, connection: _Connection, verb: str) -> ty.Any:
+        try:
+            response = connection.getresponse()
+            body = response.read()
+        except TimeoutError as e:
+            raise errors.AgentUnavailable(
+                'agent_unavailable', f'the agent did not answer {verb!r}',
+                cause=f'nothing came for {connection.timeout:g} s',
+                remedy='See the log of pycontainer-agent on that host') from e
+        except (OSError, http.client.HTTPException) as e:
+            raise _lost(verb, e) from e
+        return _parsed(
+            response.headers.get(protocol.VERSION_HEADER), body, verb)
+
+    # View
+
+    def host_info(self) -> Json:
+        return ty.cast(Json, self._call('host_info'))
+
+    def list(self) -> _List:
+        return ty.cast(_List, self._call('list'))
+
+    def info(self, uuid: str) -> Json:
+        return ty.cast(Json, self._call('info', {'uuid': uuid}))
+
+    def events(self, after: int, timeout_s: float) -> _List:
+        """Events after number ``after``; waits for one at most so long.
+
+        An empty list may come early.
+        """
+        timeout_s = min(timeout_s, protocol.MAX_POLL)
+        return ty.cast(_List, self._call(
+            'events', {'after': after, 'timeout_s': timeout_s}, timeout_s))
+
+    # Layers
+
+    def layer_present(self, key: str) -> bool:
+        return bool(self._call('layer_present', {'key': key}))
+
+    def layer_list(self) -> _List:
+        return ty.cast(_List, self._call('layer_list'))
+
+    def layer_delete(self, key: str) -> None:
+        self._call('layer_delete', {'key': key}, 300.0)
+
+    def layer_import(
+        self, key: str, stream: ty.BinaryIO | cabc.Iterable[bytes], *,
+        image: str, max_bytes: int | None = None, digest: str | None = None,
+    ) -> Json:
+        """Send an image, and have it unpacked.
+
+        Without a limit for the whole: the stream ends it by raising, which
+        passes through here and makes the agent drop what it has.
+
+        :param max_bytes: largest size as unpacked
+        :param digest: ``<algorithm>:<hex>`` that the stream must have
+        """
+        query = {'image': image}
+        if max_bytes is not None:
+            query['max_bytes'] = str(max_bytes)
+        if digest is not None:
+            query['digest'] = digest
+        connection = _Connection(
+            self._path, protocol.STREAM_IDLE + protocol.GRACE)
+        try:
+            connection.putrequest(
+                'PUT', protocol.LAYERS + urllib.parse.quote(key, '') + '?'
+                + urllib.parse.urlencode(query))
+            for name, value in {
+                    **self._headers(self._timeout_s),
+                    'Content-Type': 'application/octet-stream',
+                    'Transfer-Encoding': 'chunked'}.items():
+                connection.putheader(name, value)
+            try:
+                connection.endheaders()
+            except OSError as e:
+                raise _lost('layer_import', e) from e
+            self._send_pieces(connection, stream)
+            return ty.cast(Json, self._result(connection, 'layer_import'))
+        finally:
+            connection.close()
+
+    @staticmethod
+    def _send_pieces(
+        connection: _Connection,
+        stream: ty.BinaryIO | cabc.Iterable[bytes],
+    ) -> None:
+        for piece in _pieces(stream):
+            # Nothing is to be heard before the end but a refusal, or that
+            # another has made the layer meanwhile.
+            if _readable(connection.sock):
+                return
+            try:
+                connection.send(b'%x\r\n%b\r\n' % (len(piece), piece))
+            except OSError:
+                return
+        with contextlib.suppress(OSError):
+            connection.send(b'0\r\n\r\n')
+
+    # Network
+
+    def plug(self, uuid: str, nics: cabc.Sequence[Json]) -> None:
+        self._call('plug', {'uuid': uuid, 'nics': [*nics]})
+
+    def unplug(self, uuid: str, devnames: cabc.Sequence[str]) -> None:
+        self._call('unplug', {'uuid': uuid, 'devnames': [*devnames]})
+
+    # Life
+
+    def define(self, uuid: str, spec: Json) -> Json:
+        return ty.cast(
+            Json, self._call('define', {'uuid': uuid, 'spec': spec}))
+
+    def prepare(self, uuid: str, changes: Json | None = None) -> Json:
+        return ty.cast(Json, self._call(
+            'prepare', {'uuid': uuid, 'changes': changes}))
+
+    def start_container(self, uuid: str) -> Json:
+        return ty.cast(Json, self._call('start', {'uuid': uuid}))
+
+    def stop(self, uuid: str, timeout_s: float) -> Json:
+        return ty.cast(Json, self._call(
+            'stop', {'uuid': uuid, 'timeout_s': timeout_s}, timeout_s))
+
+    def kill(self, uuid: str) -> Json:
+        return ty.cast(Json, self._call('kill', {'uuid': uuid}))
+
+    def reboot(
+        self, uuid: str, timeout_s: float, changes: Json | None = None
+    ) -> Json:
+        return ty.cast(Json, self._call(
+            'reboot',
+            {'uuid': uuid, 'timeout_s': timeout_s, 'changes': changes},
+            timeout_s))
+
+    def pause(self, uuid: str) -> Json:
+        return ty.cast(Json, self._call('pause', {'uuid': uuid}))
+
+    def unpause(self, uuid: str) -> Json:
+        return ty.cast(Json, self._call('unpause', {'uuid': uuid}))
+
+    def delete(self, uuid: str, keep_disk: bool = False) -> None:
+        self._call('delete', {'uuid': uuid, 'keep_disk': keep_disk})
+
+    # In the guest
+
+    def exec(
+        self, uuid: str, argv: cabc.Sequence[str], *, stdin: bytes = b'',
+        env: cabc.Mapping[str, str] | None = None, timeout_s: float = 30.0,
+        max_output: int = 1 << 20,
+    ) -> Json:
+        """``{"exit_code", "stdout", "stderr", "truncated"}``, as bytes."""
+        return ty.cast(Json, self._call('exec', {
+            'uuid': uuid, 'argv': [*argv], 'stdin': stdin,
+            'env': None if env is None else dict(env),
+            'timeout_s': timeout_s, 'max_output': max_output}, timeout_s))
+
+    def console_log(self, uuid: str, max_bytes: int = 102400) -> bytes:
+        return bytes(self._call(
+            'console_log', {'uuid': uuid, 'max_bytes': max_bytes}))
+
+    def console_attach(self, uuid: str) -> socket.socket:
+        """A stream to and from the console.
+
+        It is the keeper's other end, so it goes on when the agent ends. The
+        latest that attached is the one who types.
+        """
+        body = protocol.dumps({'uuid': uuid})
+        connection = _Connection(
+            self._path, self._timeout_s + protocol.GRACE)
+        connection.connect()
+        sock = connection.sock
+        try:
+            head = ''.join(f'{name}: {value}\r\n' for name, value in {
+                **self._headers(self._timeout_s), 'Host': 'localhost',
+                'Connection': 'Upgrade', 'Upgrade': 'raw',
+                'Content-Length': str(len(body))}.items())
+            try:
+                sock.sendall(
+                    f'POST {protocol.PREFIX}console_attach HTTP/1.1\r\n'
+                    f'{head}\r\n'.encode() + body)
+            except OSError:
+                # Refused; the answer says why.
+                pass
+            status, version = self._head(sock)
+            if status != 101:
+                _parsed(version, self._rest(sock), 'console_attach')
+                raise _lost('console_attach',
+                            ValueError(f'unexpected status {status}'))
+            protocol.check_version(version, 'client', 'agent')
+            sock.settimeout(None)
+            return sock
+        except BaseException:
+            sock.close()
+            raise
+
+    @staticmethod
+    def _head(sock: socket.socket) -> tuple[int, str | None]:
+        """Read a head, and not one byte more: what follows is raw."""
+        head = b''
+        try:
+            while not head.endswith(b'\r\n\r\n') and len(head) < 65536:
+                byte = sock.recv(1)
+                if not byte:
+                    raise ConnectionError('connection closed')
+                head += byte
+            first, _, rest = head.partition(b'\r\n')
+            status = int(first.split()[1])
+        except (OSError, ValueError, IndexError) as e:
+            raise _lost('console_attach', e) from e
+        for line in rest.decode('latin-1').splitlines():
+            name, _, value = line.partition(':')
+            if name.lower() == protocol.VERSION_HEADER.lower():
+                return status, value.strip()
+        return status, None
+
+    @staticmethod
+    def _rest(sock: socket.socket) -> bytes:
+        data = b''
+        try:
+            while more := sock.recv(65536):
+                data += more
+        except OSError as e:
+            raise _lost('console_attach', e) from e
+        return data
+
+
+def _parsed(version: str | None, body: bytes, verb: str) -> ty.Any:
+    """The result in an answer, or the error in it raised."""
+    protocol.check_version(version, 'client', 'agent')
+    try:
+        answer = protocol.loads(body)
+        if 'error' in answer:
+            raise errors.ContainerError.from_dict(answer['error'])
+        return answer['result']
+    except (ValueError, TypeError, KeyError) as e:
+        raise _lost(verb, e) from e
+
+
+def _pieces(
+    stream: ty.BinaryIO | cabc.Iterable[bytes]
+) -> cabc.Iterator[bytes]:
+    """Parts of moderate size, none of them empty: that would be the end."""
+    source: cabc.Iterable[bytes]
+    if hasattr(stream, 'read'):
+        source = iter(lambda: stream.read(_PIECE), b'')
+    else:
+        source = stream
+    for part in source:
+        for start in range(0, len(part), _PIECE):
+            yield part[start:start + _PIECE]
+
+
+def _readable(sock: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
