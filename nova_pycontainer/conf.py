@@ -85,17 +85,6 @@ processes are killed.
         help="""
 Seconds that the download and the unpacking of one image may take.
 """),
-    cfg.IntOpt(
-        'image_max_gb',
-        default=64,
-        min=1,
-        help="""
-Largest image in GiB, as unpacked.
-
-It protects the host against images that unpack to far more than they seem to
-hold. The size of a flavor's root disk limits what a server writes, and does
-not count the image.
-"""),
     cfg.StrOpt(
         'tx_offload',
         default='auto',

@@ -27,7 +27,6 @@ from nova.virt import hardware
 from nova.virt import node
 from oslo_concurrency import processutils
 from oslo_log import log as logging
-from oslo_utils import units
 
 from nova_pycontainer.agent import client as agent_client
 from nova_pycontainer import conf as driver_conf
@@ -106,8 +105,7 @@ class PyContainerDriver(driver.ComputeDriver):
         self._host = driver_host.Host(
             self._client, CONF, host, self._node_uuid(host), CONF.my_ip)
         self._images = image.Images(
-            self._client, timeout=options.image_import_timeout,
-            max_bytes=options.image_max_gb * units.Gi)
+            self._client, options.image_import_timeout)
         self._power = power.Power(self._client, options)
         self._spawner = spawn.Spawner(
             self._client, self._images, self.virtapi, options)
@@ -120,17 +118,20 @@ class PyContainerDriver(driver.ComputeDriver):
                             'CPUs of the host', option)
 
     def _wait_for_agent(self):
-        """:raises nova.exception.HypervisorUnavailable: it does not answer."""
+        """:raises nova.exception.HypervisorUnavailable: it does not answer,
+            or refuses to
+        """
         limit = CONF.pycontainer.agent_start_timeout
         deadline = time.monotonic() + limit
         while True:
             try:
                 info = self._client.host_info()
-            except errors.AgentUnavailable as e:
-                if time.monotonic() >= deadline:
-                    LOG.error('%s. nova-compute does not start without it '
-                              '(waited %d s)', e, limit)
-                    raise driver_errors.to_nova(e) from e
+            except errors.ContainerError as e:
+                if time.monotonic() >= deadline or not isinstance(
+                        e, errors.AgentUnavailable):
+                    LOG.error('%s. nova-compute does not start without the '
+                              'agent (waited at most %d s)', e, limit)
+                    raise exception.HypervisorUnavailable(str(e)) from e
                 LOG.warning('Waiting for the pycontainer agent: %s', e)
                 time.sleep(_RETRY_S)
             else:

@@ -59,12 +59,12 @@ def clip(text, length):
     return f'{text[:head]}...{text[-tail:] if tail else ""}'
 
 
-def reason(error, room=_FAULT_LENGTH - _OTHER_PREFIX, step=True):
+def reason(error, room=_FAULT_LENGTH - _OTHER_PREFIX, step=True, without=''):
     """What happened and the remedy, in at most ``room`` characters.
 
-    The instance is left out, because Nova names it.
+    The instance is left out, because Nova names it; so is ``without``.
     """
-    text = error.message
+    text = error.message.replace(without, '') if without else error.message
     if error.uuid:
         text = text.replace(f'instance {error.uuid}: ', '')
     if step and error.step:
@@ -99,10 +99,9 @@ def to_nova(error, *, image_id=None,
     if error.code == 'not_found' and error.uuid:
         return exception.InstanceNotFound(instance_id=error.uuid)
     if error.code in _IMAGE_CODES and image_id:
-        return exception.ImageUnacceptable(
-            image_id=image_id,
-            reason=reason(
-                error, _FAULT_LENGTH - _IMAGE_PREFIX, step=False))
+        text = reason(error, _FAULT_LENGTH - _IMAGE_PREFIX, step=False,
+                      without=f'image {image_id!r}: ')
+        return exception.ImageUnacceptable(image_id=image_id, reason=text)
     if error.code in _RESOURCE_CODES:
         return exception.ComputeResourcesUnavailable(reason=reason(error))
     if error.code == 'network':

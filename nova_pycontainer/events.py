@@ -97,7 +97,9 @@ class Watcher:
         while not self._stop.is_set():
             try:
                 self._follow()
-            except errors.AgentUnavailable as e:
+            except errors.ContainerError as e:
+                # An agent that refuses to talk, say for its version, is as
+                # good as gone.
                 self._lost(e)
             except Exception:
                 # Without this thread a guest that powers itself off would

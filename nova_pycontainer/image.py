@@ -128,13 +128,11 @@ class Images:
 
     :param client: client of the agent
     :param timeout: limit for one import, in seconds
-    :param max_bytes: largest image, as unpacked
     """
 
-    def __init__(self, client, *, timeout, max_bytes):
+    def __init__(self, client, timeout):
         self._client = client
         self._timeout = timeout
-        self._max_bytes = max_bytes
         self._api = glance.API()
         # An image's data never change once it is active, so neither does its
         # key. image id → (key, digest)
@@ -153,13 +151,22 @@ class Images:
         image_id = image_meta.id
         _check_formats(image_meta)
         key, digest = self._key(context, image_id)
+        # As with virtual machines, an image must fit into the flavor's disk.
+        limit = instance.flavor.root_gb * units.Gi or None
         # One download and one check at a time for each image; whoever waits
         # here finds the layer afterwards.
         with lockutils.lock(f'pycontainer-layer-{key}'):
-            if self._client.layer_present(key):
+            size = {layer['key']: layer['bytes']
+                    for layer in self._client.layer_list()}.get(key)
+            if size is None:
+                self._import(context, instance, image_id, key, digest, limit)
+            elif limit is not None and size > limit:
+                raise errors.ContainerError(
+                    'image_too_large', f'it needs {size} bytes of disk, the '
+                    f'flavor has {limit}',
+                    remedy='Choose a flavor with a larger disk')
+            else:
                 self._verify_again(context, instance, image_id)
-                return key
-            self._import(context, instance, image_id, key, digest)
         return key
 
     def _key(self, context, image_id):
@@ -176,7 +183,7 @@ class Images:
             if algorithm in _STRONG and value and _HEX.match(value):
                 self._keys[image_id] = (
                     f'{algorithm.replace("_", "")}-{value}',
-                    (algorithm, value))
+                    f'{algorithm}:{value}')
             else:
                 self._keys[image_id] = (
                     f'image-{image_id.replace("-", "")}', None)
@@ -213,7 +220,7 @@ class Images:
                                trusted_certs=instance.trusted_certs)
         self._verified.add(signature)
 
-    def _import(self, context, instance, image_id, key, digest):
+    def _import(self, context, instance, image_id, key, digest, limit):
         late = exception.CouldNotFetchImage(
             _('Image %(image_id)s was not imported within %(timeout)d s. '
               'Raise [pycontainer]image_import_timeout, or see why Glance '
@@ -227,7 +234,7 @@ class Images:
         try:
             with compute_utils.disk_ops_semaphore:
                 self._client.layer_import(
-                    key, pipe, image=image_id, max_bytes=self._max_bytes,
+                    key, pipe, image=image_id, max_bytes=limit,
                     digest=digest)
         except _Broken:
             raise pipe.error from None
@@ -289,13 +296,12 @@ def _check_formats(image_meta):
 
     :raises nova.exception.ImageUnacceptable: in words for the user
     """
-    disk = image_meta.disk_format if image_meta.obj_attr_is_set(
-        'disk_format') else None
-    container = image_meta.container_format if image_meta.obj_attr_is_set(
-        'container_format') else None
-    if disk not in (None, 'raw'):
+    disk = ('disk_format' in image_meta and image_meta.disk_format) or 'raw'
+    container = ('container_format' in image_meta and
+                 image_meta.container_format) or 'bare'
+    if disk != 'raw':
         what = f'its disk_format is {disk}'
-    elif container not in (None, 'bare', 'docker'):
+    elif container not in ('bare', 'docker'):
         what = f'its container_format is {container}'
     else:
         return

@@ -100,11 +100,13 @@ class TestCase(test.NoDBTestCase):
     def make_instance(self, flavor=None, **values):
         values = {'uuid': uuids.instance, 'image_ref': uuids.image,
                   'hostname': 'web', 'config_drive': '', 'launched_at': None,
-                  'system_metadata': {}, 'trusted_certs': None, **values}
-        return fake_instance.fake_instance_obj(
+                  'system_metadata': {}, **values}
+        trusted_certs = values.pop('trusted_certs', None)
+        instance = fake_instance.fake_instance_obj(
             self.context, flavor=flavor or make_flavor(),
-            expected_attrs=['metadata', 'system_metadata', 'trusted_certs'],
-            **values)
+            expected_attrs=['metadata', 'system_metadata'], **values)
+        instance.trusted_certs = trusted_certs
+        return instance
 
     @staticmethod
     def make_image_meta(**values):

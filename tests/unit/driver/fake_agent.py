@@ -106,16 +106,16 @@ class FakeAgent:
 
     # Layers
 
-    def layer_present(self, key):
-        self._enter('layer_present')
-        return key in self.layers
+    def layer_list(self):
+        self._enter('layer_list')
+        return [{'key': key, **layer} for key, layer in self.layers.items()]
 
     def layer_import(self, key, stream, *, image, max_bytes=None,
                      digest=None):
         self._enter('layer_import')
         data = b''.join(stream)
         if digest is not None:
-            algorithm, value = digest
+            algorithm, _, value = digest.partition(':')
             if hashlib.new(algorithm, data).hexdigest() != value:
                 raise _error('image_truncated',
                              'the data do not match the hash')
@@ -132,9 +132,10 @@ class FakeAgent:
                     'image_unsafe_entry',
                     f'entry {member.name!r} leaves the root directory',
                     remedy='Build the image again without it')
-        if sum(m.size for m in members) > max_bytes:
+        size = sum(m.size for m in members)
+        if max_bytes is not None and size > max_bytes:
             raise _error('image_too_large', 'the image is too large')
-        self.layers[key] = image
+        self.layers[key] = {'image': image, 'bytes': size}
         self.imports += 1
         return {'key': key}
 

@@ -34,7 +34,8 @@ class ConfTestCase(testtools.TestCase):
 
     def test_bad_values_are_refused(self):
         for name, value in (('tx_offload', 'maybe'), ('pids_max', 1),
-                            ('agent_timeout', 0), ('image_max_gb', 0)):
+                            ('agent_timeout', 0),
+                            ('image_import_timeout', 0)):
             self.assertRaises(
                 ValueError, self.conf.set_override, name, value,
                 group='pycontainer')

@@ -75,7 +75,7 @@ class VifTestCase(base.TestCase):
                          vif.events_to_wait_for(ports))
 
     def test_plug_makes_the_switch_port_and_no_tap(self):
-        with mock.patch.object(os_vif, 'plug') as plug:
+        with mock.patch.object(os_vif, 'plug', autospec=True) as plug:
             vif.plug(self.make_instance(), [base.make_vif()])
         vif_object, info = plug.call_args.args
         self.assertEqual(uuids.instance, info.uuid)
@@ -88,14 +88,15 @@ class VifTestCase(base.TestCase):
 
     def test_tap_needs_no_os_vif(self):
         port = base.make_vif(type=model.VIF_TYPE_TAP)
-        with mock.patch.object(os_vif, 'plug') as plug:
+        with mock.patch.object(os_vif, 'plug', autospec=True) as plug:
             vif.plug(self.make_instance(), [port])
         plug.assert_not_called()
         self.assertEqual(1442, vif.nic(port)['mtu'])
 
     def test_failed_plug_is_one_that_nova_handles(self):
         failure = os_vif_exception.PlugException(vif='v', err='no ovsdb')
-        with mock.patch.object(os_vif, 'plug', side_effect=failure):
+        with mock.patch.object(os_vif, 'plug', autospec=True,
+                               side_effect=failure):
             error = self.assertRaises(
                 exception.VirtualInterfacePlugException, vif.plug,
                 self.make_instance(), [base.make_vif()])
@@ -103,7 +104,7 @@ class VifTestCase(base.TestCase):
 
     def test_unplug_goes_on(self):
         failure = os_vif_exception.UnplugException(vif='v', err='no')
-        with mock.patch.object(os_vif, 'unplug',
+        with mock.patch.object(os_vif, 'unplug', autospec=True,
                                side_effect=[failure, None]) as unplug:
             vif.unplug(self.make_instance(), [
                 base.make_vif(1, type='strange'), base.make_vif(2),

@@ -1,0 +1,517 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""The driver as the compute manager sees it, over an agent in memory."""
+
+import hashlib
+
+import ddt
+import fixtures
+from nova.compute import power_state
+from nova import exception
+import nova.virt.configdrive
+from oslo_utils.fixture import uuidsentinel as uuids
+
+from nova_pycontainer import driver
+from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime import revert
+from tests.unit.driver import base
+from tests.unit.driver import test_image
+
+
+class Driver(driver.PyContainerDriver):
+    """With the agent that the test has given."""
+
+    agent = None
+
+    def _agent_client(self, host):
+        return self.agent
+
+    def _node_uuid(self, host):
+        return getattr(uuids, f'node_{host}')
+
+
+class Base(base.TestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.plugged = {}
+        self.useFixture(fixtures.MonkeyPatch('os_vif.plug', self._plug))
+        self.useFixture(fixtures.MonkeyPatch('os_vif.unplug', self._unplug))
+        self.virtapi = base.VirtAPI()
+        self.driver = Driver(self.virtapi)
+        self.driver.agent = self.agent
+        self.driver.init_host('host1')
+        data = base.make_tarball()
+        self.driver._images._api = test_image.Glance(
+            data, os_hash_algo='sha256',
+            os_hash_value=hashlib.sha256(data).hexdigest())
+        self.instance = self.make_instance()
+        self.network_info = [base.make_vif(1), base.make_vif(2)]
+
+    def _plug(self, vif, info):
+        self.plugged[vif.vif_name] = info.uuid
+
+    def _unplug(self, vif, info):
+        self.plugged.pop(vif.vif_name, None)
+
+    def spawn(self, **kwargs):
+        kwargs.setdefault('network_info', self.network_info)
+        self.driver.spawn(
+            self.context, self.instance, self.make_image_meta(), [], None,
+            {}, **kwargs)
+
+    def state(self):
+        return self.driver.get_info(self.instance).state
+
+    def assert_nothing_left(self):
+        self.assertEqual({}, self.agent.containers)
+        self.assertEqual({}, self.agent.links)
+        self.assertEqual({}, self.plugged)
+        self.assertNotIn('pycontainer_base_id', self.instance.system_metadata)
+
+
+@ddt.ddt
+class SpawnTestCase(Base):
+
+    def test_spawn(self):
+        self.spawn()
+        self.assertEqual(power_state.RUNNING, self.state())
+        item = self.agent.containers[uuids.instance]
+        self.assertEqual(
+            [uuids.port1, uuids.port2], [n['id'] for n in item['nics']])
+        self.assertEqual(
+            str(item['base_id']),
+            self.instance.system_metadata['pycontainer_base_id'])
+        names = {'tap' + port[:11] for port in (uuids.port1, uuids.port2)}
+        self.assertEqual(names, set(self.agent.links))
+        self.assertEqual(names, set(self.plugged))
+        self.assertEqual([uuids.instance], self.driver.list_instance_uuids())
+        self.assertEqual([self.instance.name], self.driver.list_instances())
+        self.assertTrue(self.driver.instance_exists(self.instance))
+
+    def test_power_off_from_the_start(self):
+        self.spawn(power_on=False)
+        self.assertEqual(power_state.SHUTDOWN, self.state())
+        self.assertEqual([], self.virtapi.waited)
+        self.driver.power_on(self.context, self.instance, self.network_info)
+        self.assertEqual(power_state.RUNNING, self.state())
+
+    def test_waits_for_ports_that_are_down_before_the_init_runs(self):
+        self.flags(vif_plugging_timeout=7)
+        self.network_info[1]['active'] = False
+        seen = []
+        wait = self.virtapi.wait_for_instance_event
+
+        def waiting(*args, **kwargs):
+            seen.append((len(self.plugged), list(self.agent.calls)))
+            return wait(*args, **kwargs)
+
+        self.virtapi.wait_for_instance_event = waiting
+        start = self.agent.start_container
+        self.agent.start_container = lambda uuid: (
+            self.assertTrue(self.virtapi.waited), start(uuid))[1]
+        self.spawn()
+        self.assertEqual(
+            [([('network-vif-plugged', uuids.port2)], 7)],
+            self.virtapi.waited)
+        # The plan to wait is older than anything that may be waited for.
+        self.assertEqual(0, seen[0][0])
+
+    def test_timed_out_ports(self):
+        self.network_info[1]['active'] = False
+        self.virtapi.error = exception.InstanceEventTimeout()
+        error = self.assertRaises(
+            exception.VirtualInterfaceCreateException, self.spawn)
+        self.assertIn('vif_plugging_timeout', str(error))
+        self.assert_nothing_left()
+        self.flags(vif_plugging_is_fatal=False)
+        self.spawn()
+        self.assertEqual(power_state.RUNNING, self.state())
+
+    def test_no_waiting_if_switched_off(self):
+        self.flags(vif_plugging_timeout=0)
+        self.network_info[1]['active'] = False
+        self.virtapi.error = exception.InstanceEventTimeout()
+        self.spawn()
+
+    def test_fails_at_each_step_and_leaves_nothing(self):
+        # The steps are those of the code: a run that goes well tells them.
+        names = []
+        self.addCleanup(setattr, revert, 'fault_hook', None)
+        revert.fault_hook = names.append
+        self.spawn()
+        self.driver.destroy(self.context, self.instance, self.network_info)
+        self.assertLess(7, len(names))
+        self.instance.system_metadata.clear()
+        for name in names:
+            def fail(step, name=name):
+                if step == name:
+                    raise errors.ContainerError(
+                        'internal', f'failed at {name}')
+
+            revert.fault_hook = fail
+            error = self.assertRaises(
+                exception.InstanceDeployFailure, self.spawn)
+            self.assertIn(f'failed at {name}', str(error))
+            self.assert_nothing_left()
+        revert.fault_hook = None
+        self.spawn()
+
+    @ddt.data('layer_import', 'plug', 'define', 'prepare', 'start_container')
+    def test_each_verb_fails_and_leaves_nothing(self, verb):
+        self.agent.failures[verb] = errors.ContainerError(
+            'internal', 'no', cause='some cause', remedy='Some remedy')
+        error = self.assertRaises(
+            exception.InstanceDeployFailure, self.spawn)
+        self.assertIn('some cause. Some remedy', str(error))
+        self.assert_nothing_left()
+
+    def test_failed_os_vif(self):
+        def fail(vif, info):
+            raise exception.VirtualInterfacePlugException('no ovsdb')
+
+        self.useFixture(fixtures.MonkeyPatch('os_vif.plug', fail))
+        self.assertRaises(
+            exception.VirtualInterfacePlugException, self.spawn)
+        self.assert_nothing_left()
+
+    def test_agent_lost_meanwhile_leaves_nothing_when_it_is_back(self):
+        start = self.agent.start_container
+
+        def lost(uuid):
+            self.agent.down = True
+            start(uuid)
+
+        self.agent.start_container = lost
+        self.assertRaises(exception.HypervisorUnavailable, self.spawn)
+        self.assertEqual({}, self.plugged)
+        self.assertNotEqual({}, self.agent.containers)
+        self.agent.down = False
+        self.agent.start_container = start
+        self.driver._spawner.remove_leftovers()
+        self.assert_nothing_left()
+
+    def test_leftovers_do_not_take_a_new_container_along(self):
+        self.test_agent_lost_but_back_for_the_next_spawn()
+        self.driver._spawner.remove_leftovers()
+        self.assertEqual(power_state.RUNNING, self.state())
+
+    def test_agent_lost_but_back_for_the_next_spawn(self):
+        define = self.agent.define
+
+        def lost(uuid, spec):
+            define(uuid, spec)
+            self.agent.down = True
+            self.agent.info(uuid)
+
+        self.agent.define = lost
+        self.assertRaises(exception.HypervisorUnavailable, self.spawn)
+        self.agent.down = False
+        self.agent.define = define
+        self.spawn()
+
+    def test_volumes_are_refused(self):
+        error = self.assertRaises(
+            exception.InvalidInput, self.spawn, block_device_info={
+                'block_device_mapping': [{'mount_device': '/dev/vdb'}]})
+        self.assertIn('without volumes', str(error))
+        self.instance.image_ref = ''
+        self.assertRaises(exception.InvalidInput, self.spawn)
+        self.assert_nothing_left()
+
+    def test_bad_flavor_costs_no_download(self):
+        self.instance.flavor.extra_specs = {'quota:cpu_shares': 'many'}
+        self.assertRaises(exception.InvalidInput, self.spawn)
+        self.assertEqual([], self.driver._images._api.downloads)
+
+    @ddt.data(
+        (b'x' * 512, 'is not an archive'),
+        (base.make_tarball('../../etc/passwd'), '../../etc/passwd'))
+    @ddt.unpack
+    def test_bad_images(self, data, text):
+        self.driver._images._api = test_image.Glance(data)
+        error = self.assertRaises(exception.ImageUnacceptable, self.spawn)
+        for part in (uuids.image, text):
+            self.assertIn(part, str(error))
+        self.assert_nothing_left()
+
+    def test_config_drive_that_is_forced(self):
+        self.flags(force_config_drive=True)
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova_pycontainer.configdrive.files',
+            lambda *args: {'openstack/latest/user_data': 'aGVsbG8='}))
+        self.spawn()
+        self.assertTrue(self.instance.config_drive)
+        self.assertTrue(nova.virt.configdrive.required_by(self.instance))
+        self.assertEqual(
+            {'openstack/latest/user_data': 'aGVsbG8='},
+            self.agent.containers[uuids.instance]['spec']['config_drive'])
+
+
+@ddt.ddt
+class RemoveTestCase(Base):
+
+    def test_destroy(self):
+        self.spawn()
+        self.instance.system_metadata.clear()
+        self.driver.destroy(self.context, self.instance, self.network_info)
+        self.assert_nothing_left()
+        self.assertRaises(exception.InstanceNotFound, self.state)
+        self.assertFalse(self.driver.instance_exists(self.instance))
+
+    def test_destroy_what_is_not_there(self):
+        self.driver.destroy(self.context, self.instance, self.network_info)
+        self.driver.cleanup(self.context, self.instance, self.network_info)
+        self.driver.destroy(self.context, self.instance, None)
+
+    def test_keep_disks(self):
+        self.spawn()
+        self.driver.destroy(self.context, self.instance, self.network_info,
+                            destroy_disks=False)
+        self.assertEqual(power_state.SHUTDOWN, self.state())
+        self.assertEqual({}, self.plugged)
+
+    def test_cleanup_without_vifs(self):
+        self.spawn()
+        self.driver.cleanup(self.context, self.instance, self.network_info,
+                            destroy_vifs=False)
+        self.assertEqual(2, len(self.plugged))
+
+    def test_agent_absent(self):
+        self.spawn()
+        self.agent.down = True
+        self.assertRaises(
+            exception.HypervisorUnavailable, self.driver.destroy,
+            self.context, self.instance, self.network_info)
+        self.assertFalse(self.driver.delete_instance_files(self.instance))
+        self.agent.down = False
+        self.assertTrue(self.driver.delete_instance_files(self.instance))
+        self.assertEqual({}, self.agent.containers)
+
+
+@ddt.ddt
+class PowerTestCase(Base):
+
+    def setUp(self):
+        super().setUp()
+        self.spawn()
+        self.agent.calls.clear()
+        self.item = self.agent.containers[uuids.instance]
+
+    def test_states(self):
+        for state, expected in (
+                ('defined', power_state.SHUTDOWN),
+                ('created', power_state.NOSTATE),
+                ('running', power_state.RUNNING),
+                ('paused', power_state.PAUSED),
+                ('stopped', power_state.SHUTDOWN),
+                ('something-new', power_state.NOSTATE)):
+            self.item['state'] = state
+            self.assertEqual(expected, self.state(), state)
+
+    def test_off_and_on(self):
+        self.driver.power_off(self.instance, 30, 5)
+        self.assertEqual(power_state.SHUTDOWN, self.state())
+        self.assertEqual({'code': 0, 'signal': None}, self.item['exit'])
+        self.assertEqual({}, self.agent.links)
+        self.driver.power_off(self.instance)
+        self.plugged.clear()
+        self.driver.power_on(self.context, self.instance, self.network_info)
+        self.assertEqual(power_state.RUNNING, self.state())
+        self.assertEqual(2, len(self.agent.links))
+        self.assertEqual(2, len(self.plugged))
+
+    def test_stubborn_guest_is_killed(self):
+        self.agent.stubborn.add(uuids.instance)
+        self.driver.power_off(self.instance, 1, 1)
+        self.assertEqual(9, self.item['exit']['signal'])
+
+    def test_on_while_it_runs(self):
+        self.driver.power_on(self.context, self.instance, self.network_info)
+        self.assertEqual(['info'], self.agent.calls)
+
+    def test_on_after_half_a_start(self):
+        self.item['state'] = 'created'
+        self.driver.power_on(self.context, self.instance, self.network_info)
+        self.assertEqual(power_state.RUNNING, self.state())
+
+    def test_flavor_and_ports_of_the_database_count(self):
+        self.driver.power_off(self.instance)
+        self.instance.flavor.memory_mb = 1024
+        self.driver.power_on(self.context, self.instance,
+                             [base.make_vif(3)])
+        spec = self.item['spec']
+        self.assertEqual(1024 << 20, spec['resources']['memory_bytes'])
+        self.assertEqual([uuids.port3], [n['id'] for n in spec['nics']])
+
+    def test_failed_start_is_off_again(self):
+        self.driver.power_off(self.instance)
+        self.agent.failures['start_container'] = errors.ContainerError(
+            'oci_failed', 'no')
+        self.assertRaises(
+            exception.InstancePowerOnFailure, self.driver.power_on,
+            self.context, self.instance, self.network_info)
+        self.assertEqual(power_state.SHUTDOWN, self.state())
+
+    @ddt.data(('SOFT', None), ('HARD', 9))
+    @ddt.unpack
+    def test_reboot(self, kind, signal):
+        self.driver.reboot(
+            self.context, self.instance, self.network_info, kind)
+        self.assertEqual(power_state.RUNNING, self.state())
+        self.assertEqual(signal, self.item['exit']['signal'])
+        self.assertEqual(2, len(self.agent.links))
+
+    @ddt.data('SOFT', 'HARD')
+    def test_reboot_of_a_stopped_or_paused_one(self, kind):
+        self.driver.power_off(self.instance)
+        self.driver.reboot(
+            self.context, self.instance, self.network_info, kind)
+        self.assertEqual(power_state.RUNNING, self.state())
+        self.driver.pause(self.instance)
+        self.driver.reboot(
+            self.context, self.instance, self.network_info, kind)
+        self.assertEqual(power_state.RUNNING, self.state())
+
+    def test_lost_disk(self):
+        self.agent.containers.clear()
+        for call in (
+                lambda: self.driver.power_on(
+                    self.context, self.instance, self.network_info),
+                lambda: self.driver.reboot(
+                    self.context, self.instance, self.network_info, 'HARD')):
+            error = self.assertRaises(exception.InstancePowerOnFailure, call)
+            self.assertIn('Rebuild', str(error))
+        self.driver.power_off(self.instance)
+
+    def test_pause(self):
+        self.driver.pause(self.instance)
+        self.assertEqual(power_state.PAUSED, self.state())
+        self.driver.unpause(self.instance)
+        self.assertEqual(power_state.RUNNING, self.state())
+        self.driver.power_off(self.instance)
+        self.assertRaises(exception.InstanceSuspendFailure,
+                          self.driver.pause, self.instance)
+
+    def test_resume_after_the_hosts_boot(self):
+        # By position, as the manager does it.
+        def resume():
+            self.driver.resume_state_on_host_boot(
+                self.context, self.instance, self.network_info, None, {})
+
+        self.item['state'] = 'stopped'
+        self.agent.links.clear()
+        resume()
+        self.assertEqual(power_state.RUNNING, self.state())
+        self.agent.calls.clear()
+        resume()
+        self.driver.pause(self.instance)
+        resume()
+        self.assertEqual(power_state.PAUSED, self.state())
+        self.assertNotIn('prepare', self.agent.calls)
+
+    def test_console(self):
+        self.item['console'] = b'x' * 200000 + 'grüße'.encode()
+        output = self.driver.get_console_output(self.context, self.instance)
+        self.assertIsInstance(output, bytes)
+        self.assertEqual(102400, len(output))
+        self.assertTrue(output.endswith('grüße'.encode()))
+        self.agent.containers.clear()
+        self.assertRaises(
+            exception.InstanceNotFound, self.driver.get_console_output,
+            self.context, self.instance)
+
+    def test_plug_and_unplug(self):
+        self.driver.plug_vifs(self.instance, self.network_info)
+        self.assertEqual(2, len(self.agent.links))
+        self.driver.unplug_vifs(self.instance, self.network_info)
+        self.assertEqual({}, self.agent.links)
+        self.assertEqual({}, self.plugged)
+        self.agent.failures['plug'] = errors.ContainerError('network', 'no')
+        # What the manager expects at its start.
+        self.assertRaises(
+            exception.VirtualInterfacePlugException, self.driver.plug_vifs,
+            self.instance, self.network_info)
+
+
+class ServiceTestCase(Base):
+
+    def test_no_agent_no_service(self):
+        self.flags(agent_start_timeout=0, group='pycontainer')
+        self.agent.down = True
+        error = self.assertRaises(
+            exception.HypervisorUnavailable, self.driver.init_host, 'host1')
+        self.assertIn('Start pycontainer-agent', str(error))
+
+    def test_agent_that_comes_late(self):
+        host_info = self.agent.host_info
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova_pycontainer.driver._RETRY_S', 0))
+        left = [2]
+
+        def late():
+            left[0] -= 1
+            self.agent.down = left[0] > 0
+            return host_info()
+
+        self.agent.host_info = late
+        self.driver.init_host('host1')
+
+    def test_agent_that_refuses(self):
+        self.agent.failures['host_info'] = errors.ContainerError(
+            'unsupported', 'version 2 and version 1')
+        error = self.assertRaises(
+            exception.HypervisorUnavailable, self.driver.init_host, 'host1')
+        self.assertIn('version 2', str(error))
+
+    def test_agent_absent_is_no_power_state(self):
+        self.spawn()
+        self.agent.down = True
+        self.assertRaises(exception.HypervisorUnavailable, self.state)
+        self.assertRaises(exception.HypervisorUnavailable,
+                          self.driver.instance_exists, self.instance)
+        # The periodic tasks skip their turn.
+        for call in (self.driver.get_num_instances,
+                     self.driver.list_instances,
+                     self.driver.list_instance_uuids):
+            self.assertRaises(exception.VirtDriverNotReady, call)
+        self.driver._watcher.failure = errors.AgentUnavailable(
+            'agent_unavailable', 'no answer')
+        for call in (self.driver.get_available_nodes,
+                     self.driver.get_nodenames_by_uuid):
+            self.assertRaises(exception.VirtDriverNotReady, call)
+
+    def test_nodes(self):
+        self.assertEqual(['host1'], self.driver.get_available_nodes())
+        self.assertEqual({uuids.node_host1: 'host1'},
+                         self.driver.get_nodenames_by_uuid())
+        self.assertTrue(self.driver.node_is_available('host1'))
+        self.assertEqual(self.driver._host.ip,
+                         self.driver.get_host_ip_addr())
+
+    def test_events_are_followed_from_the_first_update_on(self):
+        self.addCleanup(self.driver.cleanup_host, 'host1')
+        self.assertIsNone(self.driver._watcher._thread)
+        resources = self.driver.get_available_resource('host1')
+        self.assertIsNotNone(self.driver._watcher._thread)
+        self.assertEqual('host1', resources['hypervisor_hostname'])
+        self.assertIn('load average', resources['stats']['uptime'])
+
+    def test_reboots_never_hang(self):
+        self.driver.poll_rebooting_instances(60, [self.instance])
+
+    def test_traits_of_capabilities(self):
+        traits = self.driver.capabilities_as_traits()
+        self.assertEqual(
+            {'COMPUTE_IMAGE_TYPE_RAW', 'COMPUTE_TRUSTED_CERTS'},
+            {name for name, present in traits.items() if present})
