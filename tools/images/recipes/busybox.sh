@@ -42,7 +42,7 @@ make_image() {
         ln -s /bin/busybox "$tree/$applet"
     done < <("$tree/bin/busybox" --list-full)
     cp -r "$here/recipes/busybox/." "$tree/"
-    chmod 0755 "$tree/etc/init.d/rcS" "$tree/usr/share/udhcpc/default.script" \
+    chmod 0755 "$tree/etc/init.d/rcS" "$tree/etc/udhcpc/default.script" \
         "$tree"/www/cgi-bin/*
     tar_tree "$tree" >"$1"
 }
