@@ -66,16 +66,17 @@ def capabilities() -> list[str]:
             if syscalls.in_bounding_set(number)]
 
 
-def _nofile() -> int:
-    """The hard limit of the guest: as high as ours, and as usual.
+def rlimits() -> list[dict[str, ty.Any]]:
+    """The limit on descriptors: as high as ours, and as usual.
 
     Without CAP_SYS_RESOURCE a hard limit cannot be raised.
     """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if (syscalls.in_bounding_set(syscalls.CAP_SYS_RESOURCE) or
             hard == resource.RLIM_INFINITY):
-        return _NOFILE
-    return min(hard, _NOFILE)
+        hard = _NOFILE
+    hard = min(hard, _NOFILE)
+    return [{'type': 'RLIMIT_NOFILE', 'hard': hard, 'soft': min(1024, hard)}]
 
 
 def _mounts(config_drive: pathlib.Path | None) -> list[dict[str, ty.Any]]:
@@ -90,7 +91,8 @@ def _mounts(config_drive: pathlib.Path | None) -> list[dict[str, ty.Any]]:
            'size=65536k'),
         fs('/dev/pts', 'devpts', 'nosuid', 'noexec', 'newinstance',
            'ptmxmode=0666', 'mode=0620', 'gid=5'),
-        fs('/dev/shm', 'tmpfs', 'nosuid', 'nodev', 'mode=1777'),
+        fs('/dev/shm', 'tmpfs', 'nosuid', 'nodev',  # noqa: S108
+           'mode=1777'),
         fs('/dev/mqueue', 'mqueue', 'nosuid', 'noexec', 'nodev'),
         # Read-only, as systemd's container interface asks: udev then stays
         # off, and systemd-networkd does not wait for it.
@@ -121,7 +123,6 @@ def make(
 ) -> dict[str, ty.Any]:
     """Return the content of ``config.json``."""
     caps = capabilities()
-    nofile = _nofile()
     ids = [{'containerID': 0, 'hostID': base_id, 'size': idmap.RANGE}]
     return {
         'ociVersion': '1.0.2',
@@ -137,8 +138,7 @@ def make(
             'capabilities': {
                 'bounding': caps, 'effective': caps, 'permitted': caps,
                 'inheritable': [], 'ambient': []},
-            'rlimits': [{'type': 'RLIMIT_NOFILE', 'hard': nofile,
-                         'soft': min(1024, nofile)}],
+            'rlimits': rlimits(),
             'noNewPrivileges': False,
             'oomScoreAdj': 0,
         },

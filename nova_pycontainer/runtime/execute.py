@@ -69,6 +69,7 @@ def run(
         'capabilities': {
             'bounding': caps, 'effective': caps, 'permitted': caps,
             'inheritable': [], 'ambient': []},
+        'rlimits': bundle.rlimits(),
         'noNewPrivileges': False,
     }
     with tempfile.TemporaryDirectory(

@@ -66,6 +66,8 @@ class _Entry:
         #: Set while a caller wants the container down: then an exit that
         #: looks like a reboot is none.
         self.stopping = 0
+        #: The guest has asked for a reboot and is not up again.
+        self.rebooting = False
         self.deleted = False
 
 
@@ -142,8 +144,7 @@ class Host:
             if pidfd is not None:
                 self._watcher.add(uuid, pidfd)
             else:
-                with self._locked(uuid):
-                    self._finish(entry)
+                self._exited(uuid)
 
     def _make(self, st: state.State) -> container.Container:
         return container.Container(
@@ -191,10 +192,20 @@ class Host:
     def list(self) -> _Infos:
         with self._lock:
             entries = [*self._entries.values()]
-        return [e.container.info() for e in entries if not e.deleted]
+        return [self._info(e) for e in entries if not e.deleted]
 
     def info(self, uuid: str) -> Info:
-        return self._entry(uuid).container.info()
+        return self._info(self._entry(uuid))
+
+    def _info(self, entry: _Entry) -> Info:
+        item = entry.container
+        if entry.rebooting or (
+                item.st.run is not None and item.status() == 'stopped'):
+            # It has just ended. Whether it is down or reboots is not known
+            # before the end has been dealt with, and "stopped" would make
+            # Nova stop a healthy machine.
+            self._exited(item.uuid)
+        return entry.container.info()
 
     def host_info(self) -> Info:
         """What this host has. Sizes are bytes."""
@@ -321,7 +332,7 @@ class Host:
             'this host', uuid=uuid, remedy='Import the image again')
 
     def prepare(self, uuid: str, changes: Info | None = None) -> Info:
-        """Make everything up to an init that waits for :meth:`start_container`.
+        """Make everything up to an init that waits to be started.
 
         :param changes: new values for parts of the spec: ``nics``,
             ``resources``, ``init``, ``config_drive``, ``name``, ``hostname``,
@@ -478,8 +489,7 @@ class Host:
         """The watcher has seen the end of an init."""
         try:
             with self._locked(uuid) as entry:
-                again = self._finish(entry)
-                if again:
+                if self._finish(entry):
                     self._reboot_by_guest(entry)
         except errors.ContainerError as e:
             if e.code != 'not_found':
@@ -505,13 +515,14 @@ class Host:
         same_boot = run['process']['boot_id'] == process.boot_id()
         ended = item.read_exit() if same_boot else state.Exit()
         item.teardown()
-        item.st.run, item.st.exit = None, ended
-        item.st.save(item.directory)
-        LOG.info('instance %s: its init ended: %s', item.uuid, ended)
         # reboot(2) in a PID namespace: the kernel kills its init by SIGHUP
         # for a restart, by SIGINT for halt and power off.
         again = (ended.signal == signal.SIGHUP and not entry.stopping and
                  run['started_at'] is not None)
+        entry.rebooting = again
+        item.st.run, item.st.exit = None, ended
+        item.st.save(item.directory)
+        LOG.info('instance %s: its init ended: %s', item.uuid, ended)
         if again:
             early = run['started_at'] + _MIN_UPTIME - time.time()
             time.sleep(min(max(early, 0), _MIN_UPTIME))
@@ -531,6 +542,8 @@ class Host:
                 'stopped', item.uuid,
                 item.st.exit.to_dict() if item.st.exit else None)
             return
+        finally:
+            entry.rebooting = False
         self._events.add('rebooted', item.uuid)
 
     # In the guest

@@ -69,9 +69,9 @@ class OciRuntime:
         return argv
 
     def create(
-        self, keeper: keeper_client.KeeperClient, uuid: str, bundle: pathlib.Path,
-        console_socket: pathlib.Path, pid_file: pathlib.Path,
-        cgroup_procs: list[str],
+        self, keeper: keeper_client.KeeperClient, uuid: str,
+        bundle: pathlib.Path, console_socket: pathlib.Path,
+        pid_file: pathlib.Path, cgroup_procs: list[str],
     ) -> int:
         """Create a container whose init waits for :meth:`start`.
 

@@ -61,9 +61,9 @@ class Reverter:
         self.current = name
         if undo is not None:
             self._undo.append((name, undo))
-        if fault_hook is not None:
-            fault_hook(name)
         try:
+            if fault_hook is not None:
+                fault_hook(name)
             yield
         except errors.ContainerError as e:
             e.step = e.step or name
