@@ -232,15 +232,19 @@ class _Codec(ty.Protocol):
     """What lzma.LZMADecompressor looks like."""
 
     @property
-    def eof(self) -> bool: ...
+    def eof(self) -> bool:
+        ...
 
     @property
-    def unused_data(self) -> bytes: ...
+    def unused_data(self) -> bytes:
+        ...
 
     @property
-    def needs_input(self) -> bool: ...
+    def needs_input(self) -> bool:
+        ...
 
-    def decompress(self, data: bytes, max_length: int, /) -> bytes: ...
+    def decompress(self, data: bytes, max_length: int, /) -> bytes:
+        ...
 
 
 class _Gzip:
@@ -421,6 +425,12 @@ class Reader:
         return self._position
 
 
+_HEADER_ERROR: ty.Final = tarfile.HeaderError
+#: Not in the type hints of tarfile.
+_END_MARK: ty.Final[type[Exception]] = ty.cast(
+    ty.Any, tarfile).EOFHeaderError
+
+
 class _BadHeader(Exception):
     """A header that tarfile would take for the end of the archive."""
 
@@ -434,17 +444,21 @@ class _Member(tarfile.TarInfo):
     """
 
     @classmethod
+    def fromtarfile(cls, tarfile: tarfile.TarFile) -> ty.Self:
+        try:
+            return super().fromtarfile(tarfile)
+        except _END_MARK:
+            raise
+        except _HEADER_ERROR as e:
+            raise _BadHeader(str(e)) from e
+
+    @classmethod
     def frombuf(
         cls, buf: bytes | bytearray, encoding: str, errors: str
     ) -> ty.Self:
         if len(buf) < tarfile.BLOCKSIZE:
             raise _BadHeader('the archive ends without its end mark')
-        try:
-            member = super().frombuf(buf, encoding, errors)
-        except tarfile.HeaderError as e:
-            if not bytes(buf).strip(b'\0'):
-                raise  # the end mark
-            raise _BadHeader(str(e)) from e
+        member = super().frombuf(buf, encoding, errors)
         if member.size < 0:
             raise _BadHeader('negative size')
         if member.type in (
@@ -469,6 +483,9 @@ def members(reader: Reader) -> cabc.Iterator[tuple[tarfile.TarInfo, int]]:
                     fileobj=ty.cast(ty.IO[bytes], reader), tarinfo=_Member,
                     encoding='utf-8', errors='surrogateescape')
             member = tar.next()
+            # Again: a PAX header may have replaced it.
+            if member is not None and member.size < 0:
+                raise _BadHeader('negative size')
         except (errors.ContainerError, OSError):
             raise
         except MemoryError as e:

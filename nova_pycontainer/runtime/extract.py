@@ -421,8 +421,9 @@ class Extractor:
         """Return offset and size of the data of a file."""
         if member.sparse is None:
             return [(0, member.size)] if member.size else []
-        # typeshed has its type wrong.
-        sparse = ty.cast(list[tuple[int, int]], member.sparse)
+        # typeshed has its type wrong. Old GNU headers pad the map with zeros.
+        sparse = [piece for piece in ty.cast(
+            list[tuple[int, int]], member.sparse) if piece[1]]
         end = total = 0
         for offset, size in sparse:
             if offset < end or size < 0 or offset + size > member.size:
@@ -433,7 +434,7 @@ class Extractor:
         if total > stored or self._reader.tell() != member.offset_data:
             raise archive.unsafe(
                 member.name, 'its map of holes says more than it holds')
-        return [piece for piece in sparse if piece[1]]
+        return sparse
 
     def _copy(self, fd: int, size: int, name: str) -> None:
         while size:
