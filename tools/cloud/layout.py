@@ -28,6 +28,8 @@ PREFIX = WORK / 'prefix'
 CLOUD = WORK / 'cloud'
 #: Survives ``down``; removed by ``down --purge``.
 DATA = CLOUD / 'data'
+#: The driver that the hosts ran with when they were last up.
+DRIVER = DATA / 'driver'
 #: Describes what runs at present; empty when the cloud is down.
 RUN = CLOUD / 'run'
 LOGS = WORK / 'logs' / 'cloud'

@@ -25,6 +25,7 @@ from keystoneauth1 import exceptions as auth_exceptions
 import openstack
 
 from cloud import layout
+from cloud import process
 
 SERVICES = (('nova', 'compute'), ('glance', 'image'),
             ('placement', 'placement'), ('neutron', 'network'))
@@ -223,16 +224,46 @@ def fake_host() -> None:
                 made, {f'trait:{FAKE_TRAIT}': 'required'})
 
 
+def known_host(host: str) -> bool:
+    return any(True for _ in connect().compute.services(host=host))
+
+
+def forget_host(host: str,
+                stop: typing.Callable[[], None] = lambda: None) -> None:
+    """Removes a compute host with all of its servers from Nova.
+
+    Nova's fake driver has another node identity at each start, which Nova
+    refuses for a host that it knows.
+    """
+    compute = connect().compute
+    deadline = time.monotonic() + 90
+    while True:
+        servers = [server for server in compute.servers(all_projects=True)
+                   if server.compute_host == host]
+        if not servers:
+            break
+        if time.monotonic() > deadline:
+            raise process.CloudError(
+                f'servers on {host} cannot be deleted: '
+                f'{" ".join(server.id for server in servers)}')
+        for server in servers:
+            # On a host that is down this is done once Nova knows it is.
+            compute.delete_server(server.id, ignore_missing=True)
+        time.sleep(1)
+    stop()
+    for aggregate in list(compute.aggregates()):
+        if host in (aggregate.hosts or []):
+            compute.remove_host_from_aggregate(aggregate, host)
+    for service in list(compute.services(host=host)):
+        compute.delete_service(service)
+
+
 def remove_fake_host() -> None:
-    cloud = connect()
-    compute = cloud.compute
+    """Takes the aggregate and the flavors of the fake host away."""
+    compute = connect().compute
     aggregate = compute.find_aggregate('fake')
     if aggregate is not None:
-        for host in aggregate.hosts or []:
-            compute.remove_host_from_aggregate(aggregate, host)
         compute.delete_aggregate(aggregate)
     for flavor in list(compute.flavors(details=False)):
         if flavor.name.startswith('fake.'):
             compute.delete_flavor(flavor)
-    for service in list(compute.services(host=layout.FAKE_HOST)):
-        compute.delete_service(service)

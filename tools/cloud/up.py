@@ -84,18 +84,22 @@ def complete(driver: str) -> bool:
 def _make_hosts() -> None:
     fresh = [host for host in layout.ALL_HOSTS
              if not process.alive(hosts.pause_name(host))]
-    if fresh and len(fresh) < len(layout.ALL_HOSTS):
-        raise process.CloudError(
-            f'only a part of the hosts is left ({", ".join(fresh)} gone): '
-            'run tools/cloud.sh down first')
-    if not fresh:
+    made = layout.RUN / 'hosts-made'
+    if not fresh and made.exists():
         return
+    if len(fresh) < len(layout.ALL_HOSTS):
+        raise process.CloudError(
+            'only a part of the hosts is there '
+            f'(missing: {", ".join(fresh) or "some of their links"}): '
+            'run tools/cloud.sh down first')
+    made.unlink(missing_ok=True)
     for host in layout.ALL_HOSTS:
         hosts.create(host)
     network.link_controller()
     for host in layout.COMPUTES:
         network.link_compute(host)
     network.link_migration()
+    made.touch()
 
 
 def _write_clients() -> None:
@@ -202,6 +206,15 @@ def up(driver: str) -> None:
                   f'{host}.openvswitch', 'ovn')
         if driver == 'pycontainer':
             start(f'{host}.agent', f'{host}.openvswitch')
+    def forget_fakes() -> None:
+        if layout.DRIVER.exists() and layout.DRIVER.read_text() == 'fake':
+            for host in layout.COMPUTES:
+                if not process.alive(f'{host}.nova-compute'):
+                    seed.forget_host(host)
+                    (layout.DATA / 'hosts-discovered').unlink(
+                        missing_ok=True)
+        layout.DRIVER.write_text(driver)
+
     steps.add('identity', seed.identity, 'keystone')
     start('placement', 'placement-schema', 'memcached')
     start('nova-conductor', 'nova-schema', 'rabbitmq')
@@ -209,9 +222,11 @@ def up(driver: str) -> None:
     start('neutron', 'neutron-schema', 'ovn', 'rabbitmq', 'identity')
     start('glance', 'glance-schema', 'memcached')
     start('nova-scheduler', 'nova-schema', 'rabbitmq', 'identity')
+    steps.add('nodes of the fake driver', forget_fakes, 'nova-api',
+              'identity', 'placement')
     for host in layout.COMPUTES:
-        needs = [f'{host}.openvswitch', 'nova-conductor', 'placement',
-                 'identity']
+        needs = [f'{host}.openvswitch', 'nova-conductor',
+                 'nodes of the fake driver']
         if driver == 'pycontainer':
             needs.append(f'{host}.agent')
         start(f'{host}.nova-compute', *needs)
@@ -265,7 +280,6 @@ def fake_host_up() -> None:
     hosts.make_dir(layout.CONTROLLER, '/etc/nova-fake')
     hosts.write(layout.CONTROLLER, '/etc/nova-fake/nova.conf',
                 config.render(sections), 0o640, layout.USER)
-    # The node's identity is kept in it: it has to last as the database does.
     store = layout.DATA / 'nova-fake'
     store.mkdir(parents=True, exist_ok=True)
     os.chown(store, layout.uid(layout.USER), layout.gid(layout.USER))
@@ -273,6 +287,9 @@ def fake_host_up() -> None:
                  f'mkdir -p {state}; mountpoint -q {state} || '
                  f'mount --bind {store} {state}')
     service = services.fake_compute()
+    if not service.alive and seed.known_host(host):
+        # Nova's fake driver has another node identity at each start.
+        fake_host_down()
     service.start()
     deadline = time.monotonic() + 90
     discovered = False
@@ -293,9 +310,10 @@ def fake_host_up() -> None:
 
 
 def fake_host_down() -> None:
-    name = services.fake_compute().name
+    """Removes the fake host with its servers, which are nothing anyway."""
+    seed.forget_host(layout.FAKE_HOST, lambda: process.stop(
+        [services.fake_compute().name]))
     seed.remove_fake_host()
-    process.stop([name])
     graph.say(f'{layout.FAKE_HOST} is gone')
 
 
