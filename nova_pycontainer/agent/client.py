@@ -18,7 +18,6 @@ Needs neither root nor Nova, and loads nothing of the runtime but its errors.
 import collections.abc as cabc
 import contextlib
 import http.client
-import select
 import socket
 import typing as ty
 import urllib.parse
@@ -205,7 +204,7 @@ class Client:
         for piece in _pieces(stream):
             # Nothing is to be heard before the end but a refusal, or that
             # another has made the layer meanwhile.
-            if _readable(connection.sock):
+            if protocol.readable(connection.sock):
                 return
             try:
                 connection.send(b'%x\r\n%b\r\n' % (len(piece), piece))
@@ -366,9 +365,3 @@ def _pieces(
     for part in source:
         for start in range(0, len(part), _PIECE):
             yield part[start:start + _PIECE]
-
-
-def _readable(sock: socket.socket) -> bool:
-    poll = select.poll()
-    poll.register(sock, select.POLLIN)
-    return bool(poll.poll(0))

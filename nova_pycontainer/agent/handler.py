@@ -109,6 +109,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """One request."""
 
     protocol_version = 'HTTP/1.1'
+    # What is no HTTP at all is answered in it nevertheless.
+    default_request_version = 'HTTP/1.1'
     server_version = 'pycontainer-agent'
     sys_version = ''
     timeout = READ_TIMEOUT
@@ -156,10 +158,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _gone(self) -> bool:
         """Whether the client has closed its connection."""
         try:
-            return not self.connection.recv(
-                1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return False
+            # A socket with a time-out waits whatever the flags of recv say.
+            return protocol.readable(self.connection) and not (
+                self.connection.recv(1, socket.MSG_PEEK))
         except OSError:
             return True
 

@@ -28,6 +28,8 @@ import base64
 import binascii
 import dataclasses
 import json
+import select
+import socket
 import typing as ty
 
 from nova_pycontainer.runtime import errors
@@ -81,9 +83,15 @@ def _default(value: object) -> object:
 def loads(data: bytes) -> ty.Any:
     """:raises ValueError: not JSON, or not nested sanely"""
     try:
-        return json.loads(data, object_hook=_hook)
+        return json.loads(
+            data, object_hook=_hook, parse_constant=_no_constant)
     except RecursionError as e:
         raise ValueError('nested too deeply') from e
+
+
+def _no_constant(text: str) -> ty.NoReturn:
+    # Python reads and compares these; JSON has no such numbers.
+    raise ValueError(f'{text} is no number')
 
 
 def _hook(value: dict[str, ty.Any]) -> object:
@@ -93,6 +101,13 @@ def _hook(value: dict[str, ty.Any]) -> object:
         except binascii.Error as e:
             raise ValueError('not base64') from e
     return value
+
+
+def readable(sock: socket.socket) -> bool:
+    """Whether there is something to read, or the end, without waiting."""
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def internal(cause: object) -> errors.ContainerError:

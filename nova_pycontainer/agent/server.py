@@ -18,10 +18,12 @@ nothing that a client does or leaves undone keeps the others waiting.
 
 import collections.abc as cabc
 import contextlib
+import errno
 import fcntl
 import grp
 import http
 import os
+import pwd
 import socket
 import socketserver
 import struct
@@ -105,10 +107,8 @@ class AgentServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
             socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
         if uid in (0, os.geteuid()):
             return True
-        groups = request.getsockopt(
-            socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * 65536)
         if self._gid is not None and self._gid in (
-                gid, *struct.unpack(f'{len(groups) // 4}I', groups)):
+                gid, *_peer_groups(request, uid, gid)):
             return True
         LOG.warning('Refused user %d (process %d)', uid, pid)
         self._reject(request, errors.ContainerError(
@@ -245,6 +245,24 @@ def _gid(group: str | None) -> int | None:
             'invalid', f'there is no group {group!r}',
             remedy='Set [pycontainer]agent_group to the group of '
                    'nova-compute\'s user') from e
+
+
+def _peer_groups(
+    sock: socket.socket, uid: int, gid: int
+) -> cabc.Sequence[int]:
+    """Supplementary groups of the process that has connected."""
+    try:
+        # The most that Python allows.
+        raw = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 1024)
+        return struct.unpack(f'{len(raw) // 4}I', raw)
+    except OSError as e:
+        if e.errno != errno.ERANGE:
+            raise
+    # More than 256: those that its user has, then.
+    try:
+        return os.getgrouplist(pwd.getpwuid(uid).pw_name, gid)
+    except KeyError:
+        return []
 
 
 def _locked(path: str) -> int:

@@ -23,12 +23,13 @@ Schema = dict[str, ty.Any]
 
 MIB: ty.Final = 1 << 20
 
+# \Z, because Python's $ lets a newline follow.
 _UUID: ty.Final[Schema] = {
     'type': 'string',
-    'pattern': '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$',
+    'pattern': '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\\Z',
 }
 _KEY: ty.Final[Schema] = {
-    'type': 'string', 'pattern': '^[a-z0-9]+-[0-9a-zA-Z]{16,128}$'}
+    'type': 'string', 'pattern': '^[a-z0-9]+-[0-9a-zA-Z]{16,128}\\Z'}
 #: Seconds; a day is the longest that anything may be told to wait.
 _SECONDS: ty.Final[Schema] = {
     'type': 'number', 'minimum': 0, 'maximum': 86400}
@@ -36,7 +37,7 @@ _SECONDS: ty.Final[Schema] = {
 _OBJECT: ty.Final[Schema] = {'type': 'object'}
 _CHANGES: ty.Final[Schema] = {'type': ['object', 'null']}
 # Without NUL: it ends an argument for the kernel.
-_TEXT: ty.Final[Schema] = {'type': 'string', 'pattern': '^[^\\x00]*$'}
+_TEXT: ty.Final[Schema] = {'type': 'string', 'pattern': '^[^\\x00]*\\Z'}
 
 
 class Verb(ty.NamedTuple):
@@ -78,7 +79,7 @@ VERBS: ty.Final[dict[str, Verb]] = {
         'uuid': _UUID, 'nics': {'type': 'array', 'items': _OBJECT}}),
     'unplug': Verb('unplug', {
         'uuid': _UUID, 'devnames': {'type': 'array', 'items': {
-            'type': 'string', 'pattern': '^[^/\\s\\x00]{1,15}$'}}}),
+            'type': 'string', 'pattern': '^[^/\\s\\x00]{1,15}\\Z'}}}),
     # Life. A config drive may hold 64 MiB, in base64.
     'define': Verb('define', {'uuid': _UUID, 'spec': _OBJECT},
                    max_body=96 * MIB),
@@ -101,7 +102,7 @@ VERBS: ty.Final[dict[str, Verb]] = {
         'stdin?': {'type': 'bytes'},
         'env?': {'type': ['object', 'null'],
                  'additionalProperties': _TEXT,
-                 'propertyNames': {'pattern': '^[^=\\x00]+$'}},
+                 'propertyNames': {'pattern': '^[^=\\x00]+\\Z'}},
         'timeout_s?': {**_SECONDS, 'exclusiveMinimum': 0},
         'max_output?': {
             'type': 'integer', 'minimum': 0, 'maximum': 16 * MIB}},

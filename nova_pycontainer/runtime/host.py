@@ -571,14 +571,27 @@ class Host:
                 continue
         return b''.join(parts)[-max_bytes:]
 
-    def console_attach(self, uuid: str) -> socket.socket:
-        """A stream to and from the console of a container that is not down.
+    def console_connect(
+        self, uuid: str, accept: cabc.Callable[[], socket.socket]
+    ) -> None:
+        """Connect a stream to the console of a container that is not down.
+
+        The keeper holds the stream from then on, so it outlives this
+        process; the caller closes its own copy.
+
+        :param accept: gives the stream, and is called only if there is a
+            console
         """
         entry = self._entry(uuid)
         self._require(entry, 'created', 'running', 'paused')
+        self._keeper.attach(uuid, accept().fileno())
+
+    def console_attach(self, uuid: str) -> socket.socket:
+        """A new stream to and from the console; see :meth:`console_connect`.
+        """
         ours, theirs = socket.socketpair()
         try:
-            self._keeper.attach(uuid, theirs.fileno())
+            self.console_connect(uuid, lambda: theirs)
         except BaseException:
             ours.close()
             raise
