@@ -165,7 +165,8 @@ class FakeAgent:
             base_id = spec['base_id'] or self._ids
         self.containers[uuid] = {
             'uuid': uuid, 'name': spec['name'], 'state': 'defined',
-            'base_id': base_id, 'nics': spec['nics'],
+            'base_id': base_id, 'image_id': spec['image_id'],
+            'nics': spec['nics'],
             'resources': spec['resources'], 'spec': spec, 'exit': None,
             'console': b''}
         return dict(self.containers[uuid])

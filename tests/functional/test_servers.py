@@ -1,0 +1,254 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Servers from creation to deletion, through Nova's API."""
+
+import threading
+
+from nova.virt import driver as nova_driver
+
+from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime import revert
+from tests.functional import base
+
+
+class ServersTest(base.TestCase):
+
+    def test_life(self):
+        server = self.boot()
+        self.assertEqual('host1', server['OS-EXT-SRV-ATTR:host'])
+        self.assertEqual(1, server['OS-EXT-STS:power_state'])
+        info = self.info(server)
+        self.assertEqual('running', info['state'])
+        self.assertEqual(server['OS-EXT-SRV-ATTR:instance_name'],
+                         info['name'])
+        self.assertEqual(256 << 20, info['resources']['memory_bytes'])
+        self.assertEqual(1 << 30, info['resources']['disk_bytes'])
+        self.assertEqual(1, len(info['nics']))
+        self.assertEqual([info['nics'][0]['devname']], [*self.plugged])
+
+        self.action(server, 'SHUTOFF', 'os-stop')
+        self.assertEqual('stopped', self.info(server)['state'])
+        self.action(server, 'ACTIVE', 'os-start')
+        self.action(server, 'ACTIVE', 'reboot', {'type': 'SOFT'})
+        self.action(server, 'ACTIVE', 'reboot', {'type': 'HARD'})
+        self.assertEqual('running', self.info(server)['state'])
+        self.assertEqual(info['base_id'], self.info(server)['base_id'])
+        self.action(server, 'PAUSED', 'pause')
+        self.assertEqual('paused', self.info(server)['state'])
+        self.action(server, 'ACTIVE', 'unpause')
+
+        output = self.api.post_server_action(
+            server['id'], {'os-getConsoleOutput': {}})
+        self.assertIn('boot', output['output'])
+        self.delete(server)
+        self.assert_nothing_left()
+
+    def test_hosts_are_apart(self):
+        one, two = self.boot(), self.boot(host='host2')
+        self.info(one, 'host1')
+        self.info(two, 'host2')
+        names = {h['hypervisor_hostname'] for h in self.admin_api.api_get(
+            '/os-hypervisors/detail').body['hypervisors']}
+        self.assertEqual(set(base.HOSTS), names)
+
+    def test_inventory(self):
+        for hypervisor in self.admin_api.api_get(
+                '/os-hypervisors/detail').body['hypervisors']:
+            self.assertEqual('pycontainer', hypervisor['hypervisor_type'])
+            self.assertIn('up', hypervisor['uptime'])
+            inventory = self._get_provider_inventory(hypervisor['id'])
+            self.assertEqual({'VCPU', 'MEMORY_MB', 'DISK_GB'},
+                             set(inventory))
+            traits = self._get_provider_traits(hypervisor['id'])
+            self.assertIn('CUSTOM_PYCONTAINER', traits)
+            self.assertIn('COMPUTE_IMAGE_TYPE_RAW', traits)
+
+    def test_rebuild(self):
+        server = self.boot()
+        other = self.make_image(self.image_data() + b'\0' * 1024)
+        self.api.post_server_action(
+            server['id'], {'rebuild': {'imageRef': other}})
+        self.wait_for(lambda: self._settled(server, 'ACTIVE'), 'rebuild')
+        self.assertEqual(other, self.info(server)['image_id'])
+        self.assertEqual(2, self.agents.imports('host1'))
+
+    def test_power_off_in_the_guest(self):
+        server = self.boot()
+        self.agents.power_off_inside('host1', server['id'])
+        # Long before the periodic task, which the tests do not run.
+        self.wait(server, 'SHUTOFF')
+        self.action(server, 'ACTIVE', 'os-start')
+
+    def test_servers_at_once_unpack_once(self):
+        servers = [self.boot(wait=False) for _ in range(4)]
+        for server in servers:
+            self.wait(server, 'ACTIVE')
+        self.assertEqual(1, self.agents.imports('host1'))
+        ids = {self.info(server)['base_id'] for server in servers}
+        self.assertEqual(4, len(ids))
+        for server in servers:
+            self.delete(server)
+        self.assert_nothing_left()
+
+    def test_without_network(self):
+        server = self.boot(networks='none')
+        self.assertEqual([], self.info(server)['nics'])
+        self.delete(server)
+        self.assert_nothing_left()
+
+    def test_config_drive(self):
+        server = self.boot(config_drive=True, user_data='I2Nsb3VkLWNvbmZpZwo=')
+        self.assertEqual('True', server['config_drive'])
+        self.delete(server)
+        self.assert_nothing_left()
+
+
+class FailuresTest(base.TestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.addCleanup(setattr, revert, 'fault_hook', None)
+
+    def test_spawn_fails_at_each_step(self):
+        names = []
+        revert.fault_hook = names.append
+        self.delete(self.boot())
+        self.assertIn('spawn.start', names)
+        for name in names:
+            def fail(step, name=name):
+                if step == name:
+                    raise errors.ContainerError(
+                        'internal', f'failed at {name}')
+
+            revert.fault_hook = fail
+            server = self.boot(status='ERROR')
+            self.assert_nothing_left()
+            self.delete(server)
+        revert.fault_hook = None
+        self.delete(self.boot())
+
+    def fault(self, data, **meta):
+        """Return the fault of a server of this image."""
+        image = self.make_image(data, **meta)
+        server = self.boot(image=image, status='ERROR')
+        message = server['fault']['message']
+        self.assertIn(image, message)
+        self.assertNotIn('Traceback', message)
+        self.assert_nothing_left()
+        self.delete(server)
+        return message
+
+    def test_image_that_leaves_its_root(self):
+        message = self.fault(base.tarball('sbin/init', '../../etc/crontab'))
+        self.assertIn('../../etc/crontab', message)
+        self.assertIn('Build the image again', message)
+
+    def test_image_that_is_no_archive(self):
+        message = self.fault(b'MZ' + b'x' * 4096)
+        self.assertIn('not an archive', message)
+        self.assertIn('tarball', message)
+
+    def test_image_that_says_to_be_a_disk(self):
+        message = self.fault(self.image_data(), disk_format='qcow2')
+        self.assertIn('disk_format is qcow2', message)
+        self.assertIn('Upload a root tarball', message)
+
+
+class ServiceTest(base.TestCase):
+
+    def test_restart_with_a_running_server(self):
+        server = self.boot()
+        started = self.info(server)
+        self.restart()
+        self.assertEqual('running', self.info(server)['state'])
+        server = self.api.get_server(server['id'])
+        self.assertEqual('ACTIVE', server['status'])
+        self.assertEqual(started.get('pid'), self.info(server).get('pid'))
+        self.action(server, 'SHUTOFF', 'os-stop')
+        self.delete(server)
+        self.assert_nothing_left()
+
+    def test_guest_that_powers_off_while_nova_compute_is_down(self):
+        server = self.boot()
+        self.computes['host1'].stop()
+        self.agents.power_off_inside('host1', server['id'])
+        self.computes['host1'] = self.start_service('compute', host='host1')
+        self.wait(server, 'SHUTOFF')
+
+    def test_host_boots(self):
+        self.flags(resume_guests_state_on_host_boot=True)
+        server = self.boot()
+        stopped = self.boot()
+        self.action(stopped, 'SHUTOFF', 'os-stop')
+        self.computes['host1'].stop()
+        # After a boot of the host no container lives and no interface is
+        # there.
+        self.agents.power_off_inside('host1', server['id'])
+        self.plugged.clear()
+        self.computes['host1'] = self.start_service('compute', host='host1')
+        self.wait_for(lambda: self.info(server)['state'] == 'running',
+                      'the resume')
+        self.assertEqual('ACTIVE', self.api.get_server(
+            server['id'])['status'])
+        self.assertEqual('stopped', self.info(stopped)['state'])
+        self.assertIn(self.info(server)['nics'][0]['devname'], self.plugged)
+
+    def test_agent_absent(self):
+        server = self.boot()
+        self.agents.stop('host1')
+        service = self.wait_for(
+            lambda: self._disabled('host1'), 'the report')
+        self.assertIn('pycontainer', service['disabled_reason'])
+        self.assertIn('agent', service['disabled_reason'])
+        self.assertEqual('up', service['state'])
+        # No power state is made up, whatever looks for one.
+        for _ in range(2):
+            self.periodic('_sync_power_states')
+            self.periodic('update_available_resource')
+        server = self.api.get_server(server['id'])
+        self.assertEqual(('ACTIVE', 1), (
+            server['status'], server['OS-EXT-STS:power_state']))
+        # The other host goes on, and gets what is new.
+        self.assertEqual('host2', self.boot(host=None)[
+            'OS-EXT-SRV-ATTR:host'])
+        self.agents.start('host1')
+        self.wait_for(lambda: self.service()['status'] == 'enabled',
+                      'the return')
+        self.periodic('update_available_resource')
+        self.action(server, 'SHUTOFF', 'os-stop')
+
+    def test_operators_choice_is_left_alone(self):
+        service = self.service()
+        self.admin_api.put_service(
+            service['id'], {'status': 'disabled',
+                            'disabled_reason': 'maintenance'})
+        self.agents.stop('host1')
+        watcher = self.computes['host1'].manager.driver._watcher
+        self.wait_for(lambda: watcher.failure, 'the loss')
+        self.agents.start('host1')
+        self.wait_for(lambda: watcher.failure is None, 'the return')
+        self.assertEqual('maintenance', self.service()['disabled_reason'])
+
+    def test_no_agent_no_start(self):
+        self.flags(agent_start_timeout=0, group='pycontainer')
+        self.computes['host1'].stop()
+        self.agents.stop('host1')
+        error = self.assertRaises(
+            Exception, self.start_service, 'compute', host='host1')
+        self.assertIn('agent', str(error))
+        self.agents.start('host1')
+        self.computes['host1'] = self.start_service('compute', host='host1')
+
+    def _disabled(self, host):
+        service = self.service(host)
+        return service if service['status'] == 'disabled' else None
