@@ -12,9 +12,7 @@
 
 """Servers from creation to deletion, through Nova's API."""
 
-import threading
-
-from nova.virt import driver as nova_driver
+from nova import exception
 
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import revert
@@ -244,7 +242,8 @@ class ServiceTest(base.TestCase):
         self.computes['host1'].stop()
         self.agents.stop('host1')
         error = self.assertRaises(
-            Exception, self.start_service, 'compute', host='host1')
+            exception.HypervisorUnavailable, self.start_service, 'compute',
+            host='host1')
         self.assertIn('agent', str(error))
         self.agents.start('host1')
         self.computes['host1'] = self.start_service('compute', host='host1')
