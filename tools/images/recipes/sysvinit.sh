@@ -24,6 +24,8 @@ SUITE=bookworm
 make_image() {
     # mmdebstrap's minbase knows no exclusion: sysvinit-core conflicts with
     # systemd-sysv, so apt never installs the latter.
+    # Debian's init scripts order cloud-init after the network, so under
+    # sysvinit it is the image that says how eth0 is configured.
     # A machine without virtual terminals has its login prompt on the
     # console, and only there.
     bootstrap "$1" "$SUITE" --variant=minbase \
@@ -31,5 +33,7 @@ make_image() {
 orphan-sysvinit-scripts,rsyslog,sysv-rc,sysvinit-core,udev" \
         --customize-hook='sed -i -e "s/^[1-6]:.*tty[1-6]$/#&/" "$1/etc/inittab"' \
         --customize-hook='echo "co:2345:respawn:/sbin/getty --noclear console 115200 linux" >>"$1/etc/inittab"' \
+        --customize-hook='printf "auto eth0\niface eth0 inet dhcp\n" >"$1/etc/network/interfaces.d/eth0"' \
+        --customize-hook='echo "network: {config: disabled}" >"$1/etc/cloud/cloud.cfg.d/99-disable-network-config.cfg"' \
         --customize-hook="$CLEAN_ROOT"
 }
