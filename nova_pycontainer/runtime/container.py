@@ -78,6 +78,8 @@ class Container:
         self.log = self.directory / 'console.log'
         self.exit_file = self.directory / 'exit.json'
         self.config_drive = self.directory / 'config-drive'
+        #: Where the guest's mount of it comes from.
+        self.drive_source = config.run_dir / 'root' / f'{st.uuid}.drive'
         self.bundle = config.run_dir / 'bundle' / st.uuid
         self.disk = disk.Disk(
             self.directory, st.disk_method, st.base_id, self.spec.disk_bytes)
@@ -185,11 +187,8 @@ class Container:
         with revert.Reverter(self.uuid) as r:
             with r.step('mount-disk', self.disk.unmount):
                 self.disk.mount()
-            with r.step('mount-root', lambda: overlay.unmount(self.root)):
-                self.root.parent.mkdir(mode=0o711, exist_ok=True)
-                overlay.mount(
-                    self.root, layer=layer, upper=self.disk.upper,
-                    work=self.disk.work, base_id=self.st.base_id)
+            with r.step('mount-root', self.unmount_root):
+                self.mount_root(layer)
             with r.step('cgroup', self.cgroup.remove):
                 procs = self.cgroup.create_legacy(self.spec.limits)
             with r.step('bundle', self._remove_bundle):
@@ -226,6 +225,18 @@ class Container:
                 self._set_cgroup()
             r.success()
 
+    def mount_root(self, layer: pathlib.Path) -> None:
+        self.root.parent.mkdir(mode=0o711, exist_ok=True)
+        overlay.mount(
+            self.root, layer=layer, upper=self.disk.upper,
+            work=self.disk.work, base_id=self.st.base_id)
+        if self.config_drive.exists():
+            overlay.bind(self.config_drive, self.drive_source)
+
+    def unmount_root(self) -> None:
+        overlay.unmount(self.drive_source)
+        overlay.unmount(self.root)
+
     def _set_cgroup(self) -> None:
         # systemd chooses the place of a scope itself.
         assert self.st.run is not None
@@ -245,7 +256,7 @@ class Container:
                 self._config.cgroup_parent, self.uuid),
             resources=self.cgroup.oci_resources(self.spec.limits),
             config_drive=(
-                self.config_drive if self.config_drive.exists() else None),
+                self.drive_source if self.config_drive.exists() else None),
             nesting=self.spec.nesting)
         (self.bundle / 'config.json').write_text(json.dumps(document))
 
@@ -396,7 +407,7 @@ class Container:
         """Remove all that a container needs while it lives; idempotent."""
         self._remove_from_runtime()
         self._release_console()
-        overlay.unmount(self.root)
+        self.unmount_root()
         self.disk.unmount()
         self.cgroup.remove()
         self._remove_bundle()

@@ -24,6 +24,7 @@ import typing as ty
 CODES: ty.Final[dict[str, int]] = {
     'agent_unavailable': 503,
     'bad_state': 409,
+    'criu_failed': 500,
     'exists': 409,
     'forbidden': 403,
     'image_is_disk': 422,

@@ -109,8 +109,29 @@ def _without_sys_resource() -> cabc.Iterator[None]:
             syscalls.set_effective(syscalls.CAP_SYS_RESOURCE, True)
 
 
+def bind(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Show the directory ``source`` at ``target``, read-only.
+
+    For what a process in the container's user namespace has to open by its
+    path while it restores the container's mounts: it cannot pass through the
+    directories of the state, which are root's alone.
+    """
+    target.mkdir(mode=0o755, exist_ok=True)
+    tree = syscalls.open_tree(
+        str(source), syscalls.OPEN_TREE_CLONE | syscalls.OPEN_TREE_CLOEXEC)
+    try:
+        syscalls.mount_setattr(
+            tree, propagation=syscalls.MS_PRIVATE,
+            attr_set=(syscalls.MOUNT_ATTR_RDONLY |
+                      syscalls.MOUNT_ATTR_NOSUID |
+                      syscalls.MOUNT_ATTR_NODEV))
+        syscalls.move_mount(tree, str(target))
+    finally:
+        os.close(tree)
+
+
 def unmount(target: pathlib.Path) -> None:
-    """Unmount the root file system, if it is mounted; idempotent.
+    """Unmount what :func:`mount` or :func:`bind` made; idempotent.
 
     A plain unmount, never a lazy one at first: with a lazy one the upper's
     file system would stay busy behind our back.
