@@ -17,9 +17,11 @@ nothing when it is up) and is left up. All sizes are bytes, times seconds.
 """
 
 import base64
+import json
 import os
 import pathlib
 import shlex
+import signal
 import socket
 import subprocess
 import time
@@ -138,6 +140,26 @@ class CloudTestCase(testtools.TestCase):
     def on_host(self, host: str, *argv: str, timeout: float = 120) -> str:
         """Runs a command as root inside a host."""
         return cloud_sh('run', host, *argv, timeout=timeout)
+
+    def service_pid(self, name: str) -> int:
+        """The process of a service, by the name that ``status`` shows."""
+        record = CLOUD / 'run' / 'processes' / f'{name}.json'
+        return json.loads(record.read_text())['pid']
+
+    def restart(self, *names: str) -> None:
+        """Restarts services, and waits until they are ready again."""
+        cloud_sh('restart', *names)
+
+    def kill(self, name: str) -> None:
+        """Kills a service as a crash would: at once, it alone.
+
+        It is started again when the test is over.
+        """
+        pid = self.service_pid(name)
+        self.addCleanup(cloud_sh, 'start', name)
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: not pathlib.Path(f'/proc/{pid}/exe').exists(),
+                 10, f'{name} is dead')
 
     def cli(self, *args: str, user: str = 'demo') -> str:
         """The command-line client, as users type it."""

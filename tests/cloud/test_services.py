@@ -105,10 +105,8 @@ class HostsTest(base.CloudTestCase):
 
     def test_compute_runs_without_privilege(self):
         for host in base.HOSTS:
-            record = json.loads(
-                (base.CLOUD / 'run/processes' /
-                 f'{host}.nova-compute.json').read_text())
-            with open(f'/proc/{record["pid"]}/status') as status:
+            pid = self.service_pid(f'{host}.nova-compute')
+            with open(f'/proc/{pid}/status') as status:
                 fields = dict(line.split(':', 1) for line in status)
             self.assertNotIn('0', fields['Uid'].split())
             self.assertEqual(0, int(fields['CapEff'], 16))

@@ -18,6 +18,7 @@ import importlib.util
 import os
 import sys
 import time
+import traceback
 
 import prettytable
 
@@ -165,4 +166,17 @@ if __name__ == '__main__':
         sys.exit(main(sys.argv[1:]))
     except process.CloudError as error:
         print(f'ERROR: {error}', file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print('interrupted; "up" goes on from here, "down" takes it away',
+              file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        # An API's refusal, as a rule: its text says whose.
+        layout.LOGS.mkdir(parents=True, exist_ok=True)
+        path = process.log_path('cloud.sh')
+        with open(path, 'a') as log:
+            traceback.print_exc(file=log)
+        print(f'ERROR: {type(error).__name__}: {error}\nlog: {path} '
+              f'(all logs: {layout.LOGS})', file=sys.stderr)
         sys.exit(1)

@@ -64,8 +64,10 @@ class Graph:
                 if not running:
                     break
                 ended, _ = concurrent.futures.wait(
-                    running,
+                    running, timeout=10,
                     return_when=concurrent.futures.FIRST_COMPLETED)
+                if not ended:
+                    say('still at: ' + ', '.join(sorted(running.values())))
                 for future in ended:
                     name = running.pop(future)
                     error = future.exception()

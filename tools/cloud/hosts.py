@@ -142,7 +142,8 @@ def _mounts(host: str) -> str:
               f'mount -t tmpfs -o mode=755 pyc-{host} /run',
               'mkdir -p /run/lock /run/netns /run/openvswitch /run/ovn'
               ' /run/cgroup1',
-              'chmod 1777 /run/lock',
+              'mkdir /run/tmp',
+              'chmod 1777 /run/lock /run/tmp',
               # ip netns wants it shared, among the processes of this host.
               'mount --bind /run/netns /run/netns',
               'mount --make-shared /run/netns']

@@ -46,7 +46,9 @@ class Service:
     def start(self) -> None:
         if not self.alive:
             env = {'HOME': '/var/lib/nova' if self.user == layout.USER
-                   else '/root', **self.env}
+                   else '/root',
+                   # Goes with the host, whatever a service leaves there.
+                   'TMPDIR': '/run/tmp', **self.env}
             process.spawn(self.name,
                           hosts.enter(self.host, self.argv, self.user),
                           self.host, env)

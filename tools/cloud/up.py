@@ -66,6 +66,10 @@ def check_machine() -> None:
             raise process.CloudError(
                 f'{path} is closed to unprivileged users, but the services '
                 'run as one: set NOVA_PYCONTAINER_WORK to another place')
+    if not pathlib.Path('/dev/net/tun').exists():
+        raise process.CloudError(
+            'there is no /dev/net/tun: the userspace datapath of Open '
+            'vSwitch needs the tun driver')
 
 
 def complete(driver: str) -> bool:
@@ -206,6 +210,7 @@ def up(driver: str) -> None:
                   f'{host}.openvswitch', 'ovn')
         if driver == 'pycontainer':
             start(f'{host}.agent', f'{host}.openvswitch')
+
     def forget_fakes() -> None:
         if layout.DRIVER.exists() and layout.DRIVER.read_text() == 'fake':
             for host in layout.COMPUTES:
