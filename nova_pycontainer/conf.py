@@ -114,12 +114,12 @@ A flavor's extra spec ``pycontainer:pids_max`` takes precedence.
 ]
 
 
-def register(conf):
+def register(conf: cfg.ConfigOpts) -> None:
     """Register the driver's options with an oslo.config object."""
     conf.register_group(pycontainer_group)
     conf.register_opts(driver_opts, group=pycontainer_group)
 
 
-def list_opts():
+def list_opts() -> list[tuple[cfg.OptGroup, list[cfg.Opt]]]:
     """Entry point ``oslo.config.opts``: for oslo-config-generator."""
     return [(pycontainer_group, driver_opts)]

@@ -78,7 +78,7 @@ class AgentServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         #: Long polls are to end.
         self.closing = False
         self._path = path
-        self._lock = _locked(path)
+        self._lock = exclusive(path, 'agent')
         try:
             super().__init__(path, handler.Handler)
         except OSError as e:
@@ -265,18 +265,24 @@ def _peer_groups(
         return []
 
 
-def _locked(path: str) -> int:
-    """A lock that ends with this process, however it ends."""
+def exclusive(path: str, what: str) -> int:
+    """A lock that ends with this process, however it ends.
+
+    :param path: what is locked; the lock is a file of that name + ``.lock``
+    :param what: who has it, for the message
+    :returns: a descriptor, to be closed for the lock to end
+    :raises ContainerError: ``exists``
+    """
     try:
         fd = os.open(f'{path}.lock', os.O_RDWR | os.O_CREAT | os.O_CLOEXEC,
                      0o600)
     except OSError as e:
         raise errors.ContainerError(
-            'internal', f'cannot serve {path}', cause=str(e)) from e
+            'internal', f'cannot lock {path}', cause=str(e)) from e
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
         os.close(fd)
         raise errors.ContainerError(
-            'exists', f'another agent serves {path}') from e
+            'exists', f'another {what} serves {path}') from e
     return fd

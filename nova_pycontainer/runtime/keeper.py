@@ -304,14 +304,21 @@ def become_subreaper() -> None:
         raise OSError(number, os.strerror(number), 'prctl')
 
 
-def notify_ready() -> None:
+def notify_address() -> str:
+    """Where systemd wants to be notified, which children need not know.
+
+    An OCI runtime that finds it would hand it to the container.
+    """
+    return os.environ.pop('NOTIFY_SOCKET', '')
+
+
+def notify(address: str, state: str) -> None:
     """Tell systemd (sd_notify(3)), if it is there."""
-    address = os.environ.pop('NOTIFY_SOCKET', '')
     if not address:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.connect(address.replace('@', '\0', 1))
-        sock.send(b'READY=1')
+        sock.send(state.encode())
 
 
 def detach() -> int:
@@ -339,6 +346,7 @@ def main(argv: list[str] | None = None) -> int:
                         help='go to the background once it is served')
     args = parser.parse_args(argv)
     path = os.path.abspath(args.socket)
+    address = notify_address()
     ready = detach() if args.detach else None
     os.chdir('/')
     # Never die of a viewer, or of a full disk under a limit.
@@ -348,7 +356,7 @@ def main(argv: list[str] | None = None) -> int:
         with bound(path) as listener:
             become_subreaper()
             keeper = Keeper(listener)
-            notify_ready()
+            notify(address, 'READY=1')
             if ready is not None:
                 os.write(ready, b'1')
                 os.close(ready)

@@ -367,6 +367,10 @@ def keeper_env() -> dict[str, str]:
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
 def ensure_keeper(
     socket_path: str | os.PathLike[str], python: str = sys.executable,
     timeout_s: float = ANSWER_TIMEOUT,
@@ -383,7 +387,7 @@ def ensure_keeper(
     client = KeeperClient(path, timeout_s)
     try:
         os.makedirs(os.path.dirname(path) or '.', mode=0o755, exist_ok=True)
-        lock = open(f'{path}.start', 'w')
+        lock = open(f'{path}.start', 'w', opener=_private)
     except OSError as e:
         raise _unavailable('the keeper does not start', str(e)) from e
     with lock:
@@ -398,7 +402,7 @@ def ensure_keeper(
             return client.ping()
         argv, env = command(path, python)
         env.pop('NOTIFY_SOCKET', None)
-        with open(f'{path}.log', 'ab') as log:
+        with open(f'{path}.log', 'ab', opener=_private) as log:
             try:
                 subprocess.run(
                     [*argv, '--detach'], env=env, cwd='/', check=True,

@@ -1,0 +1,194 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Configuration options of the agent, beside the driver's in one group.
+
+The agent and nova-compute may read the same file; each ignores what is the
+other's.
+"""
+
+import pathlib
+import typing as ty
+
+from oslo_config import cfg
+
+from nova_pycontainer import conf as driver_conf
+from nova_pycontainer.runtime import config as rconfig
+
+_GIB: ty.Final = 1 << 30
+
+agent_opts = [
+    cfg.StrOpt(
+        'agent_group',
+        default='nova',
+        help="""
+Group whose members may use the agent, besides root.
+
+The user that nova-compute runs as has to be one of them. Whoever may use the
+agent controls all containers of this host.
+"""),
+    cfg.FloatOpt(
+        'agent_stop_timeout',
+        default=30,
+        min=0,
+        help="""
+Seconds that the agent waits for running requests when it is told to end.
+
+What is not finished by then is undone or finished when the agent starts again.
+"""),
+    cfg.StrOpt(
+        'state_dir',
+        default='/var/lib/pycontainer',
+        help="""
+Directory of the containers' files and of the unpacked images.
+
+Its file system has to support overlay and idmapped mounts (ext4, xfs, btrfs).
+The size of root disks is enforced at the lowest cost if it is mounted with
+project quotas (``prjquota``), see ``disk_limit``.
+"""),
+    cfg.StrOpt(
+        'run_dir',
+        default='/run/pycontainer',
+        help="""
+Directory of what does not outlive a boot of the host: sockets, and the state
+of running containers. It should be on a tmpfs.
+"""),
+    cfg.StrOpt(
+        'oci_runtime_path',
+        default='crun',
+        help="""
+OCI runtime that creates containers: ``crun`` or ``runc``, as a path or as a
+name that is looked up in PATH.
+"""),
+    cfg.StrOpt(
+        'criu_path',
+        default='criu',
+        help="""
+CRIU, as a path or as a name that is looked up in PATH.
+"""),
+    cfg.StrOpt(
+        'cgroup_parent',
+        default='pycontainer',
+        help="""
+Control group under which the containers' are made, relative to the root of
+the hierarchy.
+"""),
+    cfg.StrOpt(
+        'cgroup_manager',
+        default='auto',
+        choices=[
+            ('auto', 'systemd where it is the host\'s init and the hierarchy '
+                     'is unified, otherwise cgroupfs'),
+            ('systemd', 'one scope per container, made by systemd'),
+            ('cgroupfs', 'directories made by the OCI runtime'),
+        ],
+        help="""
+Who makes the containers' control groups.
+"""),
+    cfg.StrOpt(
+        'disk_limit',
+        default='auto',
+        choices=[
+            ('auto', 'project quota where the file system has it, otherwise '
+                     'a file per container'),
+            ('project', 'project quota of the file system of ``state_dir``'),
+            ('loop', 'an ext4 file system in a sparse file per container'),
+            ('none', 'no limit: any container can fill the disk of the host'),
+        ],
+        help="""
+How the size of a root disk, ``disk`` of the flavor, is enforced.
+
+A container keeps what it was made with.
+"""),
+    cfg.IntOpt(
+        'idmap_base',
+        default=0x40000000,
+        min=65536,
+        help="""
+First user and group id of the host that containers may have.
+
+A multiple of 65536. The range from here on, ``idmap_count`` times 65536 ids
+and 65536 more for unpacking images, has to be free: not in use by users of
+the host, and not delegated in /etc/subuid and /etc/subgid. Use the same values
+on all hosts, since a server keeps its ids when it moves.
+"""),
+    cfg.IntOpt(
+        'idmap_count',
+        default=8192,
+        min=1,
+        max=65534,
+        help="""
+How many containers may have ids of their own: 65536 each.
+
+More than any host will run, because servers that were made on different hosts
+must not have the same ids for one of them to move to the other's host.
+"""),
+    cfg.IntOpt(
+        'layer_max_entries',
+        default=1_000_000,
+        min=1,
+        help="""
+Largest number of files and directories in an image.
+"""),
+    cfg.IntOpt(
+        'layer_max_gb',
+        default=64,
+        min=1,
+        help="""
+Largest image in GiB, as unpacked, whatever the caller allows.
+"""),
+    cfg.IntOpt(
+        'console_log_bytes',
+        default=1 << 20,
+        min=8192,
+        max=1 << 30,
+        help="""
+Bytes that are kept of the output on a container's console.
+"""),
+    cfg.FloatOpt(
+        'oci_timeout',
+        default=60,
+        min=1,
+        help="""
+Seconds that one call of the OCI runtime may take.
+"""),
+]
+
+
+def register(conf: cfg.ConfigOpts) -> None:
+    """Register the options of agent and driver."""
+    driver_conf.register(conf)
+    conf.register_opts(agent_opts, group=driver_conf.pycontainer_group)
+
+
+def list_opts() -> list[tuple[cfg.OptGroup, list[cfg.Opt]]]:
+    """Entry point ``oslo.config.opts``: for oslo-config-generator."""
+    return [(driver_conf.pycontainer_group, agent_opts)]
+
+
+def runtime_config(conf: cfg.ConfigOpts) -> rconfig.Config:
+    """What the runtime needs to know of the options."""
+    group = conf.pycontainer
+    return rconfig.Config(
+        state_dir=pathlib.Path(group.state_dir).absolute(),
+        run_dir=pathlib.Path(group.run_dir).absolute(),
+        oci_runtime_path=group.oci_runtime_path,
+        criu_path=group.criu_path,
+        cgroup_parent=group.cgroup_parent,
+        cgroup_manager=group.cgroup_manager,
+        disk_limit=group.disk_limit,
+        idmap_base=group.idmap_base,
+        idmap_count=group.idmap_count,
+        layer_max_entries=group.layer_max_entries,
+        layer_max_bytes=group.layer_max_gb * _GIB,
+        console_log_bytes=group.console_log_bytes,
+        oci_timeout=group.oci_timeout)
