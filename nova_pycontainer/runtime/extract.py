@@ -131,7 +131,7 @@ class Extractor:
                 remedy='Use a smaller image, or raise the limit in the '
                 'configuration of pycontainer-agent')
         if not self._entries % 4096:
-            self._check_free(name)
+            self._check_free(name, 0)
 
     def _count_bytes(self, name: str | bytes, size: int) -> None:
         self._bytes += -(-size // BLOCK) * BLOCK
@@ -142,20 +142,21 @@ class Extractor:
                 f'{archive.show(name)})',
                 'Choose a flavor with a larger disk or a smaller image')
         if self._bytes >= self._next_check:
-            self._check_free(name)
+            self._check_free(name, size)
 
-    def _check_free(self, name: str | bytes) -> None:
+    def _check_free(self, name: str | bytes, size: int) -> None:
         disk = os.fstatvfs(self._root)
-        free = disk.f_bavail * disk.f_frsize
+        free = disk.f_bavail * disk.f_frsize - size
         # Some file systems make inodes as they go and say 0 of 0.
         inodes = disk.f_favail if disk.f_files else 1 << 20
         if free < self._limits.min_free_bytes or inodes < 8192:
             raise errors.ContainerError(
                 'no_space', 'the disk of the layer store is nearly full',
-                cause=f'{free} bytes and {inodes} inodes are free at entry '
-                f'{archive.show(name)}',
+                cause=f'{max(free, 0)} bytes and {inodes} inodes would be '
+                f'left at entry {archive.show(name)}',
                 remedy='Delete unused layers or add space')
-        self._next_check = self._bytes + (64 << 20)
+        self._next_check = self._bytes + min(
+            64 << 20, free - self._limits.min_free_bytes)
 
     def _oserror(self, name: str, e: OSError) -> errors.ContainerError:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):

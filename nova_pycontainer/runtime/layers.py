@@ -23,14 +23,13 @@ belong to uid 0.
 import collections.abc as cabc
 import contextlib
 import dataclasses
-import errno
 import fcntl
 import hashlib
 import json
 import os
 import pathlib
 import secrets
-import shutil
+import subprocess
 import sys
 import time
 import typing as ty
@@ -50,6 +49,7 @@ FORMAT: ty.Final = 1
 _STAGING: ty.Final = '.staging'
 _LOCKS: ty.Final = '.locks'
 _POLL_SECONDS: ty.Final = 0.05
+_REMOVE_SECONDS: ty.Final = 1800
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,19 +105,29 @@ def _fsync_directory(path: pathlib.Path) -> None:
 
 
 def _remove(path: pathlib.Path) -> None:
-    """Remove a tree, whose writer may just be dying."""
-    for pause in (0.1, 0.5, 2.0):
+    """Remove a tree, whose writer may just be dying.
+
+    rm(1), because shutil.rmtree reads a whole directory into memory, and one
+    may have a million entries.
+
+    :raises ContainerError: ``internal``
+    """
+    for pause in (0.1, 1.0, 0.0):
         try:
-            shutil.rmtree(path)
+            done = subprocess.run(
+                ['rm', '-rf', '--', path], stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                timeout=_REMOVE_SECONDS)
+        except subprocess.TimeoutExpired:
+            cause = f'not done after {_REMOVE_SECONDS} s'
+            break
+        if not done.returncode:
             return
-        except FileNotFoundError:
-            if not path.exists():
-                return
-        except OSError as e:
-            if e.errno != errno.ENOTEMPTY:
-                raise
+        cause = done.stderr.decode(errors='replace')[-300:].strip()
         time.sleep(pause)
-    shutil.rmtree(path)
+    raise errors.ContainerError(
+        'internal', f'{path} cannot be removed', cause=cause,
+        remedy='Remove it by hand; the next start tries again')
 
 
 def _chunks(
@@ -247,8 +257,9 @@ class LayerStore:
 
         What a living one is just making is locked, and stays.
         """
-        keys = {path.name.rpartition('.')[0]
-                for path in (self._dir / _STAGING).iterdir()}
+        # "<key>.<random>" there, "<key>.lock" here.
+        keys = {path.name.rpartition('.')[0] for name in (_STAGING, _LOCKS)
+                for path in (self._dir / name).iterdir()}
         for key in sorted(keys):
             try:
                 with self.locked(key, wait=False):
@@ -300,7 +311,11 @@ class LayerStore:
                 finally:
                     # Renamed away if all went well.
                     if staging.exists():
-                        _remove(staging)
+                        try:
+                            _remove(staging)
+                        except errors.ContainerError:
+                            # Not in place of the import's own error.
+                            LOG.exception('left behind')
             elif max_bytes is not None and info.bytes > max_bytes:
                 raise archive.too_large(
                     f'image {image!r} needs {info.bytes} bytes of disk, and '

@@ -19,14 +19,16 @@
     own mount, net, IPC, UTS, cgroup and
     PID namespaces
     fork ───────────────────────────────────► new user namespace
-                    ◄───────────── "ready" ──
+                       ◄───────────── step ──
     writes its id maps
+                       ── step ─────────────► becomes uid 0 there, forbids
+                                              user namespaces in its own
+                       ◄───────────── step ──
     mounts the directory idmapped by that
     user namespace, makes it the root and
     drops the old one
-                    ───────────────── "go" ─► becomes uid 0 of its namespace,
-                                              gives up all but the
-                                              capabilities to write files
+                       ── step ─────────────► gives up all capabilities but
+                                              those to write files
     waits                                     works
 
 Only the user namespace belongs to the worker: the others were made by the
@@ -43,6 +45,7 @@ import os
 import pathlib
 import resource
 import signal
+import socket
 import traceback
 import typing as ty
 
@@ -100,7 +103,10 @@ def _limit_capabilities() -> None:
 def _limit_resources(limits: ty.Mapping[int, int]) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for what, value in limits.items():
-        resource.setrlimit(what, (value, value))
+        # At the hard limit of processor time it is killed; at the soft one
+        # it can still say why it stops.
+        hard = value + 10 if what == resource.RLIMIT_CPU else value
+        resource.setrlimit(what, (value, hard))
 
 
 def _mount_root(directory: pathlib.Path, userns: int) -> None:
@@ -124,22 +130,28 @@ def _mount_root(directory: pathlib.Path, userns: int) -> None:
     os.chdir('/')
 
 
+def _step(channel: socket.socket) -> None:
+    """Tell the other side to go on, and wait until it has."""
+    channel.send(b'.')
+    if not channel.recv(1):
+        raise EOFError('the other side of the sandbox has failed')
+
+
 def _become_worker(
-    ready: int, go: int, limits: ty.Mapping[int, int]
+    channel: socket.socket, limits: ty.Mapping[int, int]
 ) -> None:
     syscalls.unshare(syscalls.CLONE_NEWUSER)
-    os.write(ready, b'.')
-    os.close(ready)
-    if os.read(go, 1) != b'.':
-        os._exit(1)  # the supervisor failed, and says why
-    os.close(go)
-    os.chdir('/')
-    if os.listdir('/'):
-        raise RuntimeError('the directory to unpack into is not empty')
+    _step(channel)
     os.setresgid(0, 0, 0)
     os.setresuid(0, 0, 0)
     # After the change of user, which clears it.
     die_with_parent()
+    # In a nested user namespace it would have all capabilities again.
+    pathlib.Path('/proc/sys/user/max_user_namespaces').write_text('0')
+    _step(channel)
+    os.chdir('/')
+    if os.listdir('/'):
+        raise RuntimeError('the directory to unpack into is not empty')
     _prctl(_PR_SET_DUMPABLE, 0)
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     _limit_capabilities()
@@ -172,36 +184,36 @@ def run(
     syscalls.mount_setattr(
         host, propagation=syscalls.MS_PRIVATE, recursive=True)
     os.close(host)
-    ready_read, ready_write = os.pipe()
-    go_read, go_write = os.pipe()
+    ours, theirs = socket.socketpair()
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
-            os.close(ready_read)
-            os.close(go_write)
-            _become_worker(ready_write, go_read, limits)
+            ours.close()
+            _become_worker(theirs, limits)
             code = work()
         except BaseException:
             traceback.print_exc()
         finally:
             os._exit(code)
-    os.close(ready_write)
-    os.close(go_read)
+    theirs.close()
     # The worker alone holds the stream's reading end: when it stops, so
     # does whoever feeds it.
     null = os.open('/dev/null', os.O_RDWR | os.O_CLOEXEC)
     os.dup2(null, 0)
     os.close(null)
-    if os.read(ready_read, 1) == b'.':
-        os.close(ready_read)
+    # If the worker fails in between it has said why, and its exit code is
+    # below.
+    if ours.recv(1):
         for name in ('uid_map', 'gid_map'):
             pathlib.Path(f'/proc/{pid}/{name}').write_text(
                 f'0 {base} {idmap.RANGE}')
         userns = os.open(f'/proc/{pid}/ns/user', os.O_RDONLY | os.O_CLOEXEC)
-        _mount_root(directory, userns)
+        ours.send(b'.')
+        if ours.recv(1):
+            _mount_root(directory, userns)
+            ours.send(b'.')
         os.close(userns)
-        os.write(go_write, b'.')
-    os.close(go_write)
+    ours.close()
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     return code if code >= 0 else 128 - code

@@ -24,6 +24,7 @@ import json
 import os
 import pathlib
 import resource
+import signal
 import sys
 import traceback
 import typing as ty
@@ -31,6 +32,7 @@ import typing as ty
 from nova_pycontainer.runtime import archive
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import extract
+from nova_pycontainer.runtime import imageformat
 from nova_pycontainer.runtime import sandbox
 
 #: The worker opens one file at a time; the rest is room for the interpreter.
@@ -100,16 +102,16 @@ def unpack(
     """
     source = _Input(fd)
     head, pieces = _with_head(iter(source), 6)
-    packed = archive.compression(head)
+    packed = imageformat.compression(head)
     if packed:
-        pieces = archive.decompress(packed, pieces)
+        pieces = imageformat.decompress(packed, pieces)
     head, pieces = _with_head(pieces, 512)
     try:
-        archive.check_is_tar(head, packed)
+        imageformat.check_is_tar(head, packed)
     except errors.ContainerError:
         # What else it is takes a longer look.
-        head, pieces = _with_head(pieces, archive.HEAD)
-        archive.check_is_tar(head, packed)
+        head, pieces = _with_head(pieces, imageformat.HEAD)
+        imageformat.check_is_tar(head, packed)
     reader = archive.Reader(pieces, limits, lambda: source.consumed)
     return extract.Extractor(root_fd, reader, limits, max_bytes).run()
 
@@ -122,17 +124,22 @@ def _answer(answer: dict[str, ty.Any]) -> int:
 
 
 def _work(job: Job) -> int:
+
+    def out_of_time(*_: object) -> ty.NoReturn:
+        raise archive.too_large(
+            f'unpacking the image takes more than {job.limits.cpu_seconds} '
+            f's of processor time', 'Use a smaller image')
+
+    # As PID 1 of its namespace it would not be ended by this signal.
+    signal.signal(signal.SIGXCPU, out_of_time)
     root_fd = os.open('/', os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         result = unpack(0, root_fd, job.max_bytes, job.limits)
     except errors.ContainerError as e:
         return _answer({'ok': False, 'error': e.to_dict()})
     except MemoryError:
-        return _answer({'ok': False, 'error': archive.too_large(
-            f'unpacking the image needs more than '
-            f'{job.limits.memory_bytes} bytes of memory',
-            'Pack it with the default settings of its compressor'
-        ).to_dict()})
+        return _answer({'ok': False, 'error': archive.too_much_memory(
+            f'more than {job.limits.memory_bytes} bytes').to_dict()})
     except Exception:
         traceback.print_exc()
         return 2
@@ -144,18 +151,25 @@ def main(arguments: list[str]) -> int:
     job = Job.from_json(arguments[0])
     sandbox.die_with_parent()
     limits = job.limits
-    return sandbox.run(
-        pathlib.Path(job.root), job.base,
-        {
-            resource.RLIMIT_CPU: limits.cpu_seconds,
-            resource.RLIMIT_AS: limits.memory_bytes,
-            resource.RLIMIT_FSIZE: limits.file_bytes,
-            resource.RLIMIT_NOFILE: _OPEN_FILES,
-            # It must not start anything. The limit counts per user of the
-            # host, and all unpacking goes by the same ids.
-            resource.RLIMIT_NPROC: 0,
-        },
-        lambda: _work(job))
+    rlimits = {
+        resource.RLIMIT_CPU: limits.cpu_seconds,
+        resource.RLIMIT_AS: limits.memory_bytes,
+        resource.RLIMIT_FSIZE: limits.file_bytes,
+        resource.RLIMIT_NOFILE: _OPEN_FILES,
+        # It must not start anything. The limit counts per user of the host,
+        # and all unpacking goes by the same ids.
+        resource.RLIMIT_NPROC: 0,
+    }
+    try:
+        return sandbox.run(
+            pathlib.Path(job.root), job.base, rlimits, lambda: _work(job))
+    except OSError as e:
+        traceback.print_exc()
+        return _answer({'ok': False, 'error': errors.ContainerError(
+            'unsupported', 'this host cannot unpack images safely',
+            cause=str(e), remedy='It takes Linux 5.12 or later and a file '
+            'system with idmapped mounts (ext4, XFS, Btrfs) for the layers'
+        ).to_dict()})
 
 
 if __name__ == '__main__':

@@ -20,7 +20,6 @@ import os
 import pathlib
 import select
 import selectors
-import signal
 import subprocess
 import time
 import typing as ty
@@ -177,16 +176,14 @@ def _judge(
             return _refuse(error)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
-    if code == 128 + signal.SIGXCPU:
-        raise archive.too_large(
-            f'unpacking the image takes more than {job.limits.cpu_seconds} '
-            f's of processor time', 'Use a smaller image')
-    text = archive.show(complaint.decode('utf-8', 'replace')[-500:])
+    trace = ascii(complaint.decode('utf-8', 'replace')[-2000:])
     LOG.error('the process that unpacks ended with %s: %s', code,
-              ascii(complaint.decode('utf-8', 'replace')))
+              trace[-4000:])
+    # The last line names the exception.
+    text = trace[1:-1].rstrip('\\n').rpartition('\\n')[2][-200:]
     raise errors.ContainerError(
         'internal', 'the process that unpacks the image failed',
-        cause=f'exit code {code}, {text}',
+        cause=f'exit code {code}' + (text and f', {text}'),
         remedy='See the log of pycontainer-agent on that host')
 
 
