@@ -96,20 +96,52 @@ def _remove_cgroups(host: str) -> list[str]:
     return left
 
 
-def _detach_loops() -> None:
-    """Loop devices over files of the cloud."""
-    done = subprocess.run(['losetup', '--json', '--output',
-                           'NAME,BACK-FILE'],
-                          capture_output=True, text=True)
-    if done.returncode or not done.stdout.strip():
-        return
-    for device in json.loads(done.stdout)['loopdevices']:
-        backing = device['back-file'] or ''
-        # Inside a host the file's path begins where the host sees it.
-        if backing.startswith((f'{layout.CLOUD}/',
-                               '/var/lib/pycontainer/')):
-            subprocess.run(['losetup', '--detach', device['name']],
-                           capture_output=True)
+def _is_ours(backing: str, inode: int) -> bool:
+    """Whether a loop device's file lies in the state of one of our hosts.
+
+    The path is that which the host saw, or what is left of it once the
+    host's mounts are gone; and an agent of the machine itself would use the
+    same. So the inode decides.
+    """
+    path = pathlib.Path(backing)
+    state = pathlib.Path('/var/lib/pycontainer')
+    if path.is_relative_to(layout.CLOUD):
+        return True
+    if path.is_relative_to(state):
+        rest = path.relative_to(state)
+    else:
+        rest = path.relative_to('/')
+    for host in layout.COMPUTES:
+        try:
+            found = (layout.DATA / host / 'pycontainer' / rest).stat()
+        except OSError:
+            continue
+        if found.st_ino == inode:
+            return True
+    return False
+
+
+def _detach_loops() -> list[str]:
+    """Detaches loop devices of the cloud; returns what is still attached."""
+    columns = ('losetup', '--json', '--output', 'NAME,BACK-FILE,BACK-INO')
+    for attempt in range(20):
+        done = subprocess.run(columns, capture_output=True, text=True)
+        if done.returncode or not done.stdout.strip():
+            return []
+        left = [device['name']
+                for device in json.loads(done.stdout)['loopdevices']
+                if device['back-file'] and
+                _is_ours(device['back-file'], int(device['back-ino']))]
+        if not left:
+            return []
+        if attempt == 0:
+            for name in left:
+                subprocess.run(['losetup', '--detach', name],
+                               capture_output=True)
+            continue
+        # Until the last mount of it is gone.
+        time.sleep(0.1)
+    return left
 
 
 def down(purge: bool = False) -> None:
@@ -138,11 +170,10 @@ def down(purge: bool = False) -> None:
             pids = hosts.wait_gone(pids, grace)
         left += [f'process {pid} on {host}' for pid in pids]
         left += _remove_cgroups(host)
-    _detach_loops()
     # With the last process of a namespace all mounts and links in it go.
     process.stop(pauses, grace=2, number=signal.SIGKILL)
     network.unlink_controller()
-    _detach_loops()
+    left += _detach_loops()
     for path in (layout.RUN, layout.HOSTS):
         shutil.rmtree(path, ignore_errors=True)
     if purge:

@@ -191,9 +191,10 @@ def create(host: str) -> None:
             os.readlink(f'/proc/{record.pid}/ns/mnt') != own and
             pathlib.Path(f'/proc/{record.pid}/comm').read_text().strip() ==
             'sleep'), timeout=10, interval=0.01)
-    # down finds by it whatever was started inside.
-    (layout.RUN / f'{host}.mntns').write_text(
-        os.readlink(f'/proc/{record.pid}/ns/mnt'))
+    # down finds by them whatever was started inside.
+    (layout.RUN / f'{host}.namespaces').write_text(' '.join(
+        os.readlink(f'/proc/{record.pid}/ns/{kind}')
+        for kind in ('mnt', 'uts')))
     script(host, _mounts(host))
     names = ''.join(f'{layout.UNDERLAY[other]} {other}\n'
                     for other in layout.ALL_HOSTS)
@@ -203,17 +204,23 @@ def create(host: str) -> None:
 
 
 def members(host: str) -> list[int]:
-    """Processes in the host's mount namespace, started here or not."""
+    """Processes in the host, started here or not.
+
+    The mount namespace alone does not tell: ``ip netns exec`` gives what it
+    starts (haproxy, for the metadata service) another one.
+    """
     try:
-        wanted = (layout.RUN / f'{host}.mntns').read_text()
+        mount, name = (layout.RUN /
+                       f'{host}.namespaces').read_text().split()
     except FileNotFoundError:
         return []
     found = []
-    for name in os.listdir('/proc'):
-        if name.isdigit():
+    for pid in os.listdir('/proc'):
+        if pid.isdigit():
             try:
-                if os.readlink(f'/proc/{name}/ns/mnt') == wanted:
-                    found.append(int(name))
+                if (os.readlink(f'/proc/{pid}/ns/mnt') == mount or
+                        os.readlink(f'/proc/{pid}/ns/uts') == name):
+                    found.append(int(pid))
             except OSError:
                 pass
     return found
