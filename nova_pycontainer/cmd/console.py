@@ -44,38 +44,36 @@ def relay(stream: socket.socket, source: int, sink: int) -> bool:
 
     The end of ``source`` only means that nothing more is typed.
 
-    :param source: descriptor of what is typed; in raw mode meanwhile if it
-        is a terminal, and left by Ctrl-]
+    :param source: descriptor of what is typed; if it is a terminal, Ctrl-]
+        leaves
     :param sink: descriptor for what the container prints
     :returns: True if the user left, False if the stream has ended
     """
     interactive = os.isatty(source)
-    with raw(source):
-        poll = select.poll()
-        poll.register(stream, select.POLLIN)
-        poll.register(source, select.POLLIN)
-        while True:
-            ready = [fd for fd, _ in poll.poll()]
-            if stream.fileno() in ready:
-                data = _received(stream)
-                if not data:
-                    return False
-                while data:
-                    data = data[os.write(sink, data):]
-            if source in ready:
-                data = os.read(source, 4096)
+    poll = select.poll()
+    poll.register(stream, select.POLLIN)
+    poll.register(source, select.POLLIN)
+    while True:
+        ready = [fd for fd, _ in poll.poll()]
+        if stream.fileno() in ready:
+            data = _received(stream)
+            if not data:
+                return False
+            while data:
+                data = data[os.write(sink, data):]
+        if source in ready:
+            data = os.read(source, 4096)
+            if not data:
+                poll.unregister(source)
+            typed, leave = data, b''
+            if interactive:
                 typed, leave, _ = data.partition(LEAVE)
-                if not interactive:
-                    typed, leave = data, b''
-                if typed:
-                    try:
-                        stream.sendall(typed)
-                    except OSError:
-                        return False
-                if leave:
-                    return True
-                if not data:
-                    poll.unregister(source)
+            try:
+                stream.sendall(typed)
+            except OSError:
+                return False
+            if leave:
+                return True
 
 
 def _received(stream: socket.socket) -> bytes:

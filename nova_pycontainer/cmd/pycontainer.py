@@ -189,10 +189,13 @@ class Command:
 
     def console(self) -> int:
         uuid = self._uuid()
+        typed, shown = sys.stdin.fileno(), sys.stdout.fileno()
         with self._client.console_attach(uuid) as stream:
-            print(f'Connected to {uuid}; Ctrl-] ends it', file=sys.stderr)
-            left = console.relay(stream, sys.stdin.fileno(),
-                                 sys.stdout.fileno())
+            with console.raw(typed):
+                # From now on what is typed is the container's.
+                print(f'Connected to {uuid}; Ctrl-] ends it', end='\r\n',
+                      file=sys.stderr, flush=True)
+                left = console.relay(stream, typed, shown)
         print('' if left else '\nThe console has ended', file=sys.stderr)
         return 0
 
@@ -281,7 +284,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--agent-timeout', metavar='SECONDS', type=_seconds, default=120.0,
         help='limit for one call of the agent (default: %(default)g)')
-    parser.set_defaults(format='table')
     verbs = parser.add_subparsers(dest='verb', required=True, metavar='VERB')
 
     def verb(name: str, text: str,
@@ -336,7 +338,7 @@ def _timeout(sub: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    args = _parser().parse_args(argv, argparse.Namespace(format='table'))
     try:
         return Command(args).run()
     except errors.ContainerError as e:
