@@ -38,6 +38,9 @@ _IMAGE_PREFIX = 124
 #: "Build of instance <uuid> aborted: Failed to deploy instance: ".
 _OTHER_PREFIX = 96
 
+#: A shorter piece of a cause says nothing.
+_MIN_CAUSE = 30
+
 #: The image is at fault: another host would not help.
 _IMAGE_CODES = frozenset(
     code for code in errors.CODES if code.startswith('image_'))
@@ -69,13 +72,15 @@ def reason(error, room=_FAULT_LENGTH - _OTHER_PREFIX, step=True, without=''):
         text = text.replace(f'instance {error.uuid}: ', '')
     if step and error.step:
         text += f' (step {error.step})'
-    if error.cause and error.cause not in text:
-        text += f': {error.cause}'
-    if not error.remedy:
-        return clip(text, room)
-    # A remedy that is cut is none: the cause gives way, down to a third.
-    remedy = clip(error.remedy, room - room // 3)
-    return f'{clip(text, room - len(remedy) - 2)}. {remedy}'
+    # A remedy that is cut is none: the others give way to it.
+    remedy = f'. {error.remedy}' if error.remedy else ''
+    remedy = clip(remedy, room - min(len(text), room // 3))
+    text = clip(text, room - len(remedy))
+    cause = error.cause or ''
+    left = room - len(text) - len(remedy) - 2
+    if cause and cause not in text and left >= min(len(cause), _MIN_CAUSE):
+        text += f': {clip(cause, left)}'
+    return text + remedy
 
 
 def plug_failure(reason):

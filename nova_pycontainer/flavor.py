@@ -163,10 +163,7 @@ def init(instance):
             'the name of a signal, such as SIGRTMIN+3')
     return {
         'argv': argv,
-        # cloud-init takes it for the DMI product name of the machine, which
-        # a container must not see (it is the host's), and only then asks the
-        # metadata service (cloudinit/sources/DataSourceOpenStack.py).
-        'env': {'product_name': 'OpenStack Nova'},
+        'env': {},
         'stop_signal': stop_signal or None,
     }
 

@@ -12,13 +12,30 @@
 
 """The agents of the hosts that the functional tests run."""
 
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+from nova_pycontainer.agent import client
+from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime import keeper_client
 from tests.unit.driver import fake_agent
+
+WORK = pathlib.Path(os.environ.get(
+    'NOVA_PYCONTAINER_WORK', '/var/tmp/nova-pycontainer'))
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+#: Ends a test that hangs; nothing is measured by it.
+PATIENCE = 60.0
 
 
 class InMemory:
     """Agents in memory. What they do not have is a kernel."""
-
-    real = False
 
     def __init__(self):
         self._agents = {}
@@ -49,3 +66,168 @@ class InMemory:
         """Everything there is of any container."""
         agent = self.client(host)
         return [*agent.containers, *agent.links]
+
+
+class _Agent:
+    """One host: its directories, its agent's process and client."""
+
+    def __init__(self, number):
+        self.base = pathlib.Path(tempfile.mkdtemp(
+            prefix='pyc-func-', dir=WORK if WORK.is_dir() else None))
+        self.base.chmod(0o711)
+        # Unix sockets have short names.
+        self.run = pathlib.Path(tempfile.mkdtemp(
+            prefix='pyc-func-', dir='/run'))
+        self.run.chmod(0o755)
+        self.log = self.base / 'agent.log'
+        self.cgroup_parent = f'pyc-func-{os.getpid()}-{number}'
+        self._config = self.base / 'agent.conf'
+        self._config.write_text(f"""
+[DEFAULT]
+debug = true
+[pycontainer]
+agent_socket = {self.run}/agent.sock
+agent_group = root
+state_dir = {self.base}/state
+run_dir = {self.run}
+cgroup_parent = {self.cgroup_parent}
+oci_runtime_path = {_tool('crun')}
+criu_path = {_tool('criu')}
+idmap_base = {0x40000000 + number * (1 << 26)}
+idmap_count = 512
+""")
+        self.client = client.Client(f'{self.run}/agent.sock')
+        self._process = None
+
+    def start(self):
+        with open(self.log, 'ab') as log:
+            self._process = subprocess.Popen(
+                [sys.executable, '-m', 'nova_pycontainer.cmd.agent',
+                 '--config-file', str(self._config)],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT)
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                self.client.host_info()
+                return
+            except errors.AgentUnavailable:
+                if (time.monotonic() > deadline or
+                        self._process.poll() is not None):
+                    raise AssertionError(
+                        'the agent did not start:\n' +
+                        self.log.read_text()[-4000:]) from None
+            time.sleep(0.05)
+
+    def kill(self):
+        """As hard as an agent can end; its containers go on."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait(PATIENCE)
+            self._process = None
+
+    def remove(self):
+        if self._process is None:
+            self.start()
+        for info in self.client.list():
+            self.client.delete(info['uuid'])
+        self._process.terminate()
+        self._process.wait(PATIENCE)
+        keeper = keeper_client.KeeperClient(self.run / 'keeper.sock')
+        os.kill(keeper.ping()['pid'], signal.SIGTERM)
+        shutil.rmtree(self.base)
+        shutil.rmtree(self.run)
+        # Only empty ones go; anything else is a leak to be seen.
+        subprocess.run(
+            ['find', '/sys/fs/cgroup', '/run/cgroup1', '-depth',
+             '-path', f'*/{self.cgroup_parent}*', '-type', 'd', '-delete'],
+            stderr=subprocess.DEVNULL, timeout=PATIENCE)
+
+    def leftovers(self):
+        found = [info['uuid'] for info in self.client.list()]
+        found += [str(path) for path in
+                  (self.base / 'state' / 'instances').iterdir()]
+        found += [path.name for path in (self.run / 'oci').glob('[!.]*')]
+        with open('/proc/self/mounts') as f:
+            found += [line for line in f
+                      if f'{self.base}/' in line or f'{self.run}/' in line]
+        # /sys cannot be read in this process: Nova's tests forbid it.
+        found += subprocess.run(
+            ['find', '/sys/fs/cgroup', '/run/cgroup1', '-mindepth', '2',
+             '-path', f'*/{self.cgroup_parent}/*', '-type', 'd'],
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            timeout=PATIENCE).stdout.split()
+        return found
+
+
+class Real:
+    """Agents as they are, each in a process of its own."""
+
+    def __init__(self):
+        self._agents = {}
+
+    def setUp(self):
+        if not os.access('/sys/fs/cgroup/cgroup.procs', os.R_OK):
+            raise AssertionError(
+                'no cgroup v2 at /sys/fs/cgroup; run the tests under '
+                'tools/lib/in-host.sh')
+
+    def cleanUp(self):
+        for agent in self._agents.values():
+            agent.remove()
+
+    def _agent(self, host):
+        if host not in self._agents:
+            agent = self._agents[host] = _Agent(len(self._agents) + 1)
+            agent.start()
+        return self._agents[host]
+
+    def client(self, host):
+        return self._agent(host).client
+
+    def stop(self, host):
+        self._agent(host).kill()
+
+    def start(self, host):
+        self._agent(host).start()
+
+    def power_off_inside(self, host, uuid):
+        agent = self.client(host)
+        try:
+            agent.exec(uuid, ['/bin/busybox', 'poweroff'])
+        except errors.ContainerError:
+            # The guest may end before the program does.
+            pass
+        deadline = time.monotonic() + PATIENCE
+        while agent.info(uuid)['state'] != 'stopped':
+            if time.monotonic() > deadline:
+                raise AssertionError(f'{uuid} does not power off')
+            time.sleep(0.05)
+
+    def imports(self, host):
+        return self._agent(host).log.read_text().count(' is layer ')
+
+    def leftovers(self, host):
+        links = subprocess.run(
+            ['ip', '-brief', 'link'], stdout=subprocess.PIPE, text=True,
+            timeout=PATIENCE, check=True).stdout
+        return self._agent(host).leftovers() + [
+            line for line in links.splitlines()
+            if line.startswith(('tap', 'nic'))]
+
+
+def _tool(name):
+    """The project's own build of crun or criu, else the host's."""
+    ours = WORK / 'prefix' / 'bin' / name
+    return str(ours) if ours.exists() else name
+
+
+def image(name):
+    """The root tarball of one of tools/images' systems."""
+    done = subprocess.run(
+        [ROOT / 'tools/images/build.sh', name], check=True, text=True,
+        stdout=subprocess.PIPE, timeout=1200)
+    return pathlib.Path(done.stdout.split()[-1]).read_bytes()
+
+
+#: As root the containers are real.
+Agents = Real if os.geteuid() == 0 else InMemory

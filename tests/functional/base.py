@@ -63,14 +63,13 @@ class TestCase(integrated_helpers.ProviderUsageBaseTestCase):
     """Two hosts, a flavor and an image."""
 
     compute_driver = 'pycontainer.PyContainerDriver'
-    agents_class = agents.InMemory
 
     def setUp(self):
         # Nova's fixture looks below its source tree, the wheel has it
         # elsewhere.
         self.flags(group='wsgi', api_paste_config=os.path.join(
             sys.prefix, 'etc', 'nova', 'api-paste.ini'))
-        self.agents = self.agents_class()
+        self.agents = agents.Agents()
         self.agents.setUp()
         self.addCleanup(self.agents.cleanUp)
         self.useFixture(fixtures.MonkeyPatch(
@@ -93,7 +92,10 @@ class TestCase(integrated_helpers.ProviderUsageBaseTestCase):
         self.image = self.make_image(self.image_data())
 
     def image_data(self):
-        return tarball('sbin/init')
+        """The root tarball of a small system."""
+        if agents.Agents is agents.InMemory:
+            return tarball('sbin/init')
+        return agents.image('busybox')
 
     def _stop_computes(self):
         for compute in self.computes.values():

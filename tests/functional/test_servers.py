@@ -47,7 +47,7 @@ class ServersTest(base.TestCase):
 
         output = self.api.post_server_action(
             server['id'], {'os-getConsoleOutput': {}})
-        self.assertIn('boot', output['output'])
+        self.assertIn('Start-up done', output['output'])
         self.delete(server)
         self.assert_nothing_left()
 
@@ -154,7 +154,7 @@ class FailuresTest(base.TestCase):
     def test_image_that_is_no_archive(self):
         message = self.fault(b'MZ' + b'x' * 4096)
         self.assertIn('not an archive', message)
-        self.assertIn('tarball', message)
+        self.assertIn('Give Nova a tar archive', message)
 
     def test_image_that_says_to_be_a_disk(self):
         message = self.fault(self.image_data(), disk_format='qcow2')

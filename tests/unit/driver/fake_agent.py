@@ -125,7 +125,7 @@ class FakeAgent:
         except tarfile.TarError as e:
             raise _error(
                 'image_not_archive', f'image {image} is not an archive',
-                cause=str(e), remedy='Upload a root tarball') from e
+                cause=str(e), remedy='Give Nova a tar archive of the root file system') from e
         for member in members:
             if '..' in member.name.split('/'):
                 raise _error(
@@ -185,7 +185,7 @@ class FakeAgent:
         self._enter('start_container')
         item = self._get(uuid, 'created')
         item['state'] = 'running'
-        item['console'] += b'booting\n'
+        item['console'] += b'Start-up done\n'
         self._event('started', uuid)
         return dict(item)
 

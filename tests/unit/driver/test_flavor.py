@@ -94,8 +94,7 @@ class SpecificationTestCase(base.TestCase):
     def test_defaults(self):
         spec = self.specification()
         self.assertEqual(
-            {'argv': None, 'stop_signal': None,
-             'env': {'product_name': 'OpenStack Nova'}}, spec['init'])
+            {'argv': None, 'stop_signal': None, 'env': {}}, spec['init'])
         self.assertIs(False, spec['nesting'])
         self.assertIsNone(spec['base_id'])
         self.assertEqual(uuids.image, spec['image_id'])
