@@ -40,12 +40,15 @@ from nova_pycontainer.runtime.migration import tls
 #: Of the hello frame.
 VERSION: ty.Final = 1
 ROLES: ty.Final = frozenset(['control', 'upper', 'images', 'pages', 'layer'])
+Bandwidth = bandwidth.Bandwidth
 #: Bytes of a frame.
 MAX_FRAME: ty.Final = 1 << 20
 #: Bytes of the first frame, and of its answer.
 MAX_HELLO: ty.Final = 4 << 10
 #: Seconds for the other side to take what is sent.
 SEND_TIMEOUT: ty.Final = 60.0
+#: Seconds without a byte of what must come.
+RECV_TIMEOUT: ty.Final = 300.0
 
 _LENGTH: ty.Final = struct.Struct('>I')
 #: Seconds until a host that has vanished is noticed. The data connections
@@ -252,6 +255,20 @@ class Connection:
         """
         return self.transport.recv_some(
             memoryview(buffer).cast('B'), time.monotonic() + timeout)
+
+    def recv_exact(self, buffer: bytearray | memoryview,
+                   timeout: float = RECV_TIMEOUT) -> None:
+        """Fill the buffer.
+
+        :param timeout: seconds without a byte
+        """
+        view = memoryview(buffer).cast('B')
+        while view:
+            count = self.recv_into(view, timeout)
+            if not count:
+                raise tls.network_error(
+                    'the other host has ended before all was sent')
+            view = view[count:]
 
     def end(self, timeout: float = SEND_TIMEOUT) -> None:
         """Announce that nothing more will be sent; receiving goes on."""

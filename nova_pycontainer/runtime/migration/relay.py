@@ -98,9 +98,9 @@ class Relay:
     """
 
     def __init__(
-        self, connection: channel.Connection, plain: socket.socket, *,
+        self, connection: channel.Connection, plain: socket.socket,
         limiter: bandwidth.Bandwidth | None = None,
-        stats: Stats | None = None,
+        stats: Stats | None = None, *,
         idle_s: float = IDLE_TIMEOUT,
     ) -> None:
         self._connection = connection
@@ -286,8 +286,8 @@ class Relay:
 
 
 def relay(
-    connection: channel.Connection, plain: socket.socket, *,
-    limiter: bandwidth.Bandwidth | None = None, stats: Stats | None = None,
+    connection: channel.Connection, plain: socket.socket,
+    limiter: bandwidth.Bandwidth | None = None, stats: Stats | None = None, *,
     idle_s: float = IDLE_TIMEOUT,
 ) -> Relay:
     """Start carrying; see :class:`Relay`."""
