@@ -40,8 +40,10 @@ WORK = pathlib.Path(os.environ.get('NOVA_PYCONTAINER_WORK') or
 CLOUD = WORK / 'cloud'
 LOGS = WORK / 'logs' / 'cloud'
 HOSTS = ('host1', 'host2')
-#: Limit of the part of one log that is attached to a failed test.
-LOG_BYTES = 20_000
+#: Limits of the part of one log that is attached to a failed test.
+LOG_BYTES = 32_768
+LOG_LINES = 60
+LOG_WIDTH = 400
 DEMO_KEY = CLOUD / 'keys' / 'demo'
 
 
@@ -130,7 +132,9 @@ class CloudTestCase(testtools.TestCase):
                 if size <= start:
                     continue
                 log.seek(max(start, size - LOG_BYTES))
-                text = log.read().decode(errors='replace')
+                text = '\n'.join(
+                    line[:LOG_WIDTH] for line in log.read().decode(
+                        errors='replace').splitlines()[-LOG_LINES:])
             self.addDetail(path.name, content.Content(
                 content_type.UTF8_TEXT,
                 lambda text=text: [text.encode()]))

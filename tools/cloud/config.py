@@ -286,8 +286,9 @@ def uwsgi(module: str, port: int, processes: int) -> str:
         'buffer-size': 65535, 'add-header': 'Connection: close',
         'http-chunked-input': 'true', 'worker-reload-mercy': 5,
         # Neutron's workers agree by it on who is new.
-        'start-time': '%t', 'disable-logging': 'false', 'log-x-forwarded-for':
-        'false'}
+        'start-time': '%t',
+        # The services log their requests themselves.
+        'disable-logging': 'true'}
     return '[uwsgi]\n' + ''.join(
         f'{key} = {value}\n' for key, value in values.items())
 
