@@ -53,6 +53,10 @@ class Config:
     console_log_bytes: int = 1 << 20
     #: Limit for one call of the OCI runtime.
     oci_timeout: float = 60.0
+    #: Where the listener for migrations is, and what others are told.
+    migration_listen: str = '0.0.0.0'
+    migration_address: str = '127.0.0.1'
+    migration_ports: tuple[int, int] = (49352, 49415)
     #: Python that runs the keeper and the unpacker.
     python: str | None = None
 

@@ -51,6 +51,7 @@ LOG = logging.getLogger(__name__)
 #: Seconds for the last processes to die after SIGKILL.
 KILL_TIMEOUT = 30.0
 _CONSOLE_TIMEOUT = 10.0
+_TIOCSPTLCK = 0x40045431
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -341,6 +342,51 @@ class Container:
         finally:
             os.close(netns)
 
+    def adopt(
+        self, pid: int, run: ty.Mapping[str, ty.Any], master: int | None
+    ) -> None:
+        """Take over a restored container as one's own.
+
+        :param run: the facts of the run on the host that it comes from
+        :param master: of its console's pty; None: no process has it open
+        """
+        if master is None:
+            master = self._open_console(pid)
+        else:
+            master = os.dup(master)
+        try:
+            self._keeper.hold(
+                self.uuid, master, str(self.log),
+                self._config.console_log_bytes)
+        finally:
+            os.close(master)
+        self.exit_file.unlink(missing_ok=True)
+        self._keeper.watch(self.uuid, pid, str(self.exit_file))
+        self.st.run = {
+            'process': process.ProcessId.of(pid).to_dict(),
+            'cgroup': self.cgroup.path,
+            'started_at': run['started_at'],
+            'init': run['init'],
+        }
+        self.st.exit = None
+        self.st.save(self.directory)
+
+    def _open_console(self, pid: int) -> int:
+        """Make the guest's first terminal, which no process had open.
+
+        A devpts gives its lowest free number away, so that the first one is
+        /dev/pts/0 again, which /dev/console leads to.
+        """
+        root = os.open(f'/proc/{pid}/root', os.O_PATH | os.O_DIRECTORY)
+        try:
+            fd = syscalls.openat2(
+                root, 'dev/pts/ptmx', os.O_RDWR | os.O_NOCTTY,
+                syscalls.RESOLVE_IN_ROOT)
+        finally:
+            os.close(root)
+        fcntl.ioctl(fd, _TIOCSPTLCK, bytes(4))
+        return fd
+
     def start(self) -> None:
         """Let the init run."""
         assert self.st.run is not None
@@ -405,6 +451,9 @@ class Container:
 
     def teardown(self) -> None:
         """Remove all that a container needs while it lives; idempotent."""
+        # Whatever is still in there has lost its init, or was never
+        # recorded: a half-made or half-restored container.
+        self.cgroup.kill()
         self._remove_from_runtime()
         self._release_console()
         self.unmount_root()

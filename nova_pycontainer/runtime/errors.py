@@ -22,6 +22,7 @@ import typing as ty
 #: Every code that may cross the agent's socket, and the HTTP status that the
 #: agent answers with.
 CODES: ty.Final[dict[str, int]] = {
+    'aborted': 409,
     'agent_unavailable': 503,
     'bad_state': 409,
     'criu_failed': 500,

@@ -19,6 +19,7 @@ holds; nothing that waits for a guest's good will is done under it.
 import collections.abc as cabc
 import contextlib
 import os
+import pathlib
 import platform
 import shutil
 import signal
@@ -39,12 +40,14 @@ from nova_pycontainer.runtime import execute
 from nova_pycontainer.runtime import idmap
 from nova_pycontainer.runtime import keeper_client
 from nova_pycontainer.runtime import layers
+from nova_pycontainer.runtime import migrations
 from nova_pycontainer.runtime import network
 from nova_pycontainer.runtime import oci
 from nova_pycontainer.runtime import process
 from nova_pycontainer.runtime import spec as rspec
 from nova_pycontainer.runtime import state
 from nova_pycontainer.runtime import watcher
+from nova_pycontainer.runtime.migration import protocol
 
 LOG = logging.getLogger(__name__)
 
@@ -59,7 +62,16 @@ _Argv = list[str]
 _Events = list[events.Event]
 
 
-class _Entry:
+class _Migration(ty.Protocol):
+    progress: protocol.Progress
+    committed: bool
+
+    def abort(self, reason: str) -> None: ...
+
+
+class Entry:
+    """A container and what is known of it in this process only."""
+
     def __init__(self, item: container.Container) -> None:
         self.container = item
         self.lock = threading.RLock()
@@ -69,6 +81,8 @@ class _Entry:
         #: The guest has asked for a reboot and is not up again.
         self.rebooting = False
         self.deleted = False
+        #: The migration that it takes part in, on either side.
+        self.migration: _Migration | None = None
 
 
 class Host:
@@ -77,7 +91,7 @@ class Host:
     def __init__(self, config: rconfig.Config) -> None:
         self._config = config
         self._lock = threading.Lock()
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, Entry] = {}
         self._started = False
 
     def start(self) -> None:
@@ -93,7 +107,7 @@ class Host:
         self._hierarchies = cgroup.Hierarchies()
         self._oci = oci.OciRuntime(c)
         self._disk_method = disk.choose_method(c.disk_limit, c.state_dir)
-        self._keeper = keeper_client.KeeperClient(c.keeper_socket)
+        self.keeper = keeper_client.KeeperClient(c.keeper_socket)
         if c.python:
             keeper_client.ensure_keeper(c.keeper_socket, c.python)
         else:
@@ -105,6 +119,8 @@ class Host:
             in_use=self._layers_in_use)
         self._layers.recover()
         self._watcher = watcher.Watcher(self._exited)
+        self.migrations = migrations.Migrations(self, c)
+        self.migrations.start()
         missing = self._hierarchies.missing()
         if missing:
             LOG.error('no cgroup hierarchy has the controllers %s: limits '
@@ -116,6 +132,7 @@ class Host:
         """Let go of everything; the containers run on."""
         if self._started:
             self._started = False
+            self.migrations.close()
             self._events.close()
             self._watcher.close()
 
@@ -139,23 +156,29 @@ class Host:
                 # One damaged file must not take the others' agent away.
                 LOG.error('instance %s cannot be loaded: %s', uuid, e)
                 continue
-            entry = self._entries[uuid] = _Entry(item)
+            entry = self._entries[uuid] = Entry(item)
             pidfd = item.open()
             if pidfd is not None:
                 self._watcher.add(uuid, pidfd)
-            else:
+                continue
+            try:
                 self._exited(uuid)
+            except errors.ContainerError as e:
+                # One container must not keep the others from their agent.
+                # Cleaning up is tried again with the next verb.
+                LOG.error('cleaning up after instance %s failed: %s',
+                          uuid, e)
 
     def _make(self, st: state.State) -> container.Container:
         return container.Container(
-            self._config, self._oci, self._hierarchies, self._keeper, st)
+            self._config, self._oci, self._hierarchies, self.keeper, st)
 
     def _remove_unfinished(self, uuid: str) -> None:
         directory = self._config.instances_dir / uuid
         disk.Disk(directory, 'none', 0, None).unmount()
         container.remove_tree(directory)
 
-    def _entry(self, uuid: str) -> _Entry:
+    def entry(self, uuid: str) -> Entry:
         rconfig.check_uuid(uuid)
         with self._lock:
             entry = self._entries.get(uuid)
@@ -166,8 +189,8 @@ class Host:
         return entry
 
     @contextlib.contextmanager
-    def _locked(self, uuid: str) -> cabc.Iterator[_Entry]:
-        entry = self._entry(uuid)
+    def locked(self, uuid: str) -> cabc.Iterator[Entry]:
+        entry = self.entry(uuid)
         with entry.lock:
             if entry.deleted:
                 raise errors.ContainerError(
@@ -180,7 +203,7 @@ class Host:
                 raise
 
     @staticmethod
-    def _require(entry: _Entry, *states: str) -> str:
+    def require(entry: Entry, *states: str) -> str:
         current = entry.container.status()
         if current not in states:
             raise errors.ContainerError(
@@ -195,9 +218,9 @@ class Host:
         return [self._info(e) for e in entries if not e.deleted]
 
     def info(self, uuid: str) -> Info:
-        return self._info(self._entry(uuid))
+        return self._info(self.entry(uuid))
 
-    def _info(self, entry: _Entry) -> Info:
+    def _info(self, entry: Entry) -> Info:
         item = entry.container
         if entry.rebooting or (
                 item.st.run is not None and item.status() == 'stopped'):
@@ -232,6 +255,7 @@ class Host:
                 'mode': self._hierarchies.mode,
                 'missing': self._hierarchies.missing()},
             'disk_limit': self._disk_method,
+            'migration': self.migrations.identity(),
         }
 
     # Layers
@@ -310,7 +334,7 @@ class Host:
                 uuid=uuid, spec=kept, base_id=base_id,
                 disk_method=self._disk_method, created_at=time.time()))
             # Taken from now on: the id range and the name.
-            entry = self._entries[uuid] = _Entry(item)
+            entry = self._entries[uuid] = Entry(item)
             entry.lock.acquire()
         try:
             item.define(drive)
@@ -338,14 +362,14 @@ class Host:
             ``resources``, ``init``, ``config_drive``, ``name``, ``hostname``,
             ``nesting``
         """
-        with self._locked(uuid) as entry:
-            self._require(entry, 'defined', 'stopped')
+        with self.locked(uuid) as entry:
+            self.require(entry, 'defined', 'stopped')
             if changes:
                 self._change(entry, dict(changes))
             self._prepare(entry)
             return entry.container.info()
 
-    def _change(self, entry: _Entry, changes: Info) -> None:
+    def _change(self, entry: Entry, changes: Info) -> None:
         old = entry.container
         no_drive = object()
         drive = changes.pop('config_drive', no_drive)
@@ -367,20 +391,39 @@ class Host:
         st.save(item.directory)
         entry.container = item
 
-    def _prepare(self, entry: _Entry) -> None:
+    def _prepare(self, entry: Entry) -> None:
         item = entry.container
+        if item.st.moved:
+            raise errors.ContainerError(
+                'bad_state', 'the instance has moved to another host and '
+                'runs there', uuid=item.uuid,
+                remedy='Delete what is left of it here')
+        item.prepare(self.layer_root(item))
+        self.watch(item.uuid)
+
+    # For migrations
+
+    def layer_root(self, item: container.Container) -> pathlib.Path:
+        """:raises ContainerError: ``layer_missing``"""
         layer = self._layers.get(item.spec.layer)
         if layer is None:
             raise self._layer_missing(item.uuid, item.spec)
-        item.prepare(layer.root)
-        pidfd = item.open()
+        return layer.root
+
+    def watch(self, uuid: str) -> None:
+        """Learn of the end of a container's init."""
+        pidfd = self.entry(uuid).container.open()
         if pidfd is not None:
-            self._watcher.add(item.uuid, pidfd)
+            self._watcher.add(uuid, pidfd)
+
+    def note(self, kind: str, uuid: str) -> None:
+        """Tell those who follow the events."""
+        self._events.add(kind, uuid)
 
     def start_container(self, uuid: str) -> Info:
         """Let a prepared container's init run."""
-        with self._locked(uuid) as entry:
-            self._require(entry, 'created')
+        with self.locked(uuid) as entry:
+            self.require(entry, 'created')
             entry.container.start()
             self._events.add('started', uuid)
             return entry.container.info()
@@ -390,7 +433,7 @@ class Host:
 
         :returns: how it ended; idempotent
         """
-        with self._locked(uuid) as entry:
+        with self.locked(uuid) as entry:
             item = entry.container
             current = item.status()
             if current in ('defined', 'stopped'):
@@ -410,9 +453,9 @@ class Host:
                 self._run_stop_command(item, command, timeout_s)
             if pidfd is None or current == 'created' or not process.exited(
                     pidfd, max(deadline - time.monotonic(), 0)):
-                with self._locked(uuid):
+                with self.locked(uuid):
                     item.kill()
-            with self._locked(uuid):
+            with self.locked(uuid):
                 self._finish(entry)
                 return (item.st.exit or state.Exit()).to_dict()
         finally:
@@ -438,20 +481,20 @@ class Host:
                changes: Info | None = None) -> Info:
         """Stop, and start again; 0 seconds mean a hard reboot."""
         self.stop(uuid, timeout_s)
-        with self._locked(uuid):
+        with self.locked(uuid):
             self.prepare(uuid, changes)
             return self.start_container(uuid)
 
     def pause(self, uuid: str) -> Info:
-        with self._locked(uuid) as entry:
-            if self._require(entry, 'running', 'paused') == 'running':
+        with self.locked(uuid) as entry:
+            if self.require(entry, 'running', 'paused') == 'running':
                 entry.container.cgroup.freeze(True)
                 self._events.add('paused', uuid)
             return entry.container.info()
 
     def unpause(self, uuid: str) -> Info:
-        with self._locked(uuid) as entry:
-            if self._require(entry, 'running', 'paused') == 'paused':
+        with self.locked(uuid) as entry:
+            if self.require(entry, 'running', 'paused') == 'paused':
                 entry.container.cgroup.freeze(False)
                 self._events.add('unpaused', uuid)
             return entry.container.info()
@@ -462,11 +505,12 @@ class Host:
         :param keep_disk: keep its files, as a stopped container
         """
         try:
-            entry = self._entry(uuid)
+            entry = self.entry(uuid)
         except errors.ContainerError as e:
             if e.code != 'not_found':
                 raise
             return
+        self._abort_migration(entry)
         with entry.lock:
             if entry.deleted:
                 return
@@ -483,19 +527,28 @@ class Host:
         with self._lock:
             self._entries.pop(uuid, None)
 
+    @staticmethod
+    def _abort_migration(entry: Entry) -> None:
+        migration = entry.migration
+        if migration is not None and not migration.committed:
+            try:
+                migration.abort('the instance is deleted')
+            except errors.ContainerError as e:
+                LOG.info('instance %s: %s', entry.container.uuid, e)
+
     # Ends
 
     def _exited(self, uuid: str) -> None:
         """The watcher has seen the end of an init."""
         try:
-            with self._locked(uuid) as entry:
+            with self.locked(uuid) as entry:
                 if self._finish(entry):
                     self._reboot_by_guest(entry)
         except errors.ContainerError as e:
             if e.code != 'not_found':
                 raise
 
-    def _finish(self, entry: _Entry) -> bool:
+    def _finish(self, entry: Entry) -> bool:
         """Clean up after an ended container; idempotent.
 
         :returns: whether the guest asked for a reboot
@@ -530,7 +583,7 @@ class Host:
             self._events.add('stopped', item.uuid, ended.to_dict())
         return again
 
-    def _reboot_by_guest(self, entry: _Entry) -> None:
+    def _reboot_by_guest(self, entry: Entry) -> None:
         item = entry.container
         try:
             self._prepare(entry)
@@ -554,15 +607,15 @@ class Host:
         max_output: int = 1 << 20,
     ) -> execute.ExecResult:
         """Run a program in a running container; see :mod:`.execute`."""
-        entry = self._entry(uuid)
-        self._require(entry, 'running')
+        entry = self.entry(uuid)
+        self.require(entry, 'running')
         return execute.run(
             self._oci, entry.container, argv, stdin=stdin, env=env,
             timeout_s=timeout_s, max_output=max_output)
 
     def console_log(self, uuid: str, max_bytes: int = 102400) -> bytes:
         """The end of the console's output, also of a stopped container."""
-        log = self._entry(uuid).container.log
+        log = self.entry(uuid).container.log
         parts: list[bytes] = []
         for path in (log.with_name(log.name + '.1'), log):
             try:
@@ -582,9 +635,9 @@ class Host:
         :param accept: gives the stream, and is called only if there is a
             console
         """
-        entry = self._entry(uuid)
-        self._require(entry, 'created', 'running', 'paused')
-        self._keeper.attach(uuid, accept().fileno())
+        entry = self.entry(uuid)
+        self.require(entry, 'created', 'running', 'paused')
+        self.keeper.attach(uuid, accept().fileno())
 
     def console_attach(self, uuid: str) -> socket.socket:
         """A new stream to and from the console; see :meth:`console_connect`.

@@ -171,6 +171,14 @@ def move_in(nic: Nic, netns: int, position: int) -> None:
                  address=nic.mac)
 
 
+def set_up(nic: Nic, up: bool) -> None:
+    """Let frames pass, or none, by the state of the outer end."""
+    with _netlink(f'setting the state of {nic.devname}') as ipr:
+        index = _index(ipr, nic.devname)
+        if index is not None:
+            ipr.link('set', index=index, state='up' if up else 'down')
+
+
 def parked(nic: Nic) -> bool:
     with _netlink(f'looking for {nic.parked_name}') as ipr:
         return _index(ipr, nic.parked_name) is not None

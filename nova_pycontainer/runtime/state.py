@@ -112,6 +112,8 @@ class State:
     created_at: float
     run: dict[str, ty.Any] | None = None
     exit: Exit | None = None
+    #: It runs on another host, and must not be started here again.
+    moved: dict[str, ty.Any] | None = None
 
     def save(self, directory: pathlib.Path) -> None:
         data = dataclasses.asdict(self)

@@ -150,6 +150,14 @@ def fsconfig_string(fd: int, key: str, value: str) -> None:
         'fsconfig', f'{key}={value}')
 
 
+def fsconfig_flag(fd: int, key: str) -> None:
+    _check(
+        _libc.syscall(
+            _SYS_FSCONFIG, fd, ctypes.c_uint(FSCONFIG_SET_FLAG),
+            os.fsencode(key), None, 0),
+        'fsconfig', key)
+
+
 def fsconfig_create(fd: int) -> None:
     """Make the superblock. The kernel's reason is read from ``fd``."""
     result = _libc.syscall(
@@ -213,6 +221,14 @@ def setns(fd: int, nstype: int) -> None:
 
 def unshare(flags: int) -> None:
     _check(_libc.unshare(ctypes.c_int(flags)), 'unshare')
+
+
+def fallocate(fd: int, mode: int, offset: int, size: int) -> None:
+    _check(
+        _libc.fallocate(
+            fd, ctypes.c_int(mode), ctypes.c_long(offset),
+            ctypes.c_long(size)),
+        'fallocate')
 
 
 def quotactl_fd(fd: int, command: int, ident: int, addr: object) -> None:

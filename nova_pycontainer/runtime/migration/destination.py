@@ -1,0 +1,449 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""The destination's side of a migration. Its methods are the phases.
+"""
+
+import collections.abc as cabc
+import contextlib
+import os
+import pathlib
+import socket
+import threading
+import time
+import typing as ty
+
+from oslo_log import log as logging
+
+from nova_pycontainer.runtime import container
+from nova_pycontainer.runtime import criu
+from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime import network
+from nova_pycontainer.runtime.migration import announce
+from nova_pycontainer.runtime.migration import bandwidth
+from nova_pycontainer.runtime.migration import channel
+from nova_pycontainer.runtime.migration import guest
+from nova_pycontainer.runtime.migration import images
+from nova_pycontainer.runtime.migration import protocol
+from nova_pycontainer.runtime.migration import relay
+from nova_pycontainer.runtime.migration import sync
+
+LOG = logging.getLogger(__name__)
+
+Phase = protocol.Phase
+
+ROLES = ('control', 'upper', 'images', 'pages')
+_ANSWER_TIMEOUT = 60.0
+_DATA_TIMEOUT = 30.0
+_COPY_TIMEOUT = 3600.0
+_CRIU_TIMEOUT = 300.0
+_RETRY = 1.0
+
+
+class Destination:
+    """One container that is on its way to this host.
+
+    :param item: it is defined: its directory, disk and id range are there
+    :param ask_source: asks the source's journal; raises while it cannot be
+        reached
+    :param running: called once it runs here
+    """
+
+    def __init__(
+        self,
+        item: container.Container,
+        layer: pathlib.Path,
+        tool: criu.Criu,
+        progress: protocol.Progress,
+        directory: pathlib.Path,
+        rate: int | None,
+        on_running: ty.Callable[[], None],
+        on_failed: ty.Callable[[], None],
+    ) -> None:
+        self._item = item
+        self._layer = layer
+        self._criu = tool
+        self._memory = images.Memory(directory)
+        self._limiter = bandwidth.Bandwidth(rate)
+        self._on_running = on_running
+        self._on_failed = on_failed
+        self._journal = protocol.Journal(item.directory)
+        self._stack = contextlib.ExitStack()
+        self._data: dict[tuple[str, int], channel.Connection] = {}
+        self._arrived = threading.Condition()
+        self._abort = threading.Event()
+        self._control: protocol.Control | None = None
+        self._began: dict[str, ty.Any] = {}
+        self._paused = False
+        self._images_error: BaseException | None = None
+        self._images_done = threading.Event()
+        self._go = threading.Event()
+        self._lock = threading.Lock()
+        self.progress = progress
+        #: It may run here: the source has committed.
+        self.committed = False
+
+    # Preparation, in the call that announces the migration
+
+    def prepare(self) -> None:
+        """Make all that needs no data of the guest's.
+
+        :raises ContainerError: nothing is left of it
+        """
+        item = self._item
+        try:
+            self._journal.write(
+                Phase.PREPARED, role='destination',
+                migration=self.progress.migration)
+            item.disk.mount()
+            self._stack.callback(item.disk.unmount)
+            limit = item.spec.limits.memory_bytes or (64 << 30)
+            self._memory.mount(limit + limit // 4 + (256 << 20))
+            self._stack.callback(self._memory.unmount)
+            for nic in item.spec.nics:
+                network.plug(nic)
+            procs = item.cgroup.create_legacy(item.spec.limits)
+            self._stack.callback(item.teardown)
+            self._session = self._stack.enter_context(
+                self._criu.session(cgroup_procs=procs))
+            self._filler = guest.RamfsFiller()
+            self._stack.callback(self._filler.close)
+        except BaseException:
+            self._stack.close()
+            raise
+
+    # Connections of the source
+
+    def connected(self, connection: channel.Connection) -> None:
+        """A connection has come in, authenticated and for this migration."""
+        role, seq = connection.hello.role, connection.hello.seq
+        if role == 'control' and self._control is None:
+            self._control = protocol.Control(connection)
+            self._control.on_abort = lambda reason: self._abort.set()
+            threading.Thread(
+                target=self._run, name=f'incoming-{self._item.uuid[:8]}',
+                daemon=True).start()
+        elif role == 'control':
+            threading.Thread(
+                target=self._answer, args=(connection,), name='query',
+                daemon=True).start()
+        elif role == 'images':
+            threading.Thread(
+                target=self._receive, args=(connection,), name='images',
+                daemon=True).start()
+        else:
+            with self._arrived:
+                self._data[role, seq] = connection
+                self._arrived.notify_all()
+
+    def _take(self, role: str, seq: int) -> channel.Connection:
+        with self._arrived:
+            if not self._arrived.wait_for(
+                    lambda: (role, seq) in self._data, _DATA_TIMEOUT):
+                raise errors.ContainerError(
+                    'timeout', f'the connection {role} {seq} did not come')
+            return self._data.pop((role, seq))
+
+    def abort(self, reason: str) -> None:
+        """Give up, unless it may run here already.
+
+        :raises ContainerError: ``bad_state``
+        """
+        with self._lock:
+            if self.committed:
+                raise errors.ContainerError(
+                    'bad_state', 'the instance runs here already',
+                    uuid=self._item.uuid)
+            self.progress.error = self.progress.error or (
+                errors.ContainerError(
+                    'aborted', 'the migration was aborted',
+                    cause=reason).to_dict())
+            self._abort.set()
+        if self._control is not None:
+            self._control.close()
+        else:
+            self._finish(errors.ContainerError(
+                'aborted', 'the migration was aborted', cause=reason))
+
+    # The phases
+
+    def _run(self) -> None:
+        try:
+            self._serve()
+        except BaseException as e:
+            if not isinstance(e, errors.ContainerError):
+                LOG.exception('instance %s: it cannot come', self._item.uuid)
+            self._finish(e)
+
+    def _finish(self, error: BaseException | None) -> None:
+        if error is not None and not self.committed:
+            wrapped = (error if isinstance(error, errors.ContainerError)
+                       else errors.ContainerError(
+                           'internal', 'the migration failed here',
+                           uuid=self._item.uuid, cause=repr(error)))
+            self.progress.error = wrapped.to_dict()
+            self.progress.phase = (
+                Phase.ABORTED if self._abort.is_set() else Phase.FAILED)
+            # Written before the source is told: what it acts upon must
+            # survive us.
+            with contextlib.suppress(OSError):
+                self._journal.write(
+                    self.progress.phase, role='destination',
+                    migration=self.progress.migration)
+        self._item.cgroup.kill() if not self.committed else None
+        try:
+            self._stack.close()
+        except Exception:
+            LOG.exception('instance %s: cleaning up', self._item.uuid)
+        if self._control is not None:
+            if error is not None and not self.committed:
+                with contextlib.suppress(errors.ContainerError):
+                    self._control.send('failed', error=self.progress.error)
+            self._control.close()
+        with self._arrived:
+            for connection in self._data.values():
+                connection.close()
+            self._data.clear()
+        self.progress.ended_at = time.time()
+        if not self.committed:
+            self._on_failed()
+
+    def _serve(self) -> None:
+        assert self._control is not None
+        self._began = self._control.expect('begin', _ANSWER_TIMEOUT)
+        if int(self._began['base_id']) != self._item.st.base_id:
+            raise errors.ContainerError(
+                'invalid', 'the source speaks of another range of ids',
+                uuid=self._item.uuid)
+        self._paused = bool(self._began['paused'])
+        self.progress.strategy = self._began.get('strategy')
+        self._control.send('prepared')
+        while True:
+            frame = self._control.receive(_COPY_TIMEOUT)
+            if frame['type'] == 'upper':
+                self._fetch(int(frame['seq']))
+            elif frame['type'] == 'dumped':
+                break
+            else:
+                raise errors.ContainerError(
+                    'invalid', f'the source said {frame["type"]!r}')
+        self._restore(frame)
+
+    def _fetch(self, seq: int) -> None:
+        """One pass over the files."""
+        assert self._control is not None
+        self.progress.phase = Phase.COPYING
+        connection = self._take('upper', seq)
+        ours, theirs = socket.socketpair()
+        with contextlib.ExitStack() as stack:
+            pump = relay.Relay(
+                connection, ours, limiter=self._limiter).start()
+            stack.callback(pump.abort)
+            with theirs:
+                stats = sync.fetch(theirs, self._item.disk.upper)
+        self.progress.passes += 1
+        self.progress.disk_sent += stats.bytes
+        self._control.send('upper', seq=seq, bytes=stats.bytes)
+
+    def _receive(self, connection: channel.Connection) -> None:
+        def progress(total: int) -> None:
+            self.progress.memory_sent = total
+
+        try:
+            # A dump that was tried again begins anew.
+            for path in self._memory.path.glob('*'):
+                path.unlink()
+            self._images_error = None
+            self._images_done.clear()
+            images.receive(self._memory.path, connection, progress)
+        except BaseException as e:
+            self._images_error = e
+        finally:
+            connection.close()
+            self._images_done.set()
+
+    def _restore(self, dumped: cabc.Mapping[str, ty.Any]) -> None:
+        item = self._item
+        began = time.monotonic()
+        if not self._images_done.wait(_COPY_TIMEOUT):
+            raise errors.ContainerError(
+                'timeout', 'the images did not come')
+        if self._images_error is not None:
+            raise self._images_error
+        self.progress.phase = Phase.FROZEN
+        sync.apply_aliases(
+            item.disk.upper, self._layer, dumped['aliases'],
+            item.st.base_id)
+        item.mount_root(self._layer)
+        guest.make_cgroups(
+            item.cgroup, dumped['cgroups'], item.st.base_id)
+        for nic in item.spec.nics:
+            # Everything that a peer sends to it before it runs would be
+            # answered by a reset.
+            network.set_up(nic, False)
+        options = self._criu.options(criu.Options(
+            images=self._memory.path, root=item.root,
+            external=guest.restore_externals(
+                dumped['external'], item.drive_source,
+                [nic.parked_name for nic in item.spec.nics]),
+            cgroup='/' + item.cgroup.path, log='restore.log'))
+        options.rst_sibling = True
+        # Each page is let go as soon as it is where it belongs.
+        options.auto_dedup = True
+        restore = _Restore(self, dumped)
+        self.progress.steps['prepare-restore'] = time.monotonic() - began
+        try:
+            response = self._session.request(
+                self._criu.rpc.RESTORE, options, restore.notified,
+                _CRIU_TIMEOUT)
+        finally:
+            restore.close()
+        self.progress.steps['restore'] = time.monotonic() - began
+        if not response.success:
+            raise errors.ContainerError(
+                'criu_failed', 'the instance cannot be restored',
+                uuid=item.uuid, step='restore',
+                cause=criu.reason(self._memory.path / 'restore.log') or
+                response.cr_errmsg,
+                remedy='See restore.log beside the journal, and "pycontainer '
+                       'preflight" on both hosts')
+        self._complete()
+
+    def _complete(self) -> None:
+        """It runs: what was only for the migration goes."""
+        self._filler.close()
+        self._memory.unmount()
+        self._session.__exit__()
+        self._stack.pop_all()
+        self._journal.remove()
+        self.progress.phase = Phase.COMPLETED
+        self.progress.ended_at = time.time()
+        if self._control is not None:
+            self._control.close()
+
+    # In the middle of the restore
+
+    def fill(self, pid: int, saved: list[dict[str, ty.Any]]) -> None:
+        self._filler.fill(pid, saved, self._item.st.base_id)
+
+    def ready(self, pid: int, master: int | None) -> None:
+        """Everything is restored and nothing has run. Ask for the right to.
+
+        :raises ContainerError: it will never run here; its processes are
+            dead
+        """
+        item = self._item
+        assert self._control is not None
+        # From here no death of CRIU's can let the guest run.
+        freezer = item.cgroup.v2 / 'cgroup.freeze'
+        freezer.write_text('1')
+        try:
+            item.adopt(pid, self._began['run'], master)
+            self._journal.write(
+                Phase.READY, role='destination', paused=self._paused,
+                migration=self.progress.migration)
+            self.progress.phase = Phase.READY
+            self._control.send('ready')
+            self._wait_for_go()
+        except BaseException:
+            item.cgroup.kill()
+            raise
+        self._journal.write(
+            Phase.COMMITTED, role='destination', paused=self._paused,
+            migration=self.progress.migration)
+        for nic in item.spec.nics:
+            network.set_up(nic, True)
+        if not self._paused:
+            freezer.write_text('0')
+
+    def _wait_for_go(self) -> None:
+        assert self._control is not None
+        while True:
+            try:
+                self._control.expect('go', _ANSWER_TIMEOUT)
+                break
+            except protocol.PeerGone:
+                # The source may have committed and asks, on a connection of
+                # its own; only it knows.
+                if self._abort.is_set():
+                    raise
+                if self._go.wait(_RETRY):
+                    break
+        with self._lock:
+            if self._abort.is_set():
+                raise errors.ContainerError(
+                    'aborted', 'the migration was aborted')
+            self.committed = True
+            self.progress.phase = Phase.COMMITTED
+
+    def resumed(self, pid: int) -> None:
+        """It runs. Tell the network, then the source."""
+        self.progress.phase = Phase.RUNNING
+        try:
+            announce.announce(
+                pid, [f'eth{n}' for n in range(len(self._item.spec.nics))])
+        except (OSError, errors.ContainerError) as e:
+            LOG.warning('instance %s: announcing its addresses: %s',
+                        self._item.uuid, e)
+        if self._control is not None:
+            with contextlib.suppress(errors.ContainerError):
+                self._control.send('running')
+        self._on_running()
+
+    def _answer(self, connection: channel.Connection) -> None:
+        """A source that has lost the first connection asks."""
+        control = protocol.Control(connection)
+        try:
+            control.expect('query', _ANSWER_TIMEOUT)
+            # Only a source that has committed asks so.
+            if self.progress.phase == Phase.READY:
+                self._go.set()
+            control.send('phase', phase=self.progress.phase)
+        except errors.ContainerError as e:
+            LOG.warning('instance %s: %s', self._item.uuid, e)
+        finally:
+            control.close()
+
+
+class _Restore:
+    """One restore: answers to CRIU's notifications."""
+
+    def __init__(
+        self, destination: Destination, dumped: cabc.Mapping[str, ty.Any]
+    ) -> None:
+        self._destination = destination
+        self._ramfs = list(dumped['ramfs'])
+        self._pid: int | None = None
+        self._master: int | None = None
+
+    def close(self) -> None:
+        if self._master is not None:
+            os.close(self._master)
+            self._master = None
+
+    def notified(self, script: criu.Script) -> None:
+        if script.fd is not None:
+            # The last one is the console: it is the first terminal of the
+            # guest, and CRIU opens the higher numbers first.
+            self.close()
+            self._master = script.fd
+        if script.name == 'setup-namespaces':
+            self._pid = script.pid
+        elif script.name == 'post-setup-namespaces':
+            assert self._pid is not None
+            self._destination.fill(self._pid, self._ramfs)
+        elif script.name == 'pre-resume':
+            assert self._pid is not None
+            self._destination.ready(self._pid, self._master)
+        elif script.name == 'post-resume':
+            assert self._pid is not None
+            self._destination.resumed(self._pid)

@@ -1,0 +1,460 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""The source's side of a migration. Its methods are the phases.
+"""
+
+import contextlib
+import dataclasses
+import pathlib
+import socket
+import threading
+import time
+import typing as ty
+
+from oslo_log import log as logging
+
+from nova_pycontainer.runtime import container
+from nova_pycontainer.runtime import criu
+from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime.migration import bandwidth
+from nova_pycontainer.runtime.migration import channel
+from nova_pycontainer.runtime.migration import guest
+from nova_pycontainer.runtime.migration import images
+from nova_pycontainer.runtime.migration import keys
+from nova_pycontainer.runtime.migration import protocol
+from nova_pycontainer.runtime.migration import relay
+from nova_pycontainer.runtime.migration import sync
+
+LOG = logging.getLogger(__name__)
+
+Phase = protocol.Phase
+
+_CONNECT_TIMEOUT = 20.0
+_ANSWER_TIMEOUT = 60.0
+_PASS_TIMEOUT = 3600.0
+#: CRIU works this long between two notifications at most.
+_CRIU_TIMEOUT = 300.0
+_RESTORE_TIMEOUT = 300.0
+_RETRY = 1.0
+#: A pass that takes no longer than this will be as short while frozen.
+_SHORT_PASS = 0.25
+#: What a guest does at one moment and not at the next: then the guest goes
+#: on, and the dump is tried again.
+_TRANSIENT = (
+    'The socket has data to read', "Can't dump that handle",
+    'Can\'t lookup mount', 'No such process', 'in-flight', 'inflight',
+    'pid: unable to find', 'Unable to seize', 'Task is still busy',
+)
+_DUMP_TRIES = 8
+_TRY_PAUSE = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Endpoint:
+    """The destination's agent."""
+
+    address: str
+    port: int
+    certificate: str
+
+    @classmethod
+    def from_dict(cls, data: ty.Mapping[str, ty.Any]) -> 'Endpoint':
+        try:
+            return cls(str(data['address']), int(data['port']),
+                       str(data['certificate']))
+        except (KeyError, TypeError, ValueError) as e:
+            raise errors.ContainerError(
+                'invalid', f'the destination is not well described: {e}',
+            ) from e
+
+
+class Source:
+    """One attempt to move one container away from this host."""
+
+    def __init__(
+        self,
+        item: container.Container,
+        layer: pathlib.Path,
+        tool: criu.Criu,
+        identity: keys.Identity,
+        endpoint: Endpoint,
+        options: protocol.Options,
+        progress: protocol.Progress,
+        directory: pathlib.Path,
+    ) -> None:
+        self._item = item
+        self._layer = layer
+        self._criu = tool
+        self._identity = identity
+        self._endpoint = endpoint
+        self._options = options
+        self._memory = images.Memory(directory)
+        self._limiter = bandwidth.Bandwidth(options.bandwidth)
+        self._seq = 0
+        self._abort = threading.Event()
+        self._abort_reason = ''
+        self._paused = item.status() == 'paused'
+        self._control: protocol.Control | None = None
+        self._journal = protocol.Journal(item.directory)
+        self._stack = contextlib.ExitStack()
+        self.progress = progress
+        #: From here on only the peer can say who runs.
+        self.committed = False
+
+    # What others may ask for
+
+    def abort(self, reason: str) -> None:
+        """Ask for an end before the commit.
+
+        :raises ContainerError: ``bad_state``: it is too late
+        """
+        if self.committed:
+            raise errors.ContainerError(
+                'bad_state', 'the instance runs on the destination already',
+                uuid=self._item.uuid)
+        self._abort_reason = reason
+        self._abort.set()
+
+    def _check_abort(self) -> None:
+        if self._abort.is_set():
+            raise errors.ContainerError(
+                'aborted', 'the migration was aborted',
+                cause=self._abort_reason)
+
+    # The phases
+
+    def run(self) -> None:
+        """Move the container.
+
+        :raises ContainerError: it runs here, as if nothing had happened
+        """
+        try:
+            with self._stack:
+                self.connect()
+                self.copy()
+                self.hand_over()
+        except BaseException as e:
+            if not self.committed:
+                self._fail(e)
+            raise
+        finally:
+            self.progress.ended_at = time.time()
+
+    def _fail(self, error: BaseException) -> None:
+        self._stack.close()
+        aborted = self._abort.is_set()
+        if self._control is not None:
+            with contextlib.suppress(errors.ContainerError):
+                self._control.send('abort', reason=str(error))
+            self._control.close()
+        self._journal.remove()
+        self.progress.phase = Phase.ABORTED if aborted else Phase.FAILED
+
+    def _connect(self, role: str) -> channel.Connection:
+        self._seq += 1
+        return channel.connect(
+            self._endpoint.address, self._endpoint.port, self._identity,
+            keys.Peer(self._endpoint.certificate, (self._endpoint.address,)),
+            channel.Hello(
+                self.progress.migration, self._item.uuid, role, self._seq),
+            _CONNECT_TIMEOUT)
+
+    def connect(self) -> None:
+        """Dial, and tell what will come."""
+        self._journal.write(
+            Phase.COPYING, role='source', migration=self.progress.migration,
+            paused=self._paused, endpoint=dataclasses.asdict(self._endpoint))
+        with self.progress.timed('connect'):
+            self._control = protocol.Control(self._connect('control'))
+            self._control.on_abort = lambda reason: self._abort.set()
+            st = self._item.st
+            self._control.send(
+                'begin', spec=st.spec, base_id=st.base_id,
+                created_at=st.created_at, run=st.run, paused=self._paused,
+                strategy=self.progress.strategy)
+            self._control.expect('prepared', _ANSWER_TIMEOUT)
+
+    def copy(self) -> None:
+        """Copy the files while the guest runs, until little is left."""
+        self.progress.phase = Phase.COPYING
+        for _ in range(self._options.max_passes):
+            self._check_abort()
+            began = time.monotonic()
+            self._pass(final=False)
+            if time.monotonic() - began < _SHORT_PASS:
+                break
+
+    def _pass(self, final: bool,
+              ready: channel.Connection | None = None) -> None:
+        """One pass over the upper: the destination pulls."""
+        assert self._control is not None
+        seq = self._seq + 1 if ready is None else self._upper_seq
+        with self.progress.timed('final-pass' if final else 'passes'):
+            connection = ready or self._connect('upper')
+            ours, theirs = socket.socketpair()
+            with contextlib.ExitStack() as stack:
+                # Both ends are the relay's from now on.
+                pump = relay.Relay(
+                    connection, ours, limiter=self._limiter).start()
+                stack.callback(pump.abort)
+                with theirs:
+                    server = sync.serve(self._item.disk.upper, theirs)
+                stack.callback(server.close)
+                self._control.send('upper', seq=seq, final=final)
+                done = self._control.expect('upper', _PASS_TIMEOUT)
+        self.progress.disk_sent += int(done.get('bytes') or 0)
+        self.progress.passes += 1
+
+    def hand_over(self) -> None:
+        """Freeze, dump, and commit. Tried again when the guest was in the
+        middle of something that passes.
+        """
+        for attempt in range(_DUMP_TRIES):
+            self._check_abort()
+            try:
+                self._dump()
+                return
+            except errors.ContainerError as e:
+                transient = e.code == 'criu_failed' and any(
+                    t in (e.cause or '') for t in _TRANSIENT)
+                if self.committed or not transient or (
+                        attempt == _DUMP_TRIES - 1):
+                    raise
+                LOG.info('instance %s: the dump is tried again: %s',
+                         self._item.uuid, e.cause)
+                self._abort.wait(_TRY_PAUSE)
+
+    def _dump(self) -> None:
+        item = self._item
+        pid = int((item.st.run or {})['process']['pid'])
+        external = guest.external_mounts(pid)
+        limit = item.spec.limits.memory_bytes or (64 << 30)
+        with contextlib.ExitStack() as stack:
+            # All that can be made before the freeze is made before it.
+            self._memory.mount(limit + limit // 4 + (256 << 20))
+            stack.callback(self._memory.unmount)
+            dump = _Dump(self, stack, pid, external)
+            options = self._criu.options(criu.Options(
+                images=self._memory.path, root=item.root,
+                external=guest.dump_externals(external),
+                cgroup='/' + item.cgroup.path))
+            options.pid = pid
+            dump.start()
+            began = time.monotonic()
+            try:
+                response = dump.session.request(
+                    self._criu.rpc.DUMP, options, dump.notified,
+                    _CRIU_TIMEOUT)
+            except BaseException:
+                if not self.committed:
+                    self._thaw()
+                raise
+            self.progress.steps['dump'] = time.monotonic() - began
+            if not response.success:
+                if self.committed:
+                    # It was to kill what must not run here again.
+                    LOG.error('instance %s: criu: %s', item.uuid,
+                              response.cr_errmsg)
+                    return
+                self._thaw()
+                raise errors.ContainerError(
+                    'criu_failed', 'the instance cannot be dumped',
+                    uuid=item.uuid, step='dump',
+                    cause=criu.reason(self._memory.path / 'criu.log') or
+                    response.cr_errmsg,
+                    remedy='Stop what is named, or migrate the instance '
+                           'cold')
+
+    def _thaw(self) -> None:
+        """Whatever was tried: the guest is again as it was."""
+        with contextlib.suppress(FileNotFoundError):
+            (self._item.cgroup.v2 / 'cgroup.freeze').write_text(
+                '1' if self._paused else '0')
+
+    @property
+    def limiter(self) -> bandwidth.Bandwidth:
+        return self._limiter
+
+    @property
+    def paused(self) -> bool:
+        return self._paused
+
+    def commit(self, dumped: dict[str, ty.Any]) -> None:
+        """Give the right to run away. In CRIU's ``post-dump``: everything is
+        dumped, nothing runs, and a refusal would let it run on.
+        """
+        assert self._control is not None
+        with self.progress.timed('restore'):
+            self._control.send('dumped', **dumped)
+            self._control.expect('ready', _RESTORE_TIMEOUT)
+        self._check_abort()
+        self._journal.write(
+            Phase.COMMITTED, role='source',
+            migration=self.progress.migration, paused=self._paused,
+            endpoint=dataclasses.asdict(self._endpoint))
+        self.committed = True
+        self.progress.phase = Phase.COMMITTED
+        with self.progress.timed('commit'):
+            try:
+                self._control.send('go')
+                self._control.expect('running', _ANSWER_TIMEOUT)
+            except protocol.PeerGone as e:
+                LOG.warning(
+                    'instance %s: committed, and the destination was lost: '
+                    '%s; asking it', self._item.uuid, e)
+                self.resolve()
+        self.progress.phase = Phase.RUNNING
+
+    def resolve(self) -> None:
+        """Ask the destination's journal until it answers. Never guess.
+
+        :raises ContainerError: the destination will never run it; it may run
+            here again
+        """
+        while True:
+            try:
+                phase = self._ask()
+            except (OSError, errors.ContainerError) as e:
+                self.progress.error = errors.ContainerError(
+                    'network', 'whether the destination runs the instance '
+                    'is not known, so it stays frozen here',
+                    uuid=self._item.uuid, cause=str(e),
+                    remedy='Bring the destination\'s agent back').to_dict()
+                time.sleep(_RETRY)
+                continue
+            self.progress.error = None
+            if phase in (Phase.COMMITTED, Phase.RUNNING, Phase.COMPLETED):
+                return
+            if phase in (Phase.ABORTED, Phase.FAILED):
+                self._journal.remove()
+                self.committed = False
+                raise errors.ContainerError(
+                    'aborted', 'the destination has given the instance up '
+                    'before it ran', uuid=self._item.uuid)
+            time.sleep(_RETRY)
+
+    def _ask(self) -> Phase:
+        """A fresh connection; a destination that waits for "go" gets it."""
+        control = protocol.Control(self._connect('control'))
+        try:
+            control.send('query', phase=Phase.COMMITTED)
+            return Phase(control.expect('phase', _ANSWER_TIMEOUT)['phase'])
+        finally:
+            control.close()
+
+    # For _Dump
+
+    def open_final(self) -> tuple[channel.Connection, channel.Connection]:
+        """The connections of the freeze, opened before it."""
+        files = self._connect('upper')
+        self._upper_seq = self._seq
+        return files, self._connect('images')
+
+    def final_pass(self, connection: channel.Connection | None) -> None:
+        self._pass(final=True, ready=connection)
+
+    def aliases(self) -> list[list[str]]:
+        return sync.aliases(
+            self._layer, self._item.root, self._item.disk.upper)
+
+    def session(self) -> criu.Session:
+        return self._criu.session()
+
+    @property
+    def item(self) -> container.Container:
+        return self._item
+
+    @property
+    def images(self) -> pathlib.Path:
+        return self._memory.path
+
+
+class _Dump:
+    """One dump: what goes on beside CRIU while the guest is frozen."""
+
+    def __init__(
+        self, source: Source, stack: contextlib.ExitStack, pid: int,
+        external: dict[str, str],
+    ) -> None:
+        self._source = source
+        self._pid = pid
+        self._external = external
+        self._files, stream = source.open_final()
+        stack.callback(self._files.close)
+        stack.callback(stream.close)
+        self.session = stack.enter_context(source.session())
+        self._sender = images.Sender(
+            source.images, stream, source.limiter)
+        stack.callback(self._sender.stop)
+        self._files_thread = threading.Thread(
+            target=self._copy_files, name='final-pass', daemon=True)
+        self._error: BaseException | None = None
+        self._ramfs: list[dict[str, ty.Any]] = []
+        self._aliases: list[list[str]] = []
+        self._frozen_at = 0.0
+
+    def start(self) -> None:
+        self._sender.start()
+
+    def notified(self, script: criu.Script) -> None:
+        if script.name == 'network-lock':
+            self._frozen()
+        elif script.name == 'post-dump':
+            self._dumped()
+
+    def _frozen(self) -> None:
+        """Every process is stopped by CRIU now."""
+        source = self._source
+        self._frozen_at = time.monotonic()
+        source.progress.phase = Phase.FROZEN
+        if source.paused:
+            # CRIU runs code of its own in the processes. It holds them, so
+            # that nothing of the guest's can run.
+            (source.item.cgroup.v2 / 'cgroup.freeze').write_text('0')
+        self._files_thread.start()
+        self._ramfs = guest.save_ramfs(self._pid)
+
+    def _copy_files(self) -> None:
+        try:
+            self._source.final_pass(self._files)
+            self._aliases = self._source.aliases()
+        except BaseException as e:
+            self._error = e
+
+    def _dumped(self) -> None:
+        source = self._source
+        # From here no death of CRIU's can let the guest run.
+        (source.item.cgroup.v2 / 'cgroup.freeze').write_text('1')
+        cgroups = guest.save_cgroups(source.item.cgroup)
+        with source.progress.timed('images'):
+            self._sender.finish()
+        source.progress.memory_sent = self._sender.sent
+        self._files_thread.join(_PASS_TIMEOUT)
+        if self._error is not None:
+            raise self._error
+        if _has_link_remaps(source.images):
+            # CRIU has given names to files that were open and unlinked.
+            source.final_pass(None)
+        source.commit({
+            'external': self._external, 'cgroups': cgroups,
+            'ramfs': self._ramfs, 'aliases': self._aliases,
+            'pid': self._pid})
+        source.progress.frozen = time.monotonic() - self._frozen_at
+
+
+def _has_link_remaps(directory: pathlib.Path) -> bool:
+    # An image with no entries is its 4 bytes of magic.
+    try:
+        return (directory / 'remap-fpath.img').stat().st_size > 4
+    except FileNotFoundError:
+        return False
