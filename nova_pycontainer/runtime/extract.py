@@ -43,6 +43,7 @@ import typing as ty
 from nova_pycontainer.runtime import archive
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import fileattrs
+from nova_pycontainer.runtime import unpack_job
 
 #: On-disk ids of a layer: those of one container.
 MAX_ID: ty.Final = 0xffff
@@ -51,13 +52,6 @@ MAX_ID: ty.Final = 0xffff
 BLOCK: ty.Final = 4096
 _MAX_SYMLINKS: ty.Final = 40  # as the kernel's MAXSYMLINKS
 _CACHED_PARENTS: ty.Final = 8192
-
-
-class Result(ty.NamedTuple):
-    entries: int
-    bytes: int
-    #: What was left out, and how often.
-    notes: dict[str, int]
 
 
 def time_ns(member: tarfile.TarInfo) -> int:
@@ -100,7 +94,7 @@ class Extractor:
         self._devices: set[bytes] = set()
         self._attributes = fileattrs.Attributes(root_fd, self._notes)
 
-    def run(self) -> Result:
+    def run(self) -> unpack_job.Result:
         """Unpack all entries.
 
         :raises ContainerError: one of the ``image_*`` codes, ``no_space``,
@@ -117,7 +111,7 @@ class Extractor:
                 'image_not_archive', 'the archive has no entries',
                 remedy=archive.REPACK)
         self._finish()
-        return Result(self._entries, self._bytes, dict(self._notes))
+        return unpack_job.Result(self._entries, self._bytes, dict(self._notes))
 
     # Limits
 

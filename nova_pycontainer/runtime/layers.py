@@ -40,8 +40,8 @@ from nova_pycontainer.runtime import archive
 from nova_pycontainer.runtime import config
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import imagecheck
-from nova_pycontainer.runtime import unpack
 from nova_pycontainer.runtime import unpack_client
+from nova_pycontainer.runtime import unpack_job
 
 LOG = logging.getLogger(__name__)
 
@@ -358,7 +358,7 @@ class LayerStore:
 
         result = unpack_client.run(
             self._python,
-            unpack.Job(str(root), self._base, limit, self._limits),
+            unpack_job.Job(str(root), self._base, limit, self._limits),
             hashed(), self._timeout)
         if expected is not None and hasher.hexdigest() != expected.lower():
             raise errors.ContainerError(

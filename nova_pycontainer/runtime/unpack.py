@@ -19,7 +19,6 @@ not trust it: by then this process has read the image.
 """
 
 import collections.abc as cabc
-import dataclasses
 import json
 import os
 import pathlib
@@ -34,32 +33,10 @@ from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import extract
 from nova_pycontainer.runtime import imageformat
 from nova_pycontainer.runtime import sandbox
+from nova_pycontainer.runtime import unpack_job
 
 #: The worker opens one file at a time; the rest is room for the interpreter.
 _OPEN_FILES: ty.Final = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """What the process is told, in one argument.
-
-    :param root: empty directory to unpack into
-    :param base: first host id of the range to run as
-    :param max_bytes: disk space that the files may take
-    """
-
-    root: str
-    base: int
-    max_bytes: int
-    limits: archive.Limits
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> 'Job':
-        data = json.loads(text)
-        return cls(**{**data, 'limits': archive.Limits(**data['limits'])})
 
 
 class _Input:
@@ -95,7 +72,7 @@ def _with_head(
 
 def unpack(
     fd: int, root_fd: int, max_bytes: int, limits: archive.Limits
-) -> extract.Result:
+) -> unpack_job.Result:
     """Unpack the image that ``fd`` gives into the directory ``root_fd``.
 
     :raises ContainerError: see :class:`.extract.Extractor`
@@ -123,7 +100,7 @@ def _answer(answer: dict[str, ty.Any]) -> int:
     return 0 if answer['ok'] else 1
 
 
-def _work(job: Job) -> int:
+def _work(job: unpack_job.Job) -> int:
 
     def out_of_time(*_: object) -> ty.NoReturn:
         raise archive.too_large(
@@ -148,7 +125,7 @@ def _work(job: Job) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    job = Job.from_json(arguments[0])
+    job = unpack_job.Job.from_json(arguments[0])
     sandbox.die_with_parent()
     limits = job.limits
     rlimits = {

@@ -28,12 +28,12 @@ from oslo_log import log as logging
 
 from nova_pycontainer.runtime import archive
 from nova_pycontainer.runtime import errors
-from nova_pycontainer.runtime import extract
 from nova_pycontainer.runtime import syscalls
-from nova_pycontainer.runtime import unpack
+from nova_pycontainer.runtime import unpack_job
 
 LOG = logging.getLogger(__name__)
 
+_MODULE: ty.Final = 'nova_pycontainer.runtime.unpack'
 _PIPE_BYTES: ty.Final = 1 << 20
 #: More than it may say is more than we read.
 _MAX_ANSWER: ty.Final = 64 << 10
@@ -62,9 +62,9 @@ def sync_filesystem(path: pathlib.Path) -> None:
 
 
 def run(
-    python: str, job: unpack.Job, chunks: cabc.Iterator[bytes],
+    python: str, job: unpack_job.Job, chunks: cabc.Iterator[bytes],
     timeout: float,
-) -> extract.Result:
+) -> unpack_job.Result:
     """Unpack the image that ``chunks`` gives, in a process of its own.
 
     :param timeout: seconds, for all of it
@@ -74,7 +74,7 @@ def run(
     process = subprocess.Popen(
         # -I: neither the environment nor the working directory has a say in
         # what is imported. utf8: names are UTF-8 whatever the locale.
-        [python, '-I', '-X', 'utf8', '-m', unpack.__name__, job.to_json()],
+        [python, '-I', '-X', 'utf8', '-m', _MODULE, job.to_json()],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         bufsize=0, pipesize=_PIPE_BYTES, cwd='/', start_new_session=True)
     try:
@@ -156,8 +156,8 @@ def _feed(
 
 
 def _judge(
-    job: unpack.Job, code: int, answer: bytes, complaint: bytes
-) -> extract.Result:
+    job: unpack_job.Job, code: int, answer: bytes, complaint: bytes
+) -> unpack_job.Result:
     """Turn exit code and answer, neither of them trusted, into a result."""
     try:
         if len(answer) > _MAX_ANSWER:
@@ -170,7 +170,7 @@ def _judge(
             if not (type(entries) is int and 0 < entries <= job.limits.entries
                     and type(size) is int and 0 <= size <= job.max_bytes):
                 raise ValueError('figures out of range')
-            return extract.Result(entries, size, notes)
+            return unpack_job.Result(entries, size, notes)
         error = errors.ContainerError.from_dict(data['error'])
         if data['ok'] is False and error.code in _CODES:
             return _refuse(error)
