@@ -167,8 +167,8 @@ result create_command_s "$(since "$begin")"
 python "$REPO/tools/demo/wait_server.py" "$name" ACTIVE 300
 active=$(now)
 result create_to_active_s "$(since "$begin")"
-openstack server show -c name -c status -c addresses -c flavor -c image \
-    -c OS-EXT-STS:vm_state -c OS-EXT-STS:power_state "$name"
+openstack server show -c name -c status -c addresses -c image -c key_name \
+    -c OS-EXT-STS:power_state "$name"
 
 title 'logging in'
 remote=(ssh -i "$scratch/key" -o BatchMode=yes -o ConnectTimeout=3
@@ -190,7 +190,7 @@ title 'what the guest sees of itself'
 "${remote[@]}" bash -s <"$REPO/tools/demo/guest.sh"
 
 title 'its console'
-openstack console log show --lines 15 "$name"
+openstack console log show --lines 12 "$name" | cut -c 1-100
 
 title 'what its host sees'
 id=$(command openstack server show -f value -c id "$name")

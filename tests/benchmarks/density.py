@@ -19,7 +19,8 @@ and a console that is logged, waits until they are idle, and looks what the
 host's memory has to carry for them: what the guests' own processes take, and
 what is added to that. MemFree says nothing of the kind, as page cache and
 free memory trade places all the time; so it is added up from control groups
-and from the kernel's own counters, before and after.
+and from the kernel's own counters, before and after. Those count for the
+whole machine: run it on a quiet one, and the more instances the better.
 """
 
 import os
@@ -50,6 +51,7 @@ def measure(bench: common.Bench, image: str, count: int) -> dict[str, ty.Any]:
     bench.wait_idle(warm)
     for uuid in warm:
         bench.host.delete(uuid)
+    for_a_process = common.slab_of_a_process()
     time.sleep(2)
 
     before = _sample(bench)
@@ -74,21 +76,24 @@ def measure(bench: common.Bench, image: str, count: int) -> dict[str, ty.Any]:
     kernel = {name: each(after.kernel[name] - before.kernel[name])
               for name in after.kernel}
     cache = kernel.pop('slab, reclaimable')
+    processes = each(sum(g.processes for g in guests))
     process_kernel = each(sum(g.process_kernel for g in guests))
+    process_slab = for_a_process * processes
     grown = sorted(
         ((each(size - before.slabs.get(name, 0)), name)
          for name, size in after.slabs.items()), reverse=True)
     keeper = each(after.keeper - before.keeper)
-    added = sum(kernel.values()) - process_kernel + keeper
+    added = sum(kernel.values()) - process_slab + keeper
     return {
         'image': image,
         'instances': count,
         'disk_limit': bench.host.host_info()['disk_limit'],
         'guest': {
-            'processes': each(sum(g.processes for g in guests)),
+            'processes': processes,
             'anonymous_bytes': each(sum(g.anonymous for g in guests)),
             'page_cache_bytes': each(sum(g.page_cache for g in guests)),
             'process_kernel_bytes': process_kernel,
+            'process_slab_bytes': process_slab,
             'charged_kernel_bytes': each(sum(g.kernel for g in guests)),
         },
         'kernel': kernel,
@@ -111,18 +116,19 @@ def show(result: dict[str, ty.Any]) -> None:
     rows = [
         (f'guest: anonymous memory of {guest["processes"]:.1f} processes',
          kib(guest['anonymous_bytes'])),
-        ('guest: kernel stacks and page tables of them',
+        ('guest: their kernel stacks and page tables',
          kib(guest['process_kernel_bytes'])),
+        ('guest: kernel objects that as many plain processes take',
+         kib(guest['process_slab_bytes'])),
         ('guest: page cache charged to it (reclaimable)',
          kib(guest['page_cache_bytes'])),
-        *((f'host kernel: {name}', kib(size))
-          for name, size in result['kernel'].items()),
-        ('host kernel: names and inodes (reclaimable)',
+        ('host: names and inodes (reclaimable)',
          kib(result['reclaimable_bytes'])),
-        ('keeper (console, exit status)', kib(result['keeper_bytes'])),
-        ('ADDED BY THE DRIVER: kernel + keeper, less what the',
+        *((f'host: {name}', kib(size))
+          for name, size in result['kernel'].items()),
+        ('keeper: console, exit status', kib(result['keeper_bytes'])),
+        ('ADDED: the last four, less those kernel objects',
          kib(result['overhead_bytes'])),
-        ('   stacks and page tables of the guest\'s processes are', ''),
     ]
     print(f'{result["instances"]} idle instances of {result["image"]}, '
           f'disk limit by {result["disk_limit"]}; created in '
