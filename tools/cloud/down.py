@@ -161,6 +161,9 @@ def down(purge: bool = False) -> None:
     # the keeper, shells. A container's own processes are in its cgroup.
     left: list[str] = []
     for host in layout.ALL_HOSTS:
+        if not hosts.known(host):
+            # Not of this cloud, whatever there is by that name.
+            continue
         keep = process.Record.load(hosts.pause_name(host))
         pids = [pid for pid in hosts.members(host)
                 if not keep or pid != keep.pid]

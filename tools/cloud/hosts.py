@@ -203,6 +203,11 @@ def create(host: str) -> None:
     script(host, 'ip link set lo up')
 
 
+def known(host: str) -> bool:
+    """Whether the host was made, and not yet taken away."""
+    return (layout.RUN / f'{host}.namespaces').exists()
+
+
 def members(host: str) -> list[int]:
     """Processes in the host, started here or not.
 
