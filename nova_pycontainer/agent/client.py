@@ -258,6 +258,36 @@ class Client:
     def delete(self, uuid: str, keep_disk: bool = False) -> None:
         self._call('delete', {'uuid': uuid, 'keep_disk': keep_disk})
 
+    # Migration
+
+    def migration_prepare(
+        self, uuid: str, migration: str, spec: Json, source: Json,
+        options: Json | None = None,
+    ) -> Json:
+        """Make this host ready to receive; returns what the source needs."""
+        return ty.cast(Json, self._call('migration_prepare', {
+            'uuid': uuid, 'migration': migration, 'spec': spec,
+            'source': source, 'options': options}, 120.0))
+
+    def migration_begin(
+        self, uuid: str, migration: str, destination: Json,
+        options: Json | None = None,
+    ) -> Json:
+        """Start to move a container away; returns at once."""
+        return ty.cast(Json, self._call('migration_begin', {
+            'uuid': uuid, 'migration': migration,
+            'destination': destination, 'options': options}))
+
+    def migration_status(self, migration: str, wait_s: float = 0.0) -> Json:
+        """How far it is, waiting at most ``wait_s`` seconds for its end."""
+        return ty.cast(Json, self._call('migration_status', {
+            'migration': migration, 'wait_s': wait_s}, wait_s))
+
+    def migration_abort(self, migration: str, reason: str) -> None:
+        """End it before its commit; returns when it has ended."""
+        self._call('migration_abort', {
+            'migration': migration, 'reason': reason}, 60.0)
+
     # In the guest
 
     def exec(

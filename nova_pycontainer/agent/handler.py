@@ -17,6 +17,7 @@ import http
 import http.server
 import io
 import os
+import operator
 import socket
 import time
 import typing as ty
@@ -196,7 +197,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise errors.ContainerError(
                 'unsupported', f'there is no verb {name!r}')
         params = verbs.check(name, self._body(verb))
-        method = getattr(self.server.host, verb.method)
+        method = operator.attrgetter(verb.method)(self.server.host)
         if name == 'console_attach':
             return self._upgrade(method, params)
         if verb.waits:

@@ -43,7 +43,7 @@ _TEXT: ty.Final[Schema] = {'type': 'string', 'pattern': '^[^\\x00]*\\Z'}
 class Verb(ty.NamedTuple):
     """One verb.
 
-    :param method: name of the method of
+    :param method: path of the method from
         :class:`nova_pycontainer.runtime.host.Host`, which takes the
         parameters by name
     :param properties: parameter → schema; a "?" marks one that may be left
@@ -95,6 +95,19 @@ VERBS: ty.Final[dict[str, Verb]] = {
     'unpause': Verb('unpause', {'uuid': _UUID}),
     'delete': Verb('delete', {
         'uuid': _UUID, 'keep_disk?': {'type': 'boolean'}}, limit_s=300.0),
+    # Migration
+    'migration_prepare': Verb('migrations.prepare', {
+        'uuid': _UUID, 'migration': _UUID, 'spec': _OBJECT,
+        'source': _OBJECT, 'options?': _CHANGES},
+        limit_s=180.0, max_body=96 * MIB),
+    'migration_begin': Verb('migrations.begin', {
+        'uuid': _UUID, 'migration': _UUID, 'destination': _OBJECT,
+        'options?': _CHANGES}),
+    'migration_status': Verb('migrations.status', {
+        'migration': _UUID, 'wait_s?': {**_SECONDS, 'maximum': 30}},
+        waits=True),
+    'migration_abort': Verb('migrations.abort', {
+        'migration': _UUID, 'reason': _TEXT}, limit_s=120.0),
     # In the guest
     'exec': Verb('exec', {
         'uuid': _UUID,

@@ -229,7 +229,7 @@ class LifeTestCase(base.HostTestCase):
         # What a kill in the middle of "define" and of "prepare" leaves.
         uuid, half = str(uuidlib.uuid4()), str(uuidlib.uuid4())
         self.host.define(uuid, self.spec())
-        item = self.host._entry(uuid).container
+        item = self.host.entry(uuid).container
         item.disk.mount()
         item.bundle.mkdir(parents=True)
         (self.config.instances_dir / half / 'disk').mkdir(parents=True)

@@ -18,32 +18,35 @@ fi
 
 hostname pyc-test
 ip link set lo up
-controllers=()
-while read -r _ point type options _; do
-    if [ "$type" = cgroup ]; then
-        for option in ${options//,/ }; do
-            case "$option" in
-            memory|cpu|cpuacct|pids|blkio|freezer|cpuset)
-                controllers+=("$option:$point") ;;
-            esac
-        done
-    fi
-done < /proc/self/mounts
 
-# Mount points under /run must be this namespace's own: /run itself may not be
-# a mount of its own, and CRIU keeps its cache there only on a tmpfs.
+# The new /run is made beside the old one: the hierarchies may lie in there.
+# A /run of our own also is the tmpfs on which alone CRIU keeps its cache.
 resolv=$(cat /etc/resolv.conf 2>/dev/null || true)
-mount -t tmpfs -o mode=755 pyc-run /run
+run=$(mktemp -d)
+mount -t tmpfs -o mode=755 pyc-run "$run"
+while read -r _ point type options _; do
+    # A mount that another one covers is listed as well.
+    if [ "$type" != cgroup ] || [ ! -e "$point/cgroup.procs" ]; then
+        continue
+    fi
+    for option in ${options//,/ }; do
+        case "$option" in
+        memory|cpu|cpuacct|pids|blkio|freezer|cpuset)
+            mkdir -p "$run/cgroup1/$option"
+            mountpoint -q "$run/cgroup1/$option" ||
+                mount --bind "$point" "$run/cgroup1/$option" ;;
+        esac
+    done
+done < /proc/self/mounts
+mount --no-mtab --move "$run" /run
+rmdir "$run"
 if [ -L /etc/resolv.conf ] && [ -n "$resolv" ]; then
     target=$(readlink -m /etc/resolv.conf)
     mkdir -p "$(dirname "$target")" && printf '%s\n' "$resolv" > "$target"
 fi
-for item in "${controllers[@]}"; do
-    mkdir -p "/run/cgroup1/${item%%:*}"
-    mount --bind "${item#*:}" "/run/cgroup1/${item%%:*}"
-done
 # A sysfs of its own shows the network devices of this network namespace.
 mount -t sysfs -o nosuid,nodev,noexec sysfs /sys
 mkdir -p /sys/fs/cgroup
 mount -t cgroup2 -o nosuid,nodev,noexec cgroup2 /sys/fs/cgroup
+unset PYCONTAINER_IN_HOST
 exec "$@"
