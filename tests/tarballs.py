@@ -265,7 +265,7 @@ BAD = {
         system().raw(_pax(('comment', b'x')) * 5000).raw(header()).bytes(),
         'image_truncated', 'header'),
     'malformed PAX record': (
-        system().raw(header('pax', 512, b'x') + b'99 path=x\n' + bytes(502))
+        system().raw(header('pax', 512, b'x') + b'0 path=x\n' + bytes(503))
         .raw(header()).bytes(), 'image_truncated', 'header'),
     # Names
     'dot dot': (_one('../evil', b'x'), _UNSAFE, "'../evil'.*upwards"),
