@@ -12,7 +12,6 @@
 
 """pycontainer-agent: the root daemon that owns the containers of a host."""
 
-import functools
 import os
 import resource
 import signal
@@ -27,8 +26,8 @@ from nova_pycontainer.agent import options
 from nova_pycontainer.agent import server
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import host as rhost
-from nova_pycontainer.runtime import keeper
 from nova_pycontainer.runtime import keeper_client
+from nova_pycontainer.runtime import keeper_memory
 
 LOG = logging.getLogger(__name__)
 
@@ -49,8 +48,7 @@ class Agent:
     def __init__(self, conf: cfg.ConfigOpts) -> None:
         self._group = conf.pycontainer
         self._config = options.runtime_config(conf)
-        self._notify = functools.partial(
-            keeper.notify, keeper.notify_address())
+        self._notifier = keeper_memory.Notifier()
         self._ended = threading.Event()
         self._failed = False
 
@@ -86,11 +84,11 @@ class Agent:
         thread = threading.Thread(
             target=self._loop, args=(served,), name='server', daemon=True)
         thread.start()
-        self._notify('READY=1')
+        self._notifier.send('READY=1')
         LOG.info('Serving %s', self._group.agent_socket)
         self._ended.wait()
         LOG.info('Ending; the containers run on')
-        self._notify('STOPPING=1')
+        self._notifier.send('STOPPING=1')
         if not served.stop(self._group.agent_stop_timeout):
             LOG.warning('Ending in the middle of requests; what they began '
                         'is undone or finished at the next start')

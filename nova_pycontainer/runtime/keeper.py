@@ -46,6 +46,7 @@ import typing as ty
 from nova_pycontainer.runtime import keeper_children
 from nova_pycontainer.runtime import keeper_consoles
 from nova_pycontainer.runtime import keeper_loop
+from nova_pycontainer.runtime import keeper_memory
 from nova_pycontainer.runtime import keeper_params
 from nova_pycontainer.runtime import keeper_process
 
@@ -80,13 +81,28 @@ class Peer:
 class Keeper:
     """The server: packets in, answers and events out."""
 
-    def __init__(self, listener: socket.socket) -> None:
+    def __init__(
+        self, listener: socket.socket, memory: keeper_memory.Memory
+    ) -> None:
         self._listener = listener
+        self._memory = memory
         self._peers: set[Peer] = set()
         self._loop = keeper_loop.Loop()
         self._children = keeper_children.Children(
-            self._loop, log, self._publish)
-        self._consoles = keeper_consoles.Consoles(self._loop, log)
+            self._loop, log, self._publish, memory)
+        self._consoles = keeper_consoles.Consoles(self._loop, log, memory)
+
+    def restore(self) -> None:
+        """Take up what a former keeper has left."""
+        watches, consoles = self._memory.load()
+        for watch in watches:
+            self._children.restore(watch)
+        for uuid, (kept, fd) in consoles.items():
+            try:
+                self._consoles.take(uuid, kept, [fd])
+            except OSError as e:
+                log(f'console of {uuid}: {e}')
+                os.close(fd)
 
     def serve(self) -> None:
         """Run until SIGTERM. Children and their files are left as they are."""
@@ -304,23 +320,6 @@ def become_subreaper() -> None:
         raise OSError(number, os.strerror(number), 'prctl')
 
 
-def notify_address() -> str:
-    """Where systemd wants to be notified, which children need not know.
-
-    An OCI runtime that finds it would hand it to the container.
-    """
-    return os.environ.pop('NOTIFY_SOCKET', '')
-
-
-def notify(address: str, state: str) -> None:
-    """Tell systemd (sd_notify(3)), if it is there."""
-    if not address:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        sock.connect(address.replace('@', '\0', 1))
-        sock.send(state.encode())
-
-
 def detach() -> int:
     """Leave the caller's session and process group; the caller waits.
 
@@ -346,7 +345,7 @@ def main(argv: list[str] | None = None) -> int:
                         help='go to the background once it is served')
     args = parser.parse_args(argv)
     path = os.path.abspath(args.socket)
-    address = notify_address()
+    notifier = keeper_memory.Notifier()
     ready = detach() if args.detach else None
     os.chdir('/')
     # Never die of a viewer, or of a full disk under a limit.
@@ -355,8 +354,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with bound(path) as listener:
             become_subreaper()
-            keeper = Keeper(listener)
-            notify(address, 'READY=1')
+            keeper = Keeper(listener, keeper_memory.Memory(
+                f'{path}.d', notifier, log))
+            keeper.restore()
+            notifier.send('READY=1')
             if ready is not None:
                 os.write(ready, b'1')
                 os.close(ready)

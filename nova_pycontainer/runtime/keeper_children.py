@@ -21,6 +21,7 @@ import time
 import typing as ty
 
 from nova_pycontainer.runtime import keeper_loop
+from nova_pycontainer.runtime import keeper_memory
 from nova_pycontainer.runtime import keeper_params
 from nova_pycontainer.runtime import keeper_process
 
@@ -34,13 +35,6 @@ COLLECT_TRIES: ty.Final = 40
 
 Params = dict[str, ty.Any]
 Answer = cabc.Callable[[Params | keeper_params.Refused], None]
-
-
-class Watch(ty.NamedTuple):
-    """Where the exit of one process is to be written."""
-
-    uuid: str
-    exit_path: str
 
 
 class Command:
@@ -73,12 +67,14 @@ class Children:
     def __init__(
         self, loop: keeper_loop.Loop, log: cabc.Callable[[str], None],
         publish: cabc.Callable[[Params], None],
+        memory: keeper_memory.Memory,
     ) -> None:
         self._loop = loop
         self._log = log
         self._publish = publish
+        self._memory = memory
         self._commands: dict[int, Command] = {}
-        self._watches: dict[int, Watch] = {}
+        self._watches: dict[int, keeper_memory.Watch] = {}
         self._exits: collections.OrderedDict[
             int, keeper_process.Exit] = collections.OrderedDict()
         # A host with a thousand consoles needs more than the usual 1024;
@@ -213,12 +209,15 @@ class Children:
             if command is not None:
                 self._on_command_exit(command, how)
 
-    def _record(self, watch: Watch, how: keeper_process.Exit) -> None:
+    def _record(
+        self, watch: keeper_memory.Watch, how: keeper_process.Exit
+    ) -> None:
         try:
             keeper_process.write_exit(watch.exit_path, how)
         except OSError as e:
             # The container's directory may have been deleted meanwhile.
             self._log(f'exit of {watch.uuid}: {e}')
+        self._memory.forget_watch(watch)
         self._publish({'event': 'exit', 'uuid': watch.uuid, **how.as_dict()})
 
     def watch(self, params: Params) -> Params:
@@ -227,28 +226,41 @@ class Children:
         :raises Refused: ``not_found``
         """
         pid, born = params['pid'], params.get('start_time')
-        watch = Watch(params['uuid'], params['exit_path'])
+        watch = keeper_memory.Watch(
+            params['uuid'], pid, born or keeper_process.start_time(pid),
+            params['exit_path'])
         past = self._exits.get(pid)
         if keeper_process.is_child(pid):
             self._check_identity(pid, born)
-            self._watches[pid] = watch
+            self._add(watch)
         elif past is not None and born in (None, past.start_time):
             del self._exits[pid]
             self._record(watch, past)
             return {'exited': True}
         else:
-            self._watch_foreign(watch, pid, born)
+            self._watch_foreign(watch)
         return {'exited': False}
+
+    def restore(self, watch: keeper_memory.Watch) -> None:
+        """Go on with what a former keeper has begun."""
+        try:
+            self._watch_foreign(watch)
+        except keeper_params.Refused:
+            # It ended in between, and nobody has seen how.
+            self._record(watch, _unseen(watch.pid))
+
+    def _add(self, watch: keeper_memory.Watch) -> None:
+        self._watches[watch.pid] = watch
+        self._memory.watch(watch)
 
     def _check_identity(self, pid: int, born: int | None) -> None:
         if born is not None and keeper_process.start_time(pid) != born:
             raise keeper_params.Refused(
                 'not_found', f'process {pid} is another one by now')
 
-    def _watch_foreign(
-        self, watch: Watch, pid: int, born: int | None
-    ) -> None:
+    def _watch_foreign(self, watch: keeper_memory.Watch) -> None:
         """Watch a process with another parent, as after our own restart."""
+        pid = watch.pid
         try:
             pidfd = os.pidfd_open(pid)
         except OSError as e:
@@ -256,18 +268,19 @@ class Children:
                 'not_found', f'there is no process {pid}',
                 cause=e.strerror) from e
         try:
-            self._check_identity(pid, born)
+            self._check_identity(pid, watch.start_time)
         except keeper_params.Refused:
             os.close(pidfd)
             raise
-        self._watches[pid] = watch
+        self._add(watch)
         self._loop.watch(
             pidfd, keeper_loop.READ,
-            lambda _: self._on_foreign_exit(pidfd, pid, watch, 0))
+            lambda _: self._on_foreign_exit(pidfd, watch, 0))
 
     def _on_foreign_exit(
-        self, pidfd: int, pid: int, watch: Watch, tries: int
+        self, pidfd: int, watch: keeper_memory.Watch, tries: int
     ) -> None:
+        pid = watch.pid
         self._loop.forget(pidfd)
         if self._watches.get(pid) is not watch:
             # It became our child and was collected, or is watched anew.
@@ -276,12 +289,13 @@ class Children:
         status = keeper_process.pidfd_status(pidfd)
         if status is None and tries < COLLECT_TRIES:
             self._loop.after(COLLECT_STEP, lambda: self._on_foreign_exit(
-                pidfd, pid, watch, tries + 1))
+                pidfd, watch, tries + 1))
             return
         os.close(pidfd)
         del self._watches[pid]
-        self._record(
-            watch,
-            keeper_process.Exit(pid, None, None, time.time(), None)
-            if status is None
-            else keeper_process.Exit.from_status(pid, status))
+        self._record(watch, _unseen(pid) if status is None
+                     else keeper_process.Exit.from_status(pid, status))
+
+
+def _unseen(pid: int) -> keeper_process.Exit:
+    return keeper_process.Exit(pid, None, None, time.time(), None)

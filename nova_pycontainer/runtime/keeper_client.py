@@ -363,7 +363,8 @@ def command(
 
 def keeper_env() -> dict[str, str]:
     """What of our environment concerns the keeper itself."""
-    names = ('PATH', 'LC_ALL', 'LANG', 'NOTIFY_SOCKET')
+    names = ('PATH', 'LC_ALL', 'LANG', 'NOTIFY_SOCKET',
+             'LISTEN_FDS', 'LISTEN_FDNAMES', 'LISTEN_PID')
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
@@ -401,7 +402,9 @@ def ensure_keeper(
                 probe.connect(path)
             return client.ping()
         argv, env = command(path, python)
-        env.pop('NOTIFY_SOCKET', None)
+        # The agent's own service, if that is who starts it, is not its.
+        for name in [n for n in env if n.startswith(('NOTIFY', 'LISTEN'))]:
+            del env[name]
         with open(f'{path}.log', 'ab', opener=_private) as log:
             try:
                 subprocess.run(

@@ -19,6 +19,7 @@ import typing as ty
 
 from nova_pycontainer.runtime import keeper_console
 from nova_pycontainer.runtime import keeper_loop
+from nova_pycontainer.runtime import keeper_memory
 from nova_pycontainer.runtime import keeper_params
 
 Params = dict[str, ty.Any]
@@ -28,10 +29,12 @@ class Consoles:
     """uuid → console."""
 
     def __init__(
-        self, loop: keeper_loop.Loop, log: cabc.Callable[[str], None]
+        self, loop: keeper_loop.Loop, log: cabc.Callable[[str], None],
+        memory: keeper_memory.Memory,
     ) -> None:
         self._loop = loop
         self._log = log
+        self._memory = memory
         self._held: dict[str, keeper_console.Console] = {}
 
     def describe(self) -> dict[str, Params]:
@@ -51,11 +54,20 @@ class Consoles:
 
         Viewers of the former one stay.
         """
-        uuid = params['uuid']
         if not os.isatty(fds[0]):
             raise keeper_params.Refused('invalid', 'not a terminal')
-        ring = keeper_console.LogRing(
-            params['log_path'], params['max_bytes'])
+        self.take(params['uuid'], keeper_memory.Console(
+            params['log_path'], params['max_bytes']), fds)
+        return {}
+
+    def take(
+        self, uuid: str, kept: keeper_memory.Console, fds: list[int]
+    ) -> None:
+        """Take the master over, out of ``fds``.
+
+        :raises OSError: its log cannot be written
+        """
+        ring = keeper_console.LogRing(kept.log_path, kept.max_bytes)
         ring.open()
         held = self._held.get(uuid)
         if held is None:
@@ -66,9 +78,10 @@ class Consoles:
             # The former ring may have written to the same file just now.
             ring.close()
             held.ring = ring
-        held.use(fds.pop(0))
+        master = fds.pop(0)
+        held.use(master)
+        self._memory.console(uuid, kept, master)
         self._look(held)
-        return {}
 
     def attach(self, params: Params, fds: list[int]) -> Params:
         """Connect a viewer's stream socket to the console."""
@@ -97,6 +110,7 @@ class Consoles:
         held = self._held.pop(params['uuid'], None)
         if held is None:
             return {'released': False}
+        self._memory.forget_console(held.uuid)
         self._drop_master(held)
         for viewer in list(held.viewers):
             # What it can take of the last words, it gets.

@@ -89,16 +89,26 @@ class KeeperTestCase(unittest.TestCase):
         self.client = keeper_client.KeeperClient(self.socket)
         self.uuid = str(uuidlib.uuid4())
 
-    def start(self):
+    def start(self, **kwargs):
         argv, env = keeper_client.command(self.socket)
+        env |= kwargs.pop('env', {})
         self.log = open(f'{self.dir}/log', 'ab')
         self.addCleanup(self.log.close)
         # As a child of ours, so that its end can be awaited.
         self.process = subprocess.Popen(
-            argv, env=env, stdin=subprocess.DEVNULL, stdout=self.log,
-            stderr=self.log, start_new_session=True)
+            [*kwargs.pop('prefix', []), *argv], env=env,
+            stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log,
+            start_new_session=True, **kwargs)
         self.addCleanup(self.stop)
-        wait_for(lambda: os.path.exists(self.socket), 'the keeper')
+        wait_for(self.answers, 'the keeper')
+
+    def answers(self):
+        client = keeper_client.KeeperClient(self.socket)
+        try:
+            return client.ping()['pid'] == self.process.pid
+        except errors.ContainerError:
+            self.assertIsNone(self.process.poll())
+            return False
 
     def stop(self):
         if self.process.poll() is None:
@@ -892,13 +902,181 @@ class TestProcess(KeeperTestCase):
         self.assertTrue(os.path.exists(self.socket))
         self.assertError('keeper_unavailable', self.client.ping)
         self.start()
-        wait_for(lambda: self.process.pid == self.ping_pid(), 'the new one')
+        self.client.ping()
 
-    def ping_pid(self):
-        try:
-            return self.client.ping()['pid']
-        except errors.ContainerError:
-            return None
+
+class TestRestart(KeeperTestCase):
+    """What a keeper takes up that is started in place of another."""
+
+    def setUp(self):
+        # What systemd does with its descriptor store, over real sockets.
+        self.store = {}
+        self.manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.addCleanup(self.manager.close)
+        address = f'\0pyc-keeper-{uuidlib.uuid4()}'
+        self.manager.bind(address)
+        self.manager.settimeout(0.2)
+        self.addCleanup(
+            lambda: [os.close(fd) for fd in self.store.values()])
+        self.address = '@' + address[1:]
+        super().setUp()
+
+    def start(self):
+        names = sorted(self.store)
+        fds = [str(self.store[name]) for name in names]
+        env = {'NOTIFY_SOCKET': self.address}
+        prefix = []
+        if names:
+            env |= {'LISTEN_FDS': str(len(names)),
+                    'LISTEN_FDNAMES': ':'.join(names)}
+            # All out of the way of each other's numbers first.
+            prefix = ['/usr/bin/python3', '-c', (
+                'import fcntl, os, sys\n'
+                'count = int(sys.argv[1])\n'
+                'for n, fd in enumerate([\n'
+                '    fcntl.fcntl(int(fd), fcntl.F_DUPFD_CLOEXEC, 100)\n'
+                '    for fd in sys.argv[2:2 + count]\n'
+                ']):\n'
+                '    os.dup2(fd, 3 + n)\n'
+                'os.environ["LISTEN_PID"] = str(os.getpid())\n'
+                'os.execv(sys.argv[2 + count], sys.argv[2 + count:])\n'),
+                str(len(names)), *fds]
+        super().start(env=env, prefix=prefix,
+                      pass_fds=[int(fd) for fd in fds])
+        self.assertIn('READY=1', self.told())
+
+    def told(self):
+        """Take what the keeper has told; returns the messages' first lines.
+        """
+        said = []
+        while True:
+            try:
+                data, fds, _, _ = socket.recv_fds(self.manager, 4096, 4)
+            except TimeoutError:
+                return said
+            fields = dict(
+                line.partition('=')[::2]
+                for line in data.decode().splitlines())
+            said.append(data.decode().splitlines()[0])
+            if 'FDSTORE' in fields:
+                self.assertEqual('0', fields['FDPOLL'])
+                self.store[fields['FDNAME']], = fds
+            elif 'FDSTOREREMOVE' in fields and fields['FDNAME'] in self.store:
+                os.close(self.store.pop(fields['FDNAME']))
+
+    def restart(self, number):
+        self.process.send_signal(number)
+        self.process.wait(PATIENCE)
+        self.told()
+        self.start()
+
+    def stop(self):
+        if self.process.poll() is None:
+            self.process.terminate()
+        self.process.wait(PATIENCE)
+
+    def hold(self):
+        master, slave = pty.openpty()
+        self.addCleanup(os.close, slave)
+        tty.setraw(slave)
+        self.client.hold(self.uuid, master, f'{self.dir}/c.log', 65536)
+        os.close(master)
+        return slave
+
+    def logged(self):
+        with open(f'{self.dir}/c.log', 'rb') as f:
+            return f.read()
+
+    def test_consoles_go_on_with_systemds_store(self):
+        slave = self.hold()
+        name = os.ttyname(slave)
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            os.write(slave, b'before ')
+            wait_for(lambda: self.logged().endswith(b'before '), 'it')
+            self.restart(number)
+            # No hang-up for the guest, and nothing lost.
+            os.write(slave, b'after ')
+            wait_for(lambda: self.logged().endswith(b'after '), 'it')
+            ours, theirs = socket.socketpair()
+            self.client.attach(self.uuid, theirs.fileno())
+            theirs.close()
+            ours.sendall(b'typed')
+            self.assertEqual(b'typed', os.read(slave, 100))
+            ours.close()
+        self.assertEqual(b'before after before after ', self.logged())
+        self.assertTrue(os.path.exists(name))
+        self.client.release(self.uuid)
+        self.told()
+        self.assertEqual({}, self.store)
+        self.assertEqual([], os.listdir(f'{self.socket}.d'))
+
+    def test_a_new_master_replaces_the_stored_one(self):
+        self.hold()
+        slave = self.hold()
+        self.told()
+        self.assertEqual(1, len(self.store))
+        self.restart(signal.SIGKILL)
+        os.write(slave, b'second')
+        wait_for(lambda: self.logged() == b'second', 'it')
+
+    def test_without_a_store_the_console_is_given_up(self):
+        slave = self.hold()
+        self.told()
+        os.close(self.store.pop(self.uuid))
+        self.restart(signal.SIGKILL)
+        self.assertEqual([], self.client.list())
+        with open(f'{self.dir}/log') as f:
+            self.assertIn(f'the console of {self.uuid} is lost', f.read())
+        # It can be held anew.
+        self.assertEqual(b'', os.read(slave, 1))
+        self.hold()
+
+    def test_exits_are_awaited_by_the_next_keeper(self):
+        result = self.client.run(['sh', '-c', (
+            f'(until [ -e {self.dir}/go ]; do sleep .02; done; exit 6) '
+            '</dev/null >/dev/null 2>&1 & echo $!')])
+        pid = int(result['stdout_tail'])
+        path = f'{self.dir}/exit'
+        self.client.watch(self.uuid, pid, path)
+        self.restart(signal.SIGKILL)
+        self.assertEqual([pid], self.client.list()[0]['pids'])
+        open(f'{self.dir}/go', 'w').close()
+        wait_for(lambda: os.path.exists(path), 'the exit')
+        found = self.read_json('exit')
+        version = tuple(int(p) for p in os.uname().release.split('.')[:2])
+        self.assertEqual(
+            (pid, 6 if version >= (6, 15) else None, None),
+            (found['pid'], found['code'], found['signal']))
+        self.assertEqual([], os.listdir(f'{self.socket}.d'))
+
+    def test_an_exit_between_two_keepers_is_known_to_be_unknown(self):
+        pid = self.client.spawn(['sleep', '1000'])
+        path = f'{self.dir}/exit'
+        self.client.watch(self.uuid, pid, path)
+        self.process.kill()
+        self.process.wait(PATIENCE)
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: not os.path.exists(f'/proc/{pid}'), 'its end')
+        self.start()
+        found = self.read_json('exit')
+        self.assertEqual(
+            (pid, None, None),
+            (found['pid'], found['code'], found['signal']))
+
+    def test_files_that_make_no_sense_are_thrown_away(self):
+        self.process.kill()
+        self.process.wait(PATIENCE)
+        for name, text in (
+                ('a.json', ''), ('b.json', '[]'), ('c.json', '{}'),
+                ('d.json', '{"format": 2}'), ('e.json.new', '{'),
+                ('f.json', '{"format": 1, "watches": [[1]], '
+                           '"console": null}'),
+                ('g.json', '{"format": 1, "watches": 5, "console": 1}')):
+            with open(f'{self.socket}.d/{name}', 'w') as f:
+                f.write(text)
+        self.start()
+        self.assertEqual([], self.client.list())
+        self.assertEqual([], os.listdir(f'{self.socket}.d'))
 
 
 class TestEnsureKeeper(unittest.TestCase):
