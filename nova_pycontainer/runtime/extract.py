@@ -63,7 +63,10 @@ def time_ns(member: tarfile.TarInfo) -> int:
         part = int((fraction + '0' * 9)[:9])
         ns += -part if whole.startswith('-') else part
     except ValueError:
-        ns = int(member.mtime) * 10**9
+        try:
+            ns = int(member.mtime) * 10**9
+        except (ValueError, OverflowError):
+            ns = 0  # "nan", "inf"
     # What time_t holds; file systems narrow it further by themselves.
     return max(-(2**63), min(ns, 2**63 - 1))
 

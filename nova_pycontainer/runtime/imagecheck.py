@@ -205,7 +205,9 @@ def os_release(root: pathlib.Path) -> dict[str, str]:
         if not equals or not key.isidentifier():
             continue
         try:
-            values[key] = ''.join(shlex.split(text))[:200]
+            value = ''.join(shlex.split(text))[:200]
         except ValueError:
             continue
+        if value.isprintable():
+            values[key] = value
     return values

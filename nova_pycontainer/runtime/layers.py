@@ -346,7 +346,9 @@ class LayerStore:
         started = time.monotonic()
         staging.mkdir(mode=0o700)
         root = staging / 'root'
-        root.mkdir(mode=0o755)
+        root.mkdir()
+        # What it is if the archive does not say; whatever our umask.
+        root.chmod(0o755)
         counted = 0
 
         def hashed() -> cabc.Iterator[bytes]:
@@ -379,13 +381,13 @@ class LayerStore:
         self._publish(staging, info)
         release = imagecheck.os_release(info.root)
         LOG.info(
-            'image %s (%s %s, %s) is layer %s: %d entries, %d bytes from %d; '
+            'image %r (%s %s, %s) is layer %s: %d entries, %d bytes from %d; '
             'unpacked in %.1f s, on disk after %.1f s more', image,
             release.get('ID', 'unknown'), release.get('VERSION_ID', ''),
             machine, key, info.entries, info.bytes, counted,
             unpacked - started, time.monotonic() - unpacked)
         for what, count in result.notes.items():
-            LOG.info('image %s: left out %d %s', image, count, what)
+            LOG.info('image %r: left out %d %s', image, count, what)
         return info
 
     def _publish(self, staging: pathlib.Path, info: LayerInfo) -> None:

@@ -155,6 +155,7 @@ def _become_worker(
     _prctl(_PR_SET_DUMPABLE, 0)
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     _limit_capabilities()
+    channel.close()
     os.closerange(3, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     _limit_resources(limits)
     os.umask(0)

@@ -72,6 +72,12 @@ class TestImport(layers_base.Case):
              for name in ('root', 'user', 'd', 'l', 'p')
              for s in [(root / name).lstat()]})
 
+    def test_root_directory_that_no_entry_describes(self):
+        self.addCleanup(os.umask, os.umask(0o077))
+        root = self.load(tarballs.Tar().add('f').bytes()).root
+        self.assertEqual(0o755, stat.S_IMODE(root.stat().st_mode))
+        self.assertEqual((0, 0), (root.stat().st_uid, root.stat().st_gid))
+
     def test_lists_name_users_of_the_image_on_disk(self):
         text = 'user::rw-,user:1000:r--,group::r--,mask::r--,other::---'
         root = self.load(tarballs.system().add(

@@ -237,6 +237,15 @@ class TestEntries(Case):
         self.assertEqual('/nowhere', os.readlink(self.root / 'd/s'))
         self.assertEqual(status['h'].st_ino, status['suid'].st_ino)
 
+    def test_times_that_are_none(self):
+        tar = self.make()
+        times = ['inf', '-inf', 'nan', 'x', '', '1e99', '9' * 5000, '.5',
+                 '-9' + '9' * 40, '9' * 40, '1.x', '1.-1']
+        for i, time in enumerate(times):
+            tar.add(f'f{i}', pax={'mtime': time})
+        self.unpack(tar.bytes())
+        self.assertEqual(len(times), len(self.tree()))
+
     def test_metadata_of_the_root(self):
         self.unpack(self.make().dir('./', mode=0o711, mtime=9).add('./f')
                     .bytes())

@@ -161,7 +161,8 @@ class TestOsRelease(Case):
 
     def test_values(self):
         self.program('usr/lib/os-release', b'ID=debian\n# x\nbad line\n'
-                     b'VERSION_ID="13"\nNAME=\'A b\'\nOPEN="x\n=y\n', 0o644)
+                     b'VERSION_ID="13"\nNAME=\'A b\'\nOPEN="x\n=y\n'
+                     b'E=\x1b[2J\n', 0o644)
         self.link('etc/os-release', '../usr/lib/os-release')
         self.assertEqual({'ID': 'debian', 'VERSION_ID': '13', 'NAME': 'A b'},
                          imagecheck.os_release(self.root))
