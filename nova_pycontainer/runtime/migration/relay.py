@@ -277,7 +277,10 @@ class Relay:
         events = 0
         if not self._in and not self._in.eof:
             events |= select.POLLIN
-        if self._tls.wants_write:
+        # Not only what TLS has left over: reading sends that as well, and
+        # may just have done so.
+        if (self._out or (self._out.eof and not self._out.done)
+                or self._tls.wants_write):
             events |= select.POLLOUT
         if events:
             poller.register(self._tls.fileno(), events)
