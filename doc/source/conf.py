@@ -31,4 +31,6 @@ pygments_style = 'native'
 config_generator_config_file = [
     ('../../etc/nova/pycontainer-config-generator.conf',
      '_static/pycontainer'),
+    ('../../etc/nova/pycontainer-agent-config-generator.conf',
+     '_static/pycontainer-agent'),
 ]

@@ -22,6 +22,7 @@ import uuid
 
 import fixtures
 from nova import context as nova_context
+from nova import objects
 from nova.tests.functional import integrated_helpers
 import os_vif
 from oslo_utils import uuidutils
@@ -155,6 +156,14 @@ class TestCase(integrated_helpers.ProviderUsageBaseTestCase):
             if time.monotonic() > deadline:
                 self.fail(f'{what} did not happen within {seconds} s')
             time.sleep(0.1)
+
+    def instance(self, server, host='host1'):
+        """Return the server as the compute host sees it."""
+        with nova_context.target_cell(
+                nova_context.get_admin_context(),
+                self.host_mappings[host].cell_mapping) as context:
+            return objects.Instance.get_by_uuid(
+                context, server['id'], expected_attrs=['system_metadata'])
 
     def info(self, server, host='host1'):
         return self.agents.client(host).info(server['id'])

@@ -27,6 +27,8 @@ class ServersTest(base.TestCase):
         self.assertEqual(1, server['OS-EXT-STS:power_state'])
         info = self.info(server)
         self.assertEqual('running', info['state'])
+        self.assertEqual(str(info['base_id']), self.instance(
+            server).system_metadata['pycontainer_base_id'])
         self.assertEqual(server['OS-EXT-SRV-ATTR:instance_name'],
                          info['name'])
         self.assertEqual(256 << 20, info['resources']['memory_bytes'])

@@ -125,7 +125,8 @@ class FakeAgent:
         except tarfile.TarError as e:
             raise _error(
                 'image_not_archive', f'image {image} is not an archive',
-                cause=str(e), remedy='Give Nova a tar archive of the root file system') from e
+                cause=str(e), remedy='Give Nova a tar archive of the root '
+                'file system') from e
         for member in members:
             if '..' in member.name.split('/'):
                 raise _error(
