@@ -285,7 +285,7 @@ def fetch(
         '--stats', '--no-human-readable', '--open-noatime',
         f'--timeout={max(1, round(idle_timeout))}', *options,
         *(f'--filter={rule}' for rule in _XATTR_FILTERS),
-        '-e', _CONNECT, 'source::files/', f'{upper}/']
+        '--blocking-io', '-e', _CONNECT, 'source::files/', f'{upper}/']
     argv = ['sh', '-c', 'exec "$@" 7<&0 </dev/null', 'sh', *rsync]
     child = _Process(
         argv if final else [*_NICE, *argv], sock, cwd=pathlib.Path('/'),
