@@ -32,6 +32,9 @@ ANSWER_TIMEOUT: ty.Final = 10.0
 RUN_MARGIN: ty.Final = 15.0
 
 _PACKAGE: ty.Final = pathlib.Path(__file__).resolve().parents[2]
+_START: ty.Final = (
+    'import sys; sys.path.append(sys.argv.pop(1)); '
+    'from nova_pycontainer.runtime import keeper; sys.exit(keeper.main())')
 
 
 class RunResult(ty.TypedDict):
@@ -351,21 +354,17 @@ def command(
 ) -> tuple[list[str], dict[str, str]]:
     """How a keeper is started: arguments and environment.
 
-    Without site-packages (-S): they would double its memory. So the package
-    is found by PYTHONPATH, which the keeper does not pass on.
+    Without the site module (-S), which would double its memory. So the
+    package is found through its directory, which comes after the standard
+    library's: nothing else in it is to be imported.
     """
-    return (
-        [python, '-s', '-S', '-P', '-m', 'nova_pycontainer.runtime.keeper',
-         '--socket', os.fspath(socket_path)],
-        {**keeper_env(), 'PYTHONPATH': str(_PACKAGE)},
-    )
-
-
-def keeper_env() -> dict[str, str]:
-    """What of our environment concerns the keeper itself."""
     names = ('PATH', 'LC_ALL', 'LANG', 'NOTIFY_SOCKET',
              'LISTEN_FDS', 'LISTEN_FDNAMES', 'LISTEN_PID')
-    return {name: os.environ[name] for name in names if name in os.environ}
+    return (
+        [python, '-I', '-S', '-c', _START, str(_PACKAGE), '--socket',
+         os.fspath(socket_path)],
+        {name: os.environ[name] for name in names if name in os.environ},
+    )
 
 
 def _private(path: str, flags: int) -> int:
