@@ -30,14 +30,19 @@ class Bandwidth:
     """Bytes per second for all connections of a migration together.
 
     :param rate: bytes per second; None: unlimited
+    :param clock: seconds that never go back
     """
 
-    def __init__(self, rate: float | None = None) -> None:
+    def __init__(
+        self, rate: float | None = None,
+        clock: ty.Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
         self._lock = threading.Lock()
         self._rate = self._checked(rate)
         #: Bytes that may be sent now; negative: sent too early.
         self._credit = 0.0
-        self._at = time.monotonic()
+        self._at = clock()
 
     @staticmethod
     def _checked(rate: float | None) -> float | None:
@@ -60,7 +65,7 @@ class Bandwidth:
                 self._credit = 0.0
 
     def _advance(self) -> None:
-        now = time.monotonic()
+        now = self._clock()
         if self._rate is not None:
             self._credit = min(
                 self._credit + (now - self._at) * self._rate,

@@ -20,6 +20,7 @@ migrates: frames both ways for control, bytes for the rest.
 A frame is its length (4 bytes, big endian) and a JSON object.
 """
 
+import collections.abc as cabc
 import contextlib
 import dataclasses
 import ipaddress
@@ -86,9 +87,12 @@ class Hello:
         except TypeError as e:
             raise _invalid(f'the hello has other fields: {_short(frame)}'
                            ) from e
-        config.check_uuid(hello.migration)
-        config.check_uuid(hello.instance)
-        if hello.role not in ROLES:
+        for value in (hello.migration, hello.instance):
+            try:
+                config.check_uuid(value)
+            except errors.ContainerError as e:
+                raise _invalid(f'{_short(value)} is no uuid') from e
+        if not isinstance(hello.role, str) or hello.role not in ROLES:
             raise _invalid(f'there is no role {_short(hello.role)}')
         # A bool is an int as well.
         if type(hello.seq) is not int or not 0 <= hello.seq < 1 << 31:
@@ -235,19 +239,32 @@ class Connection:
         """Send bytes.
 
         :param timeout: seconds in which the other side must take each
-            :data:`tls.CHUNK`; waiting for the limiter does not count
+            :data:`tls.CHUNK`; waiting for the limiter does not count.
+            After a time-out the connection is closed, for a part may have
+            been sent
         """
         view = memoryview(data).cast('B')
-        with self._sending:
+        with self._turn(timeout):
             for start in range(0, len(view), tls.CHUNK):
                 part = view[start:start + tls.CHUNK]
                 if limiter is not None:
-                    while (delay := limiter.delay()) > 0:
-                        if self.closed:
-                            break
+                    while (delay := limiter.delay()) and not self.closed:
                         time.sleep(min(delay, 0.1))
                     limiter.charge(len(part))
                 self.transport.send_all(part, time.monotonic() + timeout)
+
+    @contextlib.contextmanager
+    def _turn(self, timeout: float) -> cabc.Iterator[None]:
+        if not self._sending.acquire(timeout=timeout):
+            raise tls.timeout_error('another thread\'s sending')
+        try:
+            yield
+        except errors.ContainerError as e:
+            if e.code == 'timeout':
+                self.transport.abort()
+            raise
+        finally:
+            self._sending.release()
 
     def recv_into(self, buffer: bytearray | memoryview,
                   timeout: float) -> int:
@@ -272,7 +289,7 @@ class Connection:
 
     def end(self, timeout: float = SEND_TIMEOUT) -> None:
         """Announce that nothing more will be sent; receiving goes on."""
-        with self._sending:
+        with self._turn(timeout):
             self.transport.end()
             self.transport.send_all(
                 memoryview(b''), time.monotonic() + timeout)
@@ -407,7 +424,9 @@ def _explained(error: errors.ContainerError,
         elif any(word in cause for word in _NOT_ACCEPTED):
             code = 'forbidden'
             message = f'{target} does not accept this host\'s certificate'
-        if code == 'forbidden':
+        if 'valid' in cause or 'expired' in cause:
+            remedy = 'Compare the clocks of both hosts'
+        elif code == 'forbidden':
             remedy = ('Was a key renewed meanwhile? Try again when both '
                       'hosts have updated their records')
     return errors.ContainerError(

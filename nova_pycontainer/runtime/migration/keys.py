@@ -18,6 +18,7 @@ travels with the compute node's record, so the cloud's own database is the
 directory of keys. An operator's CA replaces this where one is configured.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -149,22 +150,18 @@ class Identity:
             ``invalid``: damaged, expired, or no such name is possible
         """
         path = pathlib.Path(directory)
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _check_directory(path)
         file = path / FILE
         try:
-            data = _read_key(file)
-        except FileNotFoundError:
-            temporary = _write(path, _create(hostname))
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _check_directory(path)
             try:
-                # Unlike a rename this fails if another process was faster.
-                os.link(temporary, file)
-            except FileExistsError:
-                pass
-            finally:
-                os.unlink(temporary)
-            state.fsync_dir(path)
-            data = _read_key(file)
+                data = _read_key(file)
+            except FileNotFoundError:
+                _store_first(path, _create(hostname))
+                data = _read_key(file)
+        except OSError as e:
+            raise _invalid(f'the host\'s key in {path} cannot be read', e
+                           ) from e
         return cls(_leaf(data, file, 'Delete it to have a new one made'),
                    data, _directory=path, _hostname=hostname)
 
@@ -193,8 +190,30 @@ class Identity:
         remedy = 'Have the CA issue one for server and client authentication'
         data = secret.rstrip(b'\n') + b'\n' + chain
         leaf = _leaf(data, pathlib.Path(cert), remedy)
-        _check_usage(parse(leaf), pathlib.Path(cert), remedy)
-        return cls(leaf, data, ca=anchors.decode('ascii'))
+        if not _names(parse(leaf)):
+            raise _invalid(f'{cert} has no subject alternative name', None,
+                           'Have the CA issue one with the host\'s name or '
+                           'address')
+        identity = cls(leaf, data, ca=anchors.decode('ascii'))
+        identity._try(remedy)
+        return identity
+
+    def _try(self, remedy: str) -> None:
+        """Talk to itself: whatever TLS dislikes is known at once."""
+        server, client = ssl.MemoryBIO(), ssl.MemoryBIO()
+        sides = [
+            self.context([], server=True).wrap_bio(
+                server, client, server_side=True),
+            self.context([], server=False).wrap_bio(client, server)]
+        try:
+            # Hello; hello and certificate; certificate; its verification.
+            for side in reversed(sides * 2):
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    side.do_handshake()
+        except ssl.SSLError as e:
+            reason = getattr(e, 'verify_message', None) or e.reason or e
+            raise _invalid('the certificate for migrations would be refused '
+                           'by the other hosts', reason, remedy) from e
 
     def rotate(self) -> 'Identity':
         """Make a new key and certificate.
@@ -277,7 +296,8 @@ def _load_chain(context: ssl.SSLContext, chain: bytes) -> None:
     try:
         with os.fdopen(os.dup(fd), 'wb') as f:
             f.write(chain)
-        context.load_cert_chain(f'/proc/self/fd/{fd}')
+        # A password, lest OpenSSL asks for one on the terminal.
+        context.load_cert_chain(f'/proc/self/fd/{fd}', password='')
     finally:
         os.close(fd)
 
@@ -297,23 +317,6 @@ def _leaf(data: bytes, file: pathlib.Path, remedy: str) -> str:
             f'{leaf.not_valid_before_utc} to {leaf.not_valid_after_utc}',
             remedy=f'Is the clock right? {remedy}')
     return _pem(leaf)
-
-
-def _check_usage(leaf: x509.Certificate, file: pathlib.Path,
-                 remedy: str) -> None:
-    try:
-        usage = leaf.extensions.get_extension_for_class(
-            x509.ExtendedKeyUsage).value
-    except x509.ExtensionNotFound:
-        pass
-    else:
-        if not {oid.ExtendedKeyUsageOID.SERVER_AUTH,
-                oid.ExtendedKeyUsageOID.CLIENT_AUTH} <= set(usage):
-            raise _invalid(f'{file} is not for server and client', None,
-                           remedy)
-    if not _names(leaf):
-        raise _invalid(f'{file} has no subject alternative name', None,
-                       'Have the CA issue one for the host\'s name or address')
 
 
 def _create(hostname: str) -> bytes:
@@ -361,6 +364,19 @@ def _create(hostname: str) -> bytes:
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
         serialization.NoEncryption()) + _pem(certificate).encode('ascii')
+
+
+def _store_first(directory: pathlib.Path, data: bytes) -> None:
+    """Write the key, unless another process was faster."""
+    temporary = _write(directory, data)
+    try:
+        # Unlike a rename this does not replace what is there.
+        os.link(temporary, directory / FILE)
+    except FileExistsError:
+        pass
+    finally:
+        os.unlink(temporary)
+    state.fsync_dir(directory)
 
 
 def _write(directory: pathlib.Path, data: bytes) -> str:

@@ -214,29 +214,32 @@ class Listener:
     # The thread
 
     def _run(self) -> None:
-        try:
-            while not self._closing:
-                deadlines = [s.deadline for s in self._strangers]
-                wait = (max(0.0, min(deadlines) - time.monotonic())
-                        if deadlines else None)
-                for key, _ in self._selector.select(wait):
-                    if key.fileobj is self._socket:
-                        self._accept()
-                    elif key.data is not None:
-                        self._serve(key.data)
-                now = time.monotonic()
-                for stranger in [s for s in self._strangers
-                                 if s.deadline <= now]:
-                    if not stranger.refused:
-                        self._log(stranger.remote, 'it said nothing in time')
-                    self._drop(stranger)
-        except Exception:
-            LOG.exception('No more connections of other hosts are accepted')
-        finally:
-            for stranger in list(self._strangers):
-                self._drop(stranger)
-            self._selector.close()
-            self._socket.close()
+        while not self._closing:
+            try:
+                self._turn()
+            except Exception:
+                LOG.exception('The listener for other hosts failed')
+                # Whatever it is, it must not use up a processor.
+                time.sleep(0.1)
+        for stranger in list(self._strangers):
+            self._drop(stranger)
+        self._selector.close()
+        self._socket.close()
+
+    def _turn(self) -> None:
+        deadlines = [s.deadline for s in self._strangers]
+        wait = (max(0.0, min(deadlines) - time.monotonic())
+                if deadlines else None)
+        for key, _ in self._selector.select(wait):
+            if key.fileobj is self._socket:
+                self._accept()
+            elif key.data is not None:
+                self._serve(key.data)
+        now = time.monotonic()
+        for stranger in [s for s in self._strangers if s.deadline <= now]:
+            if not stranger.refused:
+                self._log(stranger.remote, 'it said nothing in time')
+            self._drop(stranger)
 
     def _accept(self) -> None:
         try:
@@ -292,6 +295,8 @@ class Listener:
                 self._greet(stranger)
         except errors.ContainerError as e:
             self._refuse(stranger, e)
+        except OSError as e:
+            self._refuse(stranger, tls.network_error('it has gone', e))
         except Exception as e:
             LOG.exception('The connection of %s failed', stranger.remote)
             self._refuse(stranger, errors.ContainerError(

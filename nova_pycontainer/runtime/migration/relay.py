@@ -36,6 +36,8 @@ LOG = logging.getLogger(__name__)
 
 #: Seconds without a byte in either direction: then something is stuck.
 IDLE_TIMEOUT: ty.Final = 300.0
+#: Seconds for the thread to see that it is to end.
+_ABORT_TIMEOUT: ty.Final = 5.0
 
 
 class Stats:
@@ -124,7 +126,12 @@ class Relay:
             daemon=True)
 
     def start(self) -> 'Relay':
-        self._thread.start()
+        """:raises RuntimeError: there are too many threads"""
+        try:
+            self._thread.start()
+        except RuntimeError:
+            self._release(graceful=False)
+            raise
         return self
 
     @property
@@ -132,10 +139,19 @@ class Relay:
         return not self._ended.is_set()
 
     def abort(self) -> None:
-        """End it at once; both sides see that it was cut. Idempotent."""
+        """End it at once; both sides see that it was cut. Idempotent.
+
+        When this returns nothing is carried any more, and both ends are
+        closed.
+        """
         with self._lock:
-            if not self._ended.is_set():
-                os.eventfd_write(self._abort, 1)
+            if self._ended.is_set():
+                return
+            os.eventfd_write(self._abort, 1)
+        if self._thread.ident is None:
+            self._release(graceful=False)
+        elif self._thread is not threading.current_thread():
+            self._ended.wait(_ABORT_TIMEOUT)
 
     def wait(self, timeout: float) -> bool:
         """Wait for the end; False: not in time. See :attr:`error`."""
@@ -155,9 +171,12 @@ class Relay:
     # The thread
 
     def _run(self) -> None:
+        graceful = False
         try:
-            self._plain.setblocking(False)
-            self._loop()
+            with self._tls.using():
+                self._plain.setblocking(False)
+                self._loop()
+            graceful = True
         except errors.ContainerError as e:
             self.error = self.error or e
         except Exception as e:
@@ -166,12 +185,17 @@ class Relay:
                 'internal', 'carrying data to the other host failed',
                 cause=f'{type(e).__name__}: {e}')
         finally:
-            if self.error is not None and not self._out.done:
-                self._connection.abort()
-            else:
-                self._connection.close()
-            self._plain.close()
-            with self._lock:
+            self._release(graceful)
+
+    def _release(self, graceful: bool) -> None:
+        # The program first: it need not wait for the other host.
+        self._plain.close()
+        if graceful:
+            self._connection.close()
+        else:
+            self._connection.abort()
+        with self._lock:
+            if not self._ended.is_set():
                 self._ended.set()
                 os.close(self._abort)
 

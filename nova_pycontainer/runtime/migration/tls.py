@@ -61,7 +61,8 @@ class Transport:
         self._outgoing = ssl.MemoryBIO()
         self._tls = context.wrap_bio(
             self._incoming, self._outgoing, server_side=server)
-        self._received = bytearray(CHUNK)
+        #: Small until much arrives: who has not said hello yet gets no more.
+        self._received = bytearray(_RECORD)
         #: Decrypted, and not yet asked for.
         self._early = memoryview(b'')
         #: Encrypted, and not yet taken by the kernel.
@@ -118,6 +119,8 @@ class Transport:
             return False
         if count:
             self._incoming.write(memoryview(self._received)[:count])
+            if count == len(self._received) < CHUNK:
+                self._received = bytearray(CHUNK)
         else:
             self._eof = True
             self._incoming.write_eof()
@@ -174,8 +177,11 @@ class Transport:
                 if not count:
                     return total
                 total += ty.cast(int, count)
-            # An answer of TLS itself, such as to a change of keys.
-            self._flush()
+            # An answer of TLS itself, such as to a change of keys. That the
+            # other side takes nothing any more is no reason to lose what it
+            # has sent before.
+            with contextlib.suppress(OSError):
+                self._flush()
             return total or None
 
     def write(self, data: memoryview) -> int:
@@ -235,8 +241,8 @@ class Transport:
     # What blocks, for at most so long
 
     @contextlib.contextmanager
-    def _using(self) -> cabc.Iterator[None]:
-        """The socket's number stays ours meanwhile."""
+    def using(self) -> cabc.Iterator[None]:
+        """:meth:`fileno` stays this connection's, whoever closes it."""
         with self._lock:
             if self._closed:
                 raise network_error('the connection was closed by this side')
@@ -273,7 +279,7 @@ class Transport:
 
     def complete_handshake(self, deadline: float) -> None:
         """:raises ContainerError: ``network``, ``timeout``"""
-        with self._using():
+        with self.using():
             while not self.handshake() or not self.flush():
                 self.wait(deadline, write=False, what='the TLS handshake')
 
@@ -282,7 +288,7 @@ class Transport:
 
         :raises ContainerError: ``network``, ``timeout``
         """
-        with self._using():
+        with self.using():
             while (count := self.read_into(buffer)) is None:
                 self.wait(deadline, write=False, what='waiting for data')
             return count
@@ -293,7 +299,7 @@ class Transport:
         :raises ContainerError: ``network``, ``timeout``: a part may have
             been sent, so that the connection is of no use any more
         """
-        with self._using():
+        with self.using():
             while data:
                 count = self.write(data)
                 data = data[count:]
@@ -322,9 +328,7 @@ class Transport:
         deadline = time.monotonic() + linger_s
         buffer = memoryview(bytearray(_RECORD))
         try:
-            with self._using():
-                while self.read_into(buffer):
-                    pass
+            with self.using():
                 self.end()
                 while not self.flush():
                     self.wait(deadline, write=True, what='closing')
