@@ -20,6 +20,7 @@ import pathlib
 import typing as ty
 
 from oslo_config import cfg
+from oslo_utils import netutils
 
 from nova_pycontainer import conf as driver_conf
 from nova_pycontainer.runtime import config as rconfig
@@ -154,6 +155,35 @@ Largest image in GiB, as unpacked, whatever the caller allows.
         help="""
 Bytes that are kept of the output on a container's console.
 """),
+    cfg.HostAddressOpt(
+        'migration_address',
+        help="""
+Address of this host that others migrate servers to.
+
+The default is the address of the interface with the default route.
+
+It may be one of a network of its own for migrations.
+
+Possible values:
+
+* An IP address or a host name.
+"""),
+    cfg.StrOpt(
+        'migration_listen',
+        default='0.0.0.0',
+        help="""
+Address that the agent listens on for migrations.
+
+The default is all addresses of the host. Who connects has to prove to be the
+agent that Nova has announced.
+"""),
+    cfg.StrOpt(
+        'migration_ports',
+        default='49352-49415',
+        regex='^[0-9]+-[0-9]+$',
+        help="""
+First and last TCP port for migrations; the first free one is used.
+"""),
     cfg.FloatOpt(
         'oci_timeout',
         default=60,
@@ -191,4 +221,13 @@ def runtime_config(conf: cfg.ConfigOpts) -> rconfig.Config:
         layer_max_entries=group.layer_max_entries,
         layer_max_bytes=group.layer_max_gb * _GIB,
         console_log_bytes=group.console_log_bytes,
+        migration_address=(
+            group.migration_address or netutils.get_my_ipv4()),
+        migration_listen=group.migration_listen,
+        migration_ports=_port_range(group.migration_ports),
         oci_timeout=group.oci_timeout)
+
+
+def _port_range(text: str) -> tuple[int, int]:
+    first, last = (int(number) for number in text.split('-'))
+    return first, last

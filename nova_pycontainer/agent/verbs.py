@@ -105,7 +105,7 @@ VERBS: ty.Final[dict[str, Verb]] = {
         'options?': _CHANGES}),
     'migration_status': Verb('migrations.status', {
         'migration': _UUID, 'wait_s?': {**_SECONDS, 'maximum': 30}},
-        waits=True),
+        limit_s=90.0),
     'migration_abort': Verb('migrations.abort', {
         'migration': _UUID, 'reason': _TEXT}, limit_s=120.0),
     # In the guest

@@ -29,7 +29,7 @@ from nova_pycontainer.runtime import syscalls
 #: have no meaning there (SYS_MODULE, SYS_RAWIO, SYS_TIME, SYS_BOOT has one:
 #: reboot(2) in a PID namespace tells the agent), and those that only open
 #: kernel surface (BPF, PERFMON, SYSLOG, MAC_*).
-_CAPABILITIES = {
+CAPABILITIES = {
     'CAP_CHOWN': 0, 'CAP_DAC_OVERRIDE': 1, 'CAP_DAC_READ_SEARCH': 2,
     'CAP_FOWNER': 3, 'CAP_FSETID': 4, 'CAP_KILL': 5, 'CAP_SETGID': 6,
     'CAP_SETUID': 7, 'CAP_SETPCAP': 8, 'CAP_LINUX_IMMUTABLE': 9,
@@ -62,7 +62,7 @@ def capabilities() -> list[str]:
 
     A runtime fails on a capability outside its own bounding set.
     """
-    return [name for name, number in _CAPABILITIES.items()
+    return [name for name, number in CAPABILITIES.items()
             if syscalls.in_bounding_set(number)]
 
 

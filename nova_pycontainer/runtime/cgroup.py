@@ -189,6 +189,17 @@ class Cgroup:
             resources['pids'] = {'limit': limits.pids_max}
         return resources
 
+    def exec_procs(self) -> list[pathlib.Path]:
+        """Files for a process that enters the container to write itself to.
+
+        A guest's systemd moves its own processes into cgroups below and
+        enables controllers for these; then only cgroups without children may
+        have processes, and the init's is one.
+        """
+        procs = self.legacy_procs()
+        init = self.v2 / 'init.scope' / 'cgroup.procs'
+        return [*procs, init if init.exists() else self.v2 / 'cgroup.procs']
+
     def exists(self) -> bool:
         return self.v2.is_dir()
 

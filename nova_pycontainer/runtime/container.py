@@ -77,6 +77,8 @@ class Container:
         self.directory = config.instances_dir / st.uuid
         self.root = config.run_dir / 'root' / st.uuid
         self.log = self.directory / 'console.log'
+        #: Logs that outlive the instance on this host.
+        self.log_directory = config.state_dir / 'logs'
         self.exit_file = self.directory / 'exit.json'
         self.config_drive = self.directory / 'config-drive'
         #: Where the guest's mount of it comes from.

@@ -27,6 +27,7 @@ import importlib.util
 import os
 import pathlib
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -315,8 +316,8 @@ class Session:
 
 
 #: The first of these in CRIU's log is the cause; what follows are results.
-_ERROR = re.compile(r'^\([ 0-9.]+\)\s*(?:(?P<pid>\d+): )?Error \((?P<where>'
-                    r'[^)]*)\): (?P<text>.*)$')
+_ERROR = re.compile(r'^(?:\([ 0-9.]+\))?\s*(?:\d+:\s*)?Error \([^)]*\): '
+                    r'(?P<text>.*)$')
 
 
 #: Said of things that CRIU then does without.
@@ -339,6 +340,29 @@ def reason(log: pathlib.Path) -> str | None:
     except FileNotFoundError:
         pass
     return None
+
+
+def failed(
+    message: str, uuid: str, step: str, log: pathlib.Path,
+    keep: pathlib.Path, response: ty.Any, remedy: str,
+) -> errors.ContainerError:
+    """The error of a refused request; the log is kept where it can be read.
+
+    :param keep: directory for the log, of which the last one of each instance
+        and step stays
+    """
+    cause = reason(log) or str(response.cr_errmsg).strip()
+    kept = keep / f'{uuid}-{step}.log'
+    try:
+        keep.mkdir(mode=0o700, parents=True, exist_ok=True)
+        shutil.copyfile(log, kept)
+        kept.chmod(0o600)
+        remedy = f'{remedy}. CRIU\'s log is {kept}'
+    except OSError as e:
+        LOG.warning('the log of criu cannot be kept: %s', e)
+    return errors.ContainerError(
+        'criu_failed', message, uuid=uuid, step=step, cause=cause,
+        remedy=remedy)
 
 
 def _name_pids(text: str) -> str:

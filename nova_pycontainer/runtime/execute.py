@@ -12,26 +12,25 @@
 
 """Run a program inside a container and bring back what it says."""
 
+import base64
 import dataclasses
 import json
 import os
 import pathlib
 import selectors
-import signal
 import subprocess
-import tempfile
+import sys
 import time
 
 from nova_pycontainer.runtime import bundle
 from nova_pycontainer.runtime import container
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import init as initd
-from nova_pycontainer.runtime import oci
+from nova_pycontainer.runtime import seccomp
+from nova_pycontainer.runtime import seccomp_bpf
 
-#: Enter the v1 cgroups, then become the command: what the guest starts must
-#: count for the guest from its first page on.
-_ENTER = 'while [ "$1" != -- ]; do echo 0 >"$1"; shift; done; shift; exec "$@"'
-
+_INSIDE = pathlib.Path(__file__).with_name('exec_inside.py')
+_END_TIMEOUT = 10.0
 
 @dataclasses.dataclass(frozen=True)
 class ExecResult:
@@ -43,7 +42,6 @@ class ExecResult:
 
 
 def run(
-    runtime: oci.OciRuntime,
     target: container.Container,
     argv: list[str],
     *,
@@ -55,61 +53,58 @@ def run(
 ) -> ExecResult:
     """Run ``argv`` in a running container.
 
+    :returns: exit codes as of a shell: 126 and 127 for a program that cannot
+        be run or found, 128 + n for one that died of signal n
     :raises ContainerError: ``timeout`` after ``timeout_s`` seconds, when the
-        program has been killed; ``oci_failed``
+        program has been killed
     """
-    caps = bundle.capabilities()
-    process = {
-        'terminal': False,
+    assert target.st.run is not None
+    caps = [bundle.CAPABILITIES[name] for name in bundle.capabilities()]
+    profile = seccomp.profile(nesting=target.spec.nesting)
+    document = json.dumps({
+        'pid': target.st.run['process']['pid'],
+        'argv': argv,
+        'env': initd.base_env(target.uuid) | (env or {}),
         'user': {'uid': user[0], 'gid': user[1]},
-        'args': argv,
-        'env': [f'{k}={v}' for k, v in
-                (initd.base_env(target.uuid) | (env or {})).items()],
-        'cwd': '/',
-        'capabilities': {
-            'bounding': caps, 'effective': caps, 'permitted': caps,
-            'inheritable': [], 'ambient': []},
+        'capabilities': caps,
         'rlimits': bundle.rlimits(),
-        'noNewPrivileges': False,
-    }
-    with tempfile.TemporaryDirectory(
-            dir=target.bundle, prefix='exec-') as directory:
-        file = pathlib.Path(directory, 'process.json')
-        file.write_text(json.dumps(process))
-        pid_file = pathlib.Path(directory, 'pid')
-        command = runtime.exec_argv(target.uuid, file, pid_file)
-        procs = [str(p) for p in target.cgroup.legacy_procs()]
+        'seccomp': base64.b64encode(
+            seccomp_bpf.compile_profile(profile)).decode(),
+        'cgroup_procs': [str(p) for p in target.cgroup.exec_procs()],
+    }).encode()
+    fd = os.memfd_create('exec', os.MFD_CLOEXEC)
+    try:
+        os.write(fd, document)
+        os.lseek(fd, 0, os.SEEK_SET)
         child = subprocess.Popen(
-            ['sh', '-c', _ENTER, 'sh', *procs, '--', *command],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [sys.executable, '-I', '-S', str(_INSIDE), str(fd)],
+            pass_fds=[fd], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE)
-        try:
-            out, err, cut = _communicate(
-                child, stdin, time.monotonic() + timeout_s, max_output)
-        except TimeoutError:
-            _kill(pid_file)
-            raise errors.ContainerError(
-                'timeout', f'{argv[0]} did not end within {timeout_s:.0f} s',
-                uuid=target.uuid) from None
-        finally:
-            for pipe in (child.stdin, child.stdout, child.stderr):
-                if pipe:
-                    pipe.close()
-            child.kill()
-            child.wait()
+    finally:
+        os.close(fd)
+    try:
+        out, err, cut = _communicate(
+            child, stdin, time.monotonic() + timeout_s, max_output)
+    except TimeoutError:
+        child.terminate()
+        raise errors.ContainerError(
+            'timeout', f'{argv[0]} did not end within {timeout_s:.0f} s',
+            uuid=target.uuid) from None
+    finally:
+        for pipe in (child.stdin, child.stdout, child.stderr):
+            if pipe:
+                pipe.close()
+        _reap(child)
     return ExecResult(child.returncode, out, err, cut)
 
 
-def _kill(pid_file: pathlib.Path) -> None:
-    """Kill the program itself: it outlives the runtime that started it."""
+def _reap(child: subprocess.Popen[bytes]) -> None:
     try:
-        fd = os.pidfd_open(int(pid_file.read_text()))
-    except (FileNotFoundError, ValueError, ProcessLookupError):
-        return
-    # The runtime is its parent and has not been waited for, so the pid is
-    # still of that program.
-    signal.pidfd_send_signal(fd, signal.SIGKILL)
-    os.close(fd)
+        child.wait(_END_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        # Its program is of a frozen container, or stuck in the kernel.
+        child.kill()
+        child.wait()
 
 
 def _communicate(

@@ -468,7 +468,7 @@ class Host:
         timeout_s: float,
     ) -> None:
         try:
-            execute.run(self._oci, item, [*command], timeout_s=timeout_s)
+            execute.run(item, [*command], timeout_s=timeout_s)
         except errors.ContainerError as e:
             # The time-out and SIGKILL are still to come.
             LOG.warning('instance %s: asking it to shut down: %s',
@@ -610,7 +610,7 @@ class Host:
         entry = self.entry(uuid)
         self.require(entry, 'running')
         return execute.run(
-            self._oci, entry.container, argv, stdin=stdin, env=env,
+            entry.container, argv, stdin=stdin, env=env,
             timeout_s=timeout_s, max_output=max_output)
 
     def console_log(self, uuid: str, max_bytes: int = 102400) -> bytes:

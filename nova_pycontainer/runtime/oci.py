@@ -98,14 +98,6 @@ class OciRuntime:
         """
         self._call(uuid, 'delete', '--force', uuid)
 
-    def exec_argv(
-        self, uuid: str, process: pathlib.Path, pid_file: pathlib.Path
-    ) -> list[str]:
-        """The command that runs ``process`` (an OCI process object)."""
-        return self._base() + [
-            'exec', '--process', str(process), '--pid-file', str(pid_file),
-            uuid]
-
     def _call(self, uuid: str, verb: str, *arguments: str) -> None:
         try:
             done = subprocess.run(

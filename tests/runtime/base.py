@@ -56,6 +56,12 @@ def image(name):
     return pathlib.Path(done.stdout.split()[-1])
 
 
+def layer_key(name):
+    """The key that all tests give to an image, and its tarball."""
+    path = image(name)
+    return 'sha256-' + hashlib.sha256(path.name.encode()).hexdigest(), path
+
+
 def tool(name):
     """The project's own build of crun, runc or criu, else the host's."""
     ours = WORK / 'prefix' / 'bin' / name
@@ -133,8 +139,7 @@ class HostTestCase(testtools.TestCase):
     # What most tests do
 
     def layer(self, name):
-        path = image(name)
-        key = 'sha256-' + hashlib.sha256(path.name.encode()).hexdigest()
+        key, path = layer_key(name)
         if not self.host.layer_present(key):
             with open(path, 'rb') as f:
                 self.host.layer_import(

@@ -230,7 +230,7 @@ class Destination:
         while True:
             frame = self._control.receive(_COPY_TIMEOUT)
             if frame['type'] == 'upper':
-                self._fetch(int(frame['seq']))
+                self._fetch(int(frame['seq']), bool(frame['final']))
             elif frame['type'] == 'dumped':
                 break
             else:
@@ -238,7 +238,7 @@ class Destination:
                     'invalid', f'the source said {frame["type"]!r}')
         self._restore(frame)
 
-    def _fetch(self, seq: int) -> None:
+    def _fetch(self, seq: int, final: bool) -> None:
         """One pass over the files."""
         assert self._control is not None
         self.progress.phase = Phase.COPYING
@@ -249,10 +249,11 @@ class Destination:
                 connection, ours, limiter=self._limiter).start()
             stack.callback(pump.abort)
             with theirs:
-                stats = sync.fetch(theirs, self._item.disk.upper)
+                stats = sync.fetch(
+                    theirs, self._item.disk.upper, final=final)
         self.progress.passes += 1
-        self.progress.disk_sent += stats.bytes
-        self._control.send('upper', seq=seq, bytes=stats.bytes)
+        self.progress.disk_sent += stats.received
+        self._control.send('upper', seq=seq, bytes=stats.received)
 
     def _receive(self, connection: channel.Connection) -> None:
         def progress(total: int) -> None:
@@ -268,8 +269,8 @@ class Destination:
         except BaseException as e:
             self._images_error = e
         finally:
-            connection.close()
             self._images_done.set()
+            connection.close()
 
     def _restore(self, dumped: cabc.Mapping[str, ty.Any]) -> None:
         item = self._item
@@ -280,9 +281,6 @@ class Destination:
         if self._images_error is not None:
             raise self._images_error
         self.progress.phase = Phase.FROZEN
-        sync.apply_aliases(
-            item.disk.upper, self._layer, dumped['aliases'],
-            item.st.base_id)
         item.mount_root(self._layer)
         guest.make_cgroups(
             item.cgroup, dumped['cgroups'], item.st.base_id)
@@ -309,13 +307,10 @@ class Destination:
             restore.close()
         self.progress.steps['restore'] = time.monotonic() - began
         if not response.success:
-            raise errors.ContainerError(
-                'criu_failed', 'the instance cannot be restored',
-                uuid=item.uuid, step='restore',
-                cause=criu.reason(self._memory.path / 'restore.log') or
-                response.cr_errmsg,
-                remedy='See restore.log beside the journal, and "pycontainer '
-                       'preflight" on both hosts')
+            raise criu.failed(
+                'the instance cannot be restored', item.uuid, 'restore',
+                self._memory.path / 'restore.log', item.log_directory,
+                response, 'Run "pycontainer preflight" on both hosts')
         self._complete()
 
     def _complete(self) -> None:

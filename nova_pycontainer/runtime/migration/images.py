@@ -61,7 +61,10 @@ class Memory:
 
     def mount(self, size: int) -> None:
         """:param size: bytes that the images may take at most"""
-        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Nobody gets through the directory above. What CRIU restores opens
+        # its images from below, and has an id of the guest's by then.
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.path.mkdir(mode=0o755, exist_ok=True)
         if os.path.ismount(self.path):
             return
         try:
@@ -75,7 +78,7 @@ class Memory:
         try:
             syscalls.fsconfig_string(context, 'source', 'pycontainer-images')
             syscalls.fsconfig_string(context, 'size', str(size))
-            syscalls.fsconfig_string(context, 'mode', '0700')
+            syscalls.fsconfig_string(context, 'mode', '0755')
             if noswap:
                 syscalls.fsconfig_flag(context, 'noswap')
             syscalls.fsconfig_create(context)
@@ -224,7 +227,7 @@ def receive(
                 files[name] = os.open(
                     directory / name,
                     os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW |
-                    os.O_CLOEXEC, 0o600)
+                    os.O_CLOEXEC, 0o644)
             done = 0
             while done < size:
                 done += os.pwrite(

@@ -34,6 +34,7 @@ from nova_pycontainer.runtime.migration import keys
 from nova_pycontainer.runtime.migration import protocol
 from nova_pycontainer.runtime.migration import relay
 from nova_pycontainer.runtime.migration import sync
+from nova_pycontainer.runtime.migration import sync_links
 
 LOG = logging.getLogger(__name__)
 
@@ -99,8 +100,11 @@ class Source:
         self._endpoint = endpoint
         self._options = options
         self._memory = images.Memory(directory)
+        self._logs = item.log_directory
         self._limiter = bandwidth.Bandwidth(options.bandwidth)
         self._seq = 0
+        #: When the pass before began.
+        self._mark: sync.Mark | None = None
         self._abort = threading.Event()
         self._abort_reason = ''
         self._paused = item.status() == 'paused'
@@ -187,6 +191,7 @@ class Source:
     def copy(self) -> None:
         """Copy the files while the guest runs, until little is left."""
         self.progress.phase = Phase.COPYING
+        self.link_aliases()
         for _ in range(self._options.max_passes):
             self._check_abort()
             began = time.monotonic()
@@ -208,10 +213,13 @@ class Source:
                     connection, ours, limiter=self._limiter).start()
                 stack.callback(pump.abort)
                 with theirs:
-                    server = sync.serve(self._item.disk.upper, theirs)
+                    server = sync.serve(
+                        self._item.disk.upper, theirs, since=self._mark,
+                        final=final)
                 stack.callback(server.close)
                 self._control.send('upper', seq=seq, final=final)
                 done = self._control.expect('upper', _PASS_TIMEOUT)
+                self._mark = server.mark
         self.progress.disk_sent += int(done.get('bytes') or 0)
         self.progress.passes += 1
 
@@ -267,13 +275,10 @@ class Source:
                               response.cr_errmsg)
                     return
                 self._thaw()
-                raise errors.ContainerError(
-                    'criu_failed', 'the instance cannot be dumped',
-                    uuid=item.uuid, step='dump',
-                    cause=criu.reason(self._memory.path / 'criu.log') or
-                    response.cr_errmsg,
-                    remedy='Stop what is named, or migrate the instance '
-                           'cold')
+                raise criu.failed(
+                    'the instance cannot be dumped', item.uuid, 'dump',
+                    self._memory.path / 'criu.log', self._logs, response,
+                    'Stop what is named, or migrate the instance cold')
 
     def _thaw(self) -> None:
         """Whatever was tried: the guest is again as it was."""
@@ -363,8 +368,11 @@ class Source:
     def final_pass(self, connection: channel.Connection | None) -> None:
         self._pass(final=True, ready=connection)
 
-    def aliases(self) -> list[list[str]]:
-        return sync.aliases(
+    def link_aliases(self) -> None:
+        """Names of a changed file that are only in the layer: overlayfs knows
+        that they are one file by an index, which does not move.
+        """
+        sync_links.link_aliases(
             self._layer, self._item.root, self._item.disk.upper)
 
     def session(self) -> criu.Session:
@@ -400,7 +408,6 @@ class _Dump:
             target=self._copy_files, name='final-pass', daemon=True)
         self._error: BaseException | None = None
         self._ramfs: list[dict[str, ty.Any]] = []
-        self._aliases: list[list[str]] = []
         self._frozen_at = 0.0
 
     def start(self) -> None:
@@ -426,8 +433,8 @@ class _Dump:
 
     def _copy_files(self) -> None:
         try:
+            self._source.link_aliases()
             self._source.final_pass(self._files)
-            self._aliases = self._source.aliases()
         except BaseException as e:
             self._error = e
 
@@ -447,8 +454,7 @@ class _Dump:
             source.final_pass(None)
         source.commit({
             'external': self._external, 'cgroups': cgroups,
-            'ramfs': self._ramfs, 'aliases': self._aliases,
-            'pid': self._pid})
+            'ramfs': self._ramfs})
         source.progress.frozen = time.monotonic() - self._frozen_at
 
 
