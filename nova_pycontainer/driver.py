@@ -144,8 +144,16 @@ class PyContainerDriver(driver.ComputeDriver):
         self._watcher.stop()
 
     def _agent_up(self):
-        self._spawner.remove_leftovers()
+        self._remove_leftovers()
         self._host.set_enabled(self.virtapi, True)
+
+    def _remove_leftovers(self):
+        try:
+            self._spawner.remove_leftovers()
+        except errors.ContainerError as e:
+            # No reason to call the agent lost; the next update tries again.
+            LOG.warning('What a failed spawn has left could not be removed: '
+                        '%s', e)
 
     def _agent_down(self, error):
         self._host.set_enabled(self.virtapi, False, reason=str(error))
@@ -160,6 +168,12 @@ class PyContainerDriver(driver.ComputeDriver):
         self._check_agent()
         return {self._host.node_uuid: self._host.name}
 
+    def node_is_available(self, nodename):
+        # The node is this service's with or without its agent. The resource
+        # tracker asks in the middle of operations, where no answer would make
+        # more of them fail than have to.
+        return nodename == self._host.name
+
     def _check_agent(self):
         """:raises nova.exception.VirtDriverNotReady: the agent is gone."""
         if self._watcher.failure is not None:
@@ -171,6 +185,7 @@ class PyContainerDriver(driver.ComputeDriver):
         # after its start (pre_start_hook). Before that an event could stop a
         # guest that the manager is about to resume after a host's boot.
         self._watcher.start()
+        self._remove_leftovers()
         return self._host.resources(self.get_host_uptime())
 
     @_periodic

@@ -113,6 +113,52 @@ class ServersTest(base.TestCase):
         self.assert_nothing_left()
 
 
+class PlugTest(base.TestCase):
+    """Neutron reports ports as plugged only some time later."""
+
+    def setUp(self):
+        super().setUp()
+        self.port = self.neutron.port_1['id']
+        self.neutron._ports[self.port]['status'] = 'DOWN'
+        self.networks = [{'port': self.port}]
+
+    def test_init_waits_for_the_port(self):
+        self.flags(vif_plugging_timeout=60)
+        server = self.boot(networks=self.networks, wait=False)
+        self.wait_for(lambda: self._state(server) == 'created', 'the wait')
+        self.assertEqual([server['id']], [*self.plugged.values()])
+        self.assertEqual('BUILD', self.api.get_server(
+            server['id'])['status'])
+        self.api.create_server_external_events([{
+            'name': 'network-vif-plugged', 'server_uuid': server['id'],
+            'tag': self.port, 'status': 'completed'}])
+        self.wait(server, 'ACTIVE')
+        self.assertEqual('running', self._state(server))
+
+    def test_port_that_never_comes_up(self):
+        self.flags(vif_plugging_timeout=1)
+        server = self.boot(networks=self.networks, status='ERROR')
+        self.assertIn('allocate the network', server['fault']['message'])
+        self.assert_nothing_left()
+
+    def test_port_that_fails(self):
+        self.flags(vif_plugging_timeout=60)
+        server = self.boot(networks=self.networks, wait=False)
+        self.wait_for(lambda: self._state(server) == 'created', 'the wait')
+        self.api.create_server_external_events([{
+            'name': 'network-vif-plugged', 'server_uuid': server['id'],
+            'tag': self.port, 'status': 'failed'}])
+        self.wait(server, 'ERROR')
+        self.assert_nothing_left()
+
+    def _state(self, server):
+        try:
+            return self.info(server)['state']
+        except errors.ContainerError as e:
+            self.assertEqual('not_found', e.code)
+            return None
+
+
 class FailuresTest(base.TestCase):
 
     def setUp(self):

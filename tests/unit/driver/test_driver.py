@@ -255,12 +255,13 @@ class ServiceTestCase(driver_base.Base):
         for call in (self.driver.get_available_nodes,
                      self.driver.get_nodenames_by_uuid):
             self.assertRaises(exception.VirtDriverNotReady, call)
+        self.assertTrue(self.driver.node_is_available('host1'))
+        self.assertFalse(self.driver.node_is_available('host2'))
 
     def test_nodes(self):
         self.assertEqual(['host1'], self.driver.get_available_nodes())
         self.assertEqual({uuids.node_host1: 'host1'},
                          self.driver.get_nodenames_by_uuid())
-        self.assertTrue(self.driver.node_is_available('host1'))
         self.assertEqual(self.driver._host.ip,
                          self.driver.get_host_ip_addr())
 
@@ -271,6 +272,18 @@ class ServiceTestCase(driver_base.Base):
         self.assertIsNotNone(self.driver._watcher._thread)
         self.assertEqual('host1', resources['hypervisor_hostname'])
         self.assertIn('load average', resources['stats']['uptime'])
+
+    def test_rest_of_a_failed_spawn_that_cannot_be_removed(self):
+        self.driver._spawner._leftovers[uuids.instance] = ['tap1']
+        self.agent.failures['delete'] = errors.ContainerError(
+            'timeout', 'the container did not die')
+        self.driver._agent_up()
+        self.addCleanup(self.driver.cleanup_host, 'host1')
+        self.driver.get_available_resource('host1')
+        self.assertIn(uuids.instance, self.driver._spawner._leftovers)
+        del self.agent.failures['delete']
+        self.driver.get_available_resource('host1')
+        self.assertEqual({}, self.driver._spawner._leftovers)
 
     def test_reboots_never_hang(self):
         self.driver.poll_rebooting_instances(60, [self.instance])
