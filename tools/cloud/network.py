@@ -94,9 +94,10 @@ def link_migration() -> None:
         ''')
 
 
-def start_ovs(host: str) -> None:
-    """Open vSwitch with its bridges; the host's way into the underlay."""
-    name = f'{host}.ovsdb-server'
+def _start_ovsdb(host: str, chassis: str, address: str,
+                 **more: str) -> None:
+    """The database of Open vSwitch, with the settings of ovn-controller."""
+    name = f'{chassis}.ovsdb-server'
     if not process.alive(name):
         hosts.script(host, f'''
             mkdir -p /etc/openvswitch /run/openvswitch
@@ -112,27 +113,32 @@ def start_ovs(host: str) -> None:
             '-vconsole:info', '-vsyslog:off']), host)
     sock = hosts.root(host) / 'run/openvswitch/db.sock'
     process.wait_ready(name, sock.exists, timeout=20, interval=0.05)
-    address = layout.UNDERLAY[host]
     settings = {
-        'system-id': host, 'hostname': host,
+        'system-id': chassis, 'hostname': chassis,
         'ovn-remote': f'tcp:{layout.API}:{layout.PORTS["ovn-sb"]}',
         'ovn-encap-type': 'geneve', 'ovn-encap-ip': address,
         'ovn-bridge': 'br-int', 'ovn-bridge-datapath-type': 'netdev',
-        'ovn-bridge-mappings': 'public:br-ex',
-        'ovn-cms-options': 'enable-chassis-as-gw',
-        'ovn-remote-probe-interval': '30000'}
+        'ovn-remote-probe-interval': '30000',
+        **{key.replace('_', '-'): value for key, value in more.items()}}
     values = ' '.join(f"external_ids:{key}='\"{value}\"'"
                       for key, value in settings.items())
     hosts.script(host, f'''
         ovs-vsctl --no-wait init
         ovs-vsctl --no-wait set Open_vSwitch . {values}
     ''')
-    name = f'{host}.ovs-vswitchd'
+    name = f'{chassis}.ovs-vswitchd'
     if not process.alive(name):
         process.spawn(name, hosts.enter(host, [
             'ovs-vswitchd', 'unix:/run/openvswitch/db.sock',
             '--pidfile=/run/openvswitch/ovs-vswitchd.pid',
             '-vconsole:info', '-vsyslog:off']), host)
+
+
+def start_ovs(host: str) -> None:
+    """Open vSwitch with its bridges; the host's way into the underlay."""
+    address = layout.UNDERLAY[host]
+    _start_ovsdb(host, host, address, ovn_bridge_mappings='public:br-ex',
+                 ovn_cms_options='enable-chassis-as-gw')
     hosts.script(host, f'''
         ovs-vsctl --timeout=20 --may-exist add-br br-phy \
             -- set bridge br-phy datapath_type=netdev fail_mode=standalone \
@@ -188,8 +194,9 @@ def start_ovn_central() -> None:
             '-vconsole:info', '-vsyslog:off']), layout.CONTROLLER)
 
 
-def start_ovn_controller(host: str) -> None:
-    name = f'{host}.ovn-controller'
+def start_ovn_controller(host: str, chassis: str | None = None) -> None:
+    chassis = chassis or host
+    name = f'{chassis}.ovn-controller'
     if not process.alive(name):
         process.spawn(name, hosts.enter(host, [
             'ovn-controller', 'unix:/run/openvswitch/db.sock',
@@ -201,8 +208,28 @@ def start_ovn_controller(host: str) -> None:
             hosts.enter(layout.CONTROLLER, [
                 'ovn-sbctl', '--timeout=5', '--no-leader-only', '--bare',
                 '--db=unix:/run/ovn/ovnsb_db.sock', '--columns=name',
-                'find', 'chassis', f'name={host}']),
+                'find', 'chassis', f'name={chassis}']),
             capture_output=True, text=True)
-        return host in done.stdout
+        return chassis in done.stdout
 
     process.wait_ready(name, connected, timeout=30)
+
+
+def start_fake_chassis() -> None:
+    """A chassis for the fake host: without one Neutron binds no port."""
+    host, chassis = layout.CONTROLLER, layout.FAKE_HOST
+    _start_ovsdb(host, chassis, layout.UNDERLAY[host])
+    start_ovn_controller(host, chassis)
+
+
+def stop_fake_chassis() -> None:
+    chassis = layout.FAKE_HOST
+    process.stop(f'{chassis}.{name}' for name in (
+        'ovn-controller', 'ovs-vswitchd', 'ovsdb-server'))
+    hosts.script(layout.CONTROLLER, f'''
+        rm -f /etc/openvswitch/conf.db
+        ovn-sbctl --timeout=10 --no-leader-only \
+            --db=unix:/run/ovn/ovnsb_db.sock --if-exists \
+            chassis-del {chassis} -- --if-exists \
+            destroy chassis_private {chassis}
+    ''')

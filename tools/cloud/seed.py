@@ -235,25 +235,45 @@ def forget_host(host: str,
     Nova's fake driver has another node identity at each start, which Nova
     refuses for a host that it knows.
     """
-    compute = connect().compute
+    cloud = connect()
+    compute, placement = cloud.compute, cloud.placement
+
+    def providers() -> list[str]:
+        return [found.id for found in placement.resource_providers()
+                if found.name == host]
+
+    def servers() -> set[str]:
+        found = {server.id for server in compute.servers(all_projects=True)
+                 if server.compute_host == host}
+        # A server whose creation failed has no host, but its allocation.
+        for provider in providers():
+            found.update(placement.get(
+                f'/resource_providers/{provider}/allocations').json()[
+                    'allocations'])
+        return found
+
     deadline = time.monotonic() + 90
-    while True:
-        servers = [server for server in compute.servers(all_projects=True)
-                   if server.compute_host == host]
-        if not servers:
-            break
+    while left := servers():
         if time.monotonic() > deadline:
             raise process.CloudError(
-                f'servers on {host} cannot be deleted: '
-                f'{" ".join(server.id for server in servers)}')
-        for server in servers:
+                f'servers on {host} cannot be deleted: {" ".join(left)}')
+        for server in left:
             # On a host that is down this is done once Nova knows it is.
-            compute.delete_server(server.id, ignore_missing=True)
+            compute.delete_server(server, ignore_missing=True)
         time.sleep(1)
     stop()
     for aggregate in list(compute.aggregates()):
         if host in (aggregate.hosts or []):
             compute.remove_host_from_aggregate(aggregate, host)
+    nodes = [found.id for found in compute.hypervisors(details=False)
+             if found.name == host]
+    for provider in providers():
+        if provider not in nodes:
+            placement.delete_resource_provider(provider)
+    for node in nodes:
+        # Nova fails to delete a service whose provider is gone already.
+        if node not in providers():
+            placement.create_resource_provider(name=host, id=node)
     for service in list(compute.services(host=host)):
         compute.delete_service(service)
 

@@ -295,6 +295,7 @@ def fake_host_up() -> None:
     if not service.alive and seed.known_host(host):
         # Nova's fake driver has another node identity at each start.
         fake_host_down()
+    network.start_fake_chassis()
     service.start()
     deadline = time.monotonic() + 90
     discovered = False
@@ -319,6 +320,7 @@ def fake_host_down() -> None:
     seed.forget_host(layout.FAKE_HOST, lambda: process.stop(
         [services.fake_compute().name]))
     seed.remove_fake_host()
+    network.stop_fake_chassis()
     graph.say(f'{layout.FAKE_HOST} is gone')
 
 
