@@ -53,7 +53,7 @@ class DirectoryHost:
     def info(self, uuid):
         return json.loads((self._path(uuid) / 'info').read_text())
 
-    def _set(self, uuid, **changes):
+    def change(self, uuid, **changes):
         info = self.info(uuid) | changes
         (self._path(uuid) / 'info').write_text(json.dumps(info))
         return info
@@ -75,17 +75,17 @@ class DirectoryHost:
         return self.info(uuid)
 
     def prepare(self, uuid, changes=None):
-        return self._set(uuid, state='created', changes=changes)
+        return self.change(uuid, state='created', changes=changes)
 
     def start_container(self, uuid):
         self.log.add('started', uuid)
-        return self._set(uuid, state='running')
+        return self.change(uuid, state='running')
 
     def stop(self, uuid, timeout_s):
         self.entered.release()
         if not self.gate.wait(timeout_s):
             return {'code': None, 'signal': 9}
-        self._set(uuid, state='stopped')
+        self.change(uuid, state='stopped')
         self.log.add('stopped', uuid, {'code': 0})
         return {'code': 0, 'signal': None}
 
@@ -94,13 +94,13 @@ class DirectoryHost:
 
     def reboot(self, uuid, timeout_s, changes=None):
         self.stop(uuid, timeout_s)
-        return self._set(uuid, state='running', changes=changes)
+        return self.change(uuid, state='running', changes=changes)
 
     def pause(self, uuid):
-        return self._set(uuid, state='paused')
+        return self.change(uuid, state='paused')
 
     def unpause(self, uuid):
-        return self._set(uuid, state='running')
+        return self.change(uuid, state='running')
 
     def delete(self, uuid, keep_disk=False):
         if not keep_disk:
@@ -110,10 +110,10 @@ class DirectoryHost:
             path.rmdir()
 
     def plug(self, uuid, nics):
-        self._set(uuid, nics=nics)
+        self.change(uuid, nics=nics)
 
     def unplug(self, uuid, devnames):
-        self._set(uuid, nics=[
+        self.change(uuid, nics=[
             nic for nic in self.info(uuid)['nics']
             if nic['devname'] not in devnames])
 
