@@ -29,24 +29,20 @@ same on both sides. That misses
 * hard links that were separated: the destination's names would stay linked,
   and one would be written through the other.
 
-So each pass but the first begins with a *preamble* from the source: the files
-whose inodes have changed (ctime, which no guest can set) since the pass before
-began, and the hard links. The destination spoils the time of the former, so
-that rsync compares their contents, and separates what is no longer linked.
-Each pass but the last begins by writing dirty pages out, so that stores from
-then on are seen.
+So each pass begins with a *preamble* from the source: the files whose inodes
+have changed (ctime, which no guest can set) since the first pass began, and
+the hard links. The destination spoils the time of the former, unless an
+earlier pass has done so since their last change, so that rsync compares their
+contents; and it separates what is no longer linked. Each pass but the last
+begins by writing dirty pages out, so that stores from then on are seen.
 """
 
 import dataclasses
-import errno
 import os
 import pathlib
 import re
-import secrets
-import select
 import signal
 import socket
-import stat
 import subprocess
 import tempfile
 import threading
@@ -57,8 +53,8 @@ from oslo_log import log as logging
 
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime.migration import sync_links
+from nova_pycontainer.runtime.migration import sync_preamble
 from nova_pycontainer.runtime import process
-from nova_pycontainer.runtime import syscalls
 
 LOG = logging.getLogger(__name__)
 
@@ -67,15 +63,14 @@ _PATH_VARIABLE = 'PYCONTAINER_SYNC_PATH'
 _RSYNC = 'rsync'
 _KILL_TIMEOUT = 10.0
 _OUTPUT_TAIL = 32 << 10
-#: Seconds. Times of files come from a clock that ticks slower than the one
-#: that we read.
-_CLOCK_MARGIN = 1.0
+#: Nothing has changed since then.
+_FUTURE = '@99999999999'
 _NICE = ('nice', '-n', '10')
 
 #: Attributes that stay on their host. The three of overlayfs name inodes of
 #: the source's file systems. Access control lists go another way (-A), and
 #: security labels belong to the policy of a host; capabilities to the guest.
-_XATTR_FILTERS = (
+UPPER_FILTERS: ty.Final = (
     '-x trusted.overlay.origin', '-x trusted.overlay.uuid',
     '-x trusted.overlay.nlink', '+x security.capability', '-x security.*',
     '-x system.*')
@@ -84,27 +79,6 @@ _XATTR_FILTERS = (
 #: It ends when the other side does, as ssh would.
 _CONNECT = ("sh -c 'exec 3<&0 2>/dev/null; cat <&3 >&7 3<&- & "
             "exec cat <&7 3<&- 7<&-'")
-
-#: The source: preamble, then the daemon. $1: "sync" or nothing; $2: "all", or
-#: the time since when changes count.
-_SERVE = r"""
-if [ "$1" = sync ]; then sync -f . || exit; fi
-if [ "$2" = all ]; then
-    printf 'all\0'
-else
-    find . -ignore_readdir_race ! -type d ! -type c ! -type b \( \
-        -type f -newerct "$2" -printf '%y %i %n %s 1 %P\0' -o \
-        -links +1 -printf '%y %i %n %s 0 %P\0' \)
-    printf 'end %d\0' $?
-fi
-shift 2
-exec "$@"
-"""
-_CHUNK = 64 << 10
-_MAX_PREAMBLE = 256 << 20
-#: Errors of opening what is not a regular file, or not there.
-_NOT_A_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO,
-               errno.EISDIR, errno.EXDEV)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +99,7 @@ class Mark:
         now = Mark.now()
         step = (now.realtime - self.realtime) - (
             now.monotonic - self.monotonic)
-        return self.realtime + min(step, 0.0) - _CLOCK_MARGIN
+        return self.realtime + min(step, 0.0) - sync_preamble.CLOCK_MARGIN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,23 +194,26 @@ def _tail(file: ty.IO[bytes]) -> str:
 
 
 class Server:
-    """The source's end of one pass. It ends when the pass does."""
+    """The source's end of one pass. It ends when the pass does.
+
+    :ivar mark: what the next pass has to be told as ``since``
+    """
 
     def __init__(
-        self, upper: pathlib.Path, sock: socket.socket, *,
+        self, directory: pathlib.Path, sock: socket.socket, *,
         since: Mark | None, final: bool,
     ) -> None:
         now = Mark.now()
-        #: What the next pass has to be told as ``since``. A pass without the
-        #: writing out of dirty pages does not see later stores to them.
-        self.mark = now if since is None or not final else since
+        self.mark = since or now
         argv = [
-            'sh', '-c', _SERVE, 'sh', '' if final else 'sync',
-            'all' if since is None else f'@{since.earliest():.3f}',
+            'sh', '-c', sync_preamble.SCRIPT, 'sh', '' if final else 'sync',
+            *(('all', _FUTURE) if since is None else
+              ('since', f'@{since.earliest():.3f}')),
+            f'{now.realtime:.3f}',
             _RSYNC, '--server', '--daemon', f'--config={_CONFIG}', '.']
         self._process = _Process(
-            argv if final else [*_NICE, *argv], sock, cwd=upper, talks=True,
-            env={_PATH_VARIABLE: str(upper)})
+            argv if final else [*_NICE, *argv], sock, cwd=directory,
+            talks=True, env={_PATH_VARIABLE: str(directory)})
 
     def close(self) -> None:
         """Stop serving. Idempotent."""
@@ -247,188 +224,123 @@ class Server:
 
 
 def serve(
-    upper: pathlib.Path, sock: socket.socket, *,
+    directory: pathlib.Path, sock: socket.socket, *,
     since: Mark | None = None, final: bool = False,
 ) -> Server:
-    """Let the other end of ``sock`` read the directory, once.
+    """Let the other end of ``sock`` read a directory, once.
 
+    :param directory: an upper, or a layer's root
     :param sock: a connected stream; the caller may close it at once
-    :param since: ``mark`` of the server of the pass before; None copies all
+    :param since: ``mark`` of the server of the pass before; None: any file
+        may have changed
     :param final: the guest is frozen
     :returns: to be closed when the other end has what it wants
     """
-    return Server(upper, sock, since=since, final=final)
+    return Server(directory, sock, since=since, final=final)
+
+
+class Copy:
+    """The destination's directory, over all passes of one migration.
+
+    It is not mounted as part of an overlay, and nobody else changes it.
+    """
+
+    def __init__(self, directory: pathlib.Path) -> None:
+        self._directory = directory
+        #: All that it says has been looked into, and nothing could change
+        #: unseen after it.
+        self._earlier: sync_preamble.Preamble | None = None
+
+    def fetch(
+        self, sock: socket.socket, *, final: bool = False,
+        timeout: float = 3600.0, idle_timeout: float = 60.0,
+        filters: ty.Sequence[str] = UPPER_FILTERS,
+    ) -> Stats:
+        """Make the directory the same as the one served at ``sock``.
+
+        To stop early, shut the socket down.
+
+        :param final: the source is at rest, so the copy must be complete
+        :param timeout: seconds for all of it
+        :param idle_timeout: seconds without anything received or sent
+        :raises ContainerError: ``no_space``, ``network`` (the other side went
+            away), ``timeout``, ``internal``; the directory is good for
+            another pass then, and for nothing else
+        """
+        began = time.monotonic()
+        deadline = began + timeout
+        preamble, options = self._prepare(
+            sock, final, deadline, idle_timeout)
+        rsync = [
+            _RSYNC, '-aHAXS', '--numeric-ids', '--inplace',
+            '--open-noatime', '--stats', '--no-human-readable',
+            f'--timeout={max(1, round(idle_timeout))}', *options,
+            *(f'--filter={rule}' for rule in filters),
+            '--blocking-io', '-e', _CONNECT, 'source::files/',
+            f'{self._directory}/']
+        argv = ['sh', '-c', 'exec "$@" 7<&0 </dev/null', 'sh', *rsync]
+        child = _Process(
+            argv if final else [*_NICE, *argv], sock, cwd=pathlib.Path('/'),
+            talks=False)
+        try:
+            ended = child.wait(deadline - time.monotonic())
+            code = child.kill()
+            if not ended:
+                raise _timeout('the copy of the files', timeout)
+            _judge(code, child.complaint(), final)
+            stats = _stats(
+                child.output(), code == 0, time.monotonic() - began)
+        finally:
+            child.close()
+        if preamble.complete and not final:
+            # A final pass does not write dirty pages out, so a later store
+            # to one of them would leave no trace.
+            self._earlier = preamble
+        return stats
+
+    def _prepare(
+        self, sock: socket.socket, final: bool, deadline: float,
+        idle_timeout: float,
+    ) -> tuple[sync_preamble.Preamble, list[str]]:
+        """Read the preamble and do what it says.
+
+        :returns: it, and more options for rsync
+        """
+        with os.scandir(self._directory) as entries:
+            empty = next(entries, None) is None
+        with sync_links.Finder(self._directory) as finder:
+            preamble = sync_preamble.Preamble.read(
+                sock, deadline, idle_timeout if final else None)
+            if final and not preamble.complete:
+                raise errors.ContainerError(
+                    'internal', 'the source cannot list its files',
+                    remedy='See the log of pycontainer-agent on the source')
+            if empty:
+                return preamble, []
+            # Deleting first makes room for what is new.
+            options = ['--delete-before']
+            root = os.open(
+                self._directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                sync_links.separate(
+                    root, finder.groups(deadline), preamble.links)
+                if preamble.everything or self._earlier is None:
+                    options.append('--ignore-times')
+                else:
+                    sync_preamble.spoil(
+                        root, *preamble.unseen(self._earlier))
+            finally:
+                os.close(root)
+        return preamble, options
 
 
 def fetch(
-    sock: socket.socket, upper: pathlib.Path, *,
-    final: bool = False, timeout: float = 3600.0,
-    idle_timeout: float = 60.0,
+    sock: socket.socket, directory: pathlib.Path, *, final: bool = False,
+    timeout: float = 3600.0, idle_timeout: float = 60.0,
 ) -> Stats:
-    """Make ``upper`` the same as the directory served at ``sock``.
-
-    ``upper`` is not mounted as part of an overlay, and nobody else changes
-    it. To stop early, shut the socket down.
-
-    :param final: the source is at rest, so the copy must be complete
-    :param timeout: seconds for all of it
-    :param idle_timeout: seconds without anything received or sent
-    :raises ContainerError: ``no_space``, ``network`` (the other side went
-        away), ``timeout``, ``internal``; the directory's state is undefined
-        then, but for another pass
-    """
-    started = time.monotonic()
-    deadline = started + timeout
-    options = _prepare(sock, upper, final, deadline, idle_timeout)
-    rsync = [
-        _RSYNC, '-aHAXS', '--numeric-ids', '--inplace', '--delete',
-        '--stats', '--no-human-readable', '--open-noatime',
-        f'--timeout={max(1, round(idle_timeout))}', *options,
-        *(f'--filter={rule}' for rule in _XATTR_FILTERS),
-        '--blocking-io', '-e', _CONNECT, 'source::files/', f'{upper}/']
-    argv = ['sh', '-c', 'exec "$@" 7<&0 </dev/null', 'sh', *rsync]
-    child = _Process(
-        argv if final else [*_NICE, *argv], sock, cwd=pathlib.Path('/'),
-        talks=False)
-    try:
-        ended = child.wait(deadline - time.monotonic())
-        code = child.kill()
-        complaint = child.complaint()
-        if not ended:
-            raise _timeout('the copy of the files', timeout)
-        _judge(code, complaint, final)
-        return _stats(
-            child.output(), code == 0, time.monotonic() - started)
-    finally:
-        child.close()
-
-
-@dataclasses.dataclass
-class _Preamble:
-    """What the source says of its files before the copy.
-
-    :param everything: any file may have changed
-    :param complete: the source could read all of its directories
-    :param changed: regular files that changed, and their sizes
-    :param links: names of files with several names, and their inodes there
-    """
-
-    everything: bool = False
-    complete: bool = True
-    changed: dict[bytes, int] = dataclasses.field(default_factory=dict)
-    links: dict[bytes, int] = dataclasses.field(default_factory=dict)
-
-    def add(self, record: bytes) -> bool:
-        """:returns: whether it was the last one"""
-        kind, *rest = record.split(b' ', 5)
-        if kind == b'all':
-            self.everything = True
-            return True
-        if kind == b'end':
-            self.complete = rest[0] == b'0'
-            return True
-        inode, links, size, changed, name = rest
-        if links != b'1':
-            self.links[name] = int(inode)
-        if changed == b'1' and kind == b'f':
-            self.changed[name] = int(size)
-        return False
-
-
-def _prepare(
-    sock: socket.socket, upper: pathlib.Path, final: bool, deadline: float,
-    idle_timeout: float,
-) -> list[str]:
-    """Read the preamble and do what it says.
-
-    :returns: more options for rsync
-    """
-    with os.scandir(upper) as entries:
-        empty = next(entries, None) is None
-    preamble = _read_preamble(sock, deadline, idle_timeout)
-    if empty:
-        return []
-    if preamble.everything or not preamble.complete:
-        if final and not preamble.everything:
-            raise errors.ContainerError(
-                'internal', 'the source cannot list its files',
-                remedy='See the log of pycontainer-agent on the source')
-        return ['--ignore-times']
-    root = os.open(upper, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        sync_links.separate(root, upper, preamble.links)
-        for name, size in preamble.changed.items():
-            _spoil(root, name, size)
-    finally:
-        os.close(root)
-    return []
-
-
-def _spoil(root: int, name: bytes, size: int) -> None:
-    """Make rsync look into a file, whose size and time may be the same.
-
-    What is beyond the size it is to have goes at once: its space may be
-    needed by another file.
-    """
-    try:
-        fd = syscalls.openat2(
-            root, os.fsdecode(name), os.O_WRONLY | os.O_NONBLOCK,
-            syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS |
-            syscalls.RESOLVE_NO_XDEV)
-    except OSError as e:
-        if e.errno in _NOT_A_FILE:
-            return
-        raise
-    try:
-        info = os.fstat(fd)
-        if stat.S_ISREG(info.st_mode):
-            if info.st_size > size:
-                os.ftruncate(fd, size)
-            os.utime(fd, ns=(info.st_atime_ns, secrets.randbelow(1 << 60)))
-    finally:
-        os.close(fd)
-
-
-def _read_preamble(
-    sock: socket.socket, deadline: float, idle_timeout: float
-) -> _Preamble:
-    """Read up to the end of the preamble, and no byte of what follows."""
-    preamble = _Preamble()
-    carry = b''
-    total = 0
-    poll = select.poll()
-    poll.register(sock, select.POLLIN)
-    while True:
-        patience = min(idle_timeout, deadline - time.monotonic())
-        if not poll.poll(max(patience, 0) * 1000):
-            raise _timeout('the list of changed files', idle_timeout)
-        # What follows is for rsync, so look first, then take.
-        chunk = sock.recv(_CHUNK, socket.MSG_PEEK)
-        total += len(chunk)
-        if not chunk or total > _MAX_PREAMBLE:
-            raise errors.ContainerError(
-                'network', 'the copy of the files was cut off',
-                cause='the source went away' if not chunk else
-                'its list of changed files is too long',
-                remedy='See the log of pycontainer-agent on the source')
-        start = 0
-        last = False
-        while not last and (end := chunk.find(0, start)) >= 0:
-            try:
-                last = preamble.add(carry + chunk[start:end])
-            except (ValueError, IndexError) as e:
-                raise errors.ContainerError(
-                    'network', 'the list of changed files is damaged',
-                    cause=str(e)) from e
-            carry = b''
-            start = end + 1
-        if not last:
-            carry += chunk[start:]
-            start = len(chunk)
-        while start:
-            start -= len(sock.recv(start))
-        if last:
-            return preamble
+    """One pass by itself; see :meth:`Copy.fetch`."""
+    return Copy(directory).fetch(
+        sock, final=final, timeout=timeout, idle_timeout=idle_timeout)
 
 
 def _timeout(what: str, seconds: float) -> errors.ContainerError:

@@ -33,7 +33,9 @@ import os
 import pathlib
 import stat
 import subprocess
+import tempfile
 import threading
+import time
 import typing as ty
 
 from nova_pycontainer.runtime import errors
@@ -71,36 +73,62 @@ def layer_groups(layer: pathlib.Path) -> tuple[Group, ...]:
     key = str(layer), info.st_dev, info.st_ino
     with _cache_lock:
         if key not in _cache:
-            _cache[key] = tuple(_groups(layer))
+            with Finder(layer) as finder:
+                _cache[key] = tuple(
+                    finder.groups(time.monotonic() + _TIMEOUT))
         return _cache[key]
 
 
-def _groups(top: pathlib.Path) -> ty.Iterator[Group]:
-    """Find the files below ``top`` that have several names there."""
-    try:
-        done = subprocess.run(
+class Finder:
+    """Finds the files below a directory that have several names there.
+
+    The search goes on in the background from the beginning.
+    """
+
+    def __init__(self, top: pathlib.Path) -> None:
+        self._top = top
+        self._output = tempfile.TemporaryFile()
+        self._process = subprocess.Popen(
             # Whiteouts, which are devices, share inodes at overlayfs' own
             # discretion.
             ['find', '.', '!', '-type', 'd', '!', '-type', 'c', '!', '-type',
              'b', '-links', '+1', '-printf', r'%i %P\0'], cwd=top,
-            stdin=subprocess.DEVNULL, capture_output=True, timeout=_TIMEOUT,
-            check=True, env={'PATH': os.environ.get('PATH', os.defpath),
-                             'LC_ALL': 'C'})
-    except subprocess.TimeoutExpired as e:
-        raise errors.ContainerError(
-            'timeout', f'listing the files of {top} takes too long',
-            cause=str(e)) from e
-    except (OSError, subprocess.CalledProcessError) as e:
-        raise errors.ContainerError(
-            'internal', f'the files of {top} cannot be listed',
-            cause=str(getattr(e, 'stderr', None) or e)) from e
-    groups: dict[bytes, list[bytes]] = collections.defaultdict(list)
-    for record in done.stdout.split(b'\0')[:-1]:
-        inode, _, name = record.partition(b' ')
-        groups[inode].append(name)
-    for names in groups.values():
-        if len(names) > 1:
-            yield tuple(sorted(names))
+            stdin=subprocess.DEVNULL, stdout=self._output.fileno(),
+            stderr=subprocess.PIPE)
+
+    def __enter__(self) -> 'Finder':
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._output.close()
+
+    def groups(self, deadline: float) -> ty.Iterator[Group]:
+        """Wait for the end of the search, and return what it has found.
+
+        :param deadline: by the monotonic clock
+        :raises ContainerError: ``timeout``, ``internal``
+        """
+        try:
+            _, complaint = self._process.communicate(
+                timeout=max(deadline - time.monotonic(), 0))
+        except subprocess.TimeoutExpired as e:
+            raise errors.ContainerError(
+                'timeout', f'listing the files of {self._top} takes too long',
+                cause=str(e)) from e
+        if self._process.returncode:
+            raise errors.ContainerError(
+                'internal', f'the files of {self._top} cannot be listed',
+                cause=complaint.decode('utf-8', 'replace')[-500:])
+        groups: dict[bytes, list[bytes]] = collections.defaultdict(list)
+        self._output.seek(0)
+        for record in self._output.read().split(b'\0')[:-1]:
+            inode, _, name = record.partition(b' ')
+            groups[inode].append(name)
+        for names in groups.values():
+            if len(names) > 1:
+                yield tuple(sorted(names))
 
 
 def link_aliases(
@@ -199,16 +227,17 @@ def _link(root: int, upper: int, name: bytes, layer_ctime: int) -> bool:
 
 
 def separate(
-    root: int, upper: pathlib.Path, links: ty.Mapping[bytes, int]
+    root: int, groups: ty.Iterable[Group], links: ty.Mapping[bytes, bytes]
 ) -> None:
-    """Remove names from the destination's upper that are hard links there,
-    and not on the source. rsync makes them anew.
+    """Remove names from the destination's directory that are hard links
+    there, and not on the source. rsync makes them anew.
 
-    :param root: a descriptor of ``upper``
+    :param root: a descriptor of the directory
+    :param groups: the hard links there
     :param links: every name of a file with several names on the source, and
         its inode there
     """
-    for group in _groups(upper):
+    for group in groups:
         first = links.get(group[0])
         for name in group[1:]:
             if first is None or links.get(name) != first:
