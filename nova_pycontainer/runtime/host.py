@@ -38,6 +38,7 @@ from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import events
 from nova_pycontainer.runtime import execute
 from nova_pycontainer.runtime import idmap
+from nova_pycontainer.runtime import imagecheck
 from nova_pycontainer.runtime import keeper_client
 from nova_pycontainer.runtime import layers
 from nova_pycontainer.runtime import migrations
@@ -116,7 +117,7 @@ class Host:
         self._layers = layers.LayerStore(
             c.layers_dir, unpack_base=self._ids.unpack_base,
             max_entries=c.layer_max_entries, max_bytes=c.layer_max_bytes,
-            in_use=self._layers_in_use)
+            in_use=self._layers_in_use, python=c.python)
         self._layers.recover()
         self._watcher = watcher.Watcher(self._exited)
         self.migrations = migrations.Migrations(self, c)
@@ -318,10 +319,13 @@ class Host:
         rconfig.check_uuid(uuid)
         parsed = rspec.Spec.from_dict(spec)
         drive = spec.get('config_drive')
-        if self._layers.get(parsed.layer) is None:
-            raise self._layer_missing(uuid, parsed)
         kept = {k: v for k, v in spec.items() if k != 'config_drive'}
-        with self._lock:
+        # The layer may not be deleted before it is known to be in use.
+        with self._layers.locked(parsed.layer), self._lock:
+            layer = self._layers.get(parsed.layer)
+            if layer is None:
+                raise self._layer_missing(uuid, parsed)
+            imagecheck.check_init(layer.root, parsed.init_argv)
             if uuid in self._entries:
                 raise errors.ContainerError(
                     'exists', 'this host has a container of it already',

@@ -12,7 +12,13 @@
 
 """Live migration between two hosts, by the runtime alone."""
 
+import base64
+import time
+
+from tests.runtime import base
 from tests.runtime import hosts
+
+METADATA = base64.b64encode(b'{"uuid": "i-x"}').decode()
 
 
 class MigrationTestCase(hosts.TwoHostsTestCase):
@@ -30,3 +36,85 @@ class MigrationTestCase(hosts.TwoHostsTestCase):
             self.assertEqual('kept', self.sh(here, uuid, 'cat /root/file'))
             self.assertEqual('x', self.sh(here, uuid, 'cat /run/memory'))
             self.sh(here, uuid, 'ps | grep -q "[t]ail -f"')
+
+
+#: A service in the guest, as an administrator would add one.
+ECHO_UNIT = '''
+cat > /usr/local/bin/echo-service <<END
+import socketserver
+class Handler(socketserver.BaseRequestHandler):
+    def handle(self):
+        while data := self.request.recv(65536):
+            self.request.sendall(data)
+socketserver.ThreadingTCPServer.allow_reuse_address = True
+socketserver.ThreadingTCPServer(("", 7), Handler).serve_forever()
+END
+cat > /etc/systemd/system/echo.service <<END
+[Service]
+ExecStart=/usr/bin/python3 /usr/local/bin/echo-service
+[Install]
+WantedBy=multi-user.target
+END
+systemctl daemon-reload
+systemctl enable --now echo.service
+'''
+
+
+class SystemdMigrationTestCase(hosts.TwoHostsTestCase):
+    """Unmodified systemd guests, with connections, there and back."""
+
+    def _boot(self, name):
+        self.dhcp()
+        uuid = self.run_container(
+            name, memory=1024, address=None, nics=[{
+                'id': '0123456789a-x', 'devname': 'tap0123456789a',
+                'mac': 'fa:16:3e:00:00:32', 'mtu': 1500,
+                'tx_offload': True}], config_drive={
+                    'openstack/latest/meta_data.json': METADATA,
+                    'openstack/2015-10-15/meta_data.json': METADATA})
+        base.wait_for(lambda: self._settled(self.a, uuid), 'systemd', 240)
+        self.assertEqual('running', self._settled(self.a, uuid))
+        self.sh(self.a, uuid, ECHO_UNIT)
+        return uuid, self.lease()
+
+    def _settled(self, host, uuid):
+        state = self.sh(
+            host, uuid, 'systemctl is-system-running || true')
+        return state if state in ('running', 'degraded') else None
+
+    def _busy(self, host, uuid, seconds=2):
+        """CPU time that the guest uses while nobody asks it anything."""
+        before = host.info(uuid)['cpu_time_ns']
+        time.sleep(seconds)
+        return (host.info(uuid)['cpu_time_ns'] - before) / 1e9 / seconds
+
+    def _there_and_back(self, name, moves):
+        uuid, address = self._boot(name)
+        stream = hosts.Echo(address)
+        here, there = self.a, self.b
+        gaps = []
+        for _ in range(moves):
+            stream.reset()
+            source, destination = self.migrate(uuid, here, there)
+            here, there = there, here
+            received = stream.received
+            base.wait_for(lambda: stream.received > received + 20,
+                          f'the stream to go on: {stream.error!r}')
+            gaps.append((stream.longest, source['frozen'],
+                         source['steps'], destination['steps']))
+        stream.finish()
+        print(name, *gaps, sep='\n')
+        self.assertEqual('running', self._settled(here, uuid))
+        # A spinning process is at a whole CPU; this is far from it.
+        self.assertLess(self._busy(here, uuid), 0.25)
+        self.sh(here, uuid, 'systemctl restart echo && echo moved > '
+                '/dev/console')
+        self.assertEqual([], there.list())
+        base.wait_for(
+            lambda: b'moved' in here.console_log(uuid), 'the console')
+
+    def test_debian13(self):
+        self._there_and_back('debian13', 4)
+
+    def test_debian12(self):
+        self._there_and_back('debian12', 2)

@@ -229,8 +229,9 @@ class Destination:
         self._control.send('prepared')
         while True:
             frame = self._control.receive(_COPY_TIMEOUT)
-            if frame['type'] == 'upper':
-                self._fetch(int(frame['seq']), bool(frame['final']))
+            if frame['type'] == 'files':
+                self._fetch(str(frame['what']), int(frame['seq']),
+                            bool(frame['final']))
             elif frame['type'] == 'dumped':
                 break
             else:
@@ -238,10 +239,13 @@ class Destination:
                     'invalid', f'the source said {frame["type"]!r}')
         self._restore(frame)
 
-    def _fetch(self, seq: int, final: bool) -> None:
+    def _fetch(self, what: str, seq: int, final: bool) -> None:
         """One pass over the files."""
         assert self._control is not None
         self.progress.phase = Phase.COPYING
+        directory = {'upper': self._item.disk.upper,
+                     'drive': self._item.config_drive}[what]
+        directory.mkdir(mode=0o755, exist_ok=True)
         connection = self._take('upper', seq)
         ours, theirs = socket.socketpair()
         with contextlib.ExitStack() as stack:
@@ -250,10 +254,10 @@ class Destination:
             stack.callback(pump.abort)
             with theirs:
                 stats = sync.fetch(
-                    theirs, self._item.disk.upper, final=final)
+                    theirs, directory, final=final)
         self.progress.passes += 1
         self.progress.disk_sent += stats.received
-        self._control.send('upper', seq=seq, bytes=stats.received)
+        self._control.send('files', seq=seq, bytes=stats.received)
 
     def _receive(self, connection: channel.Connection) -> None:
         def progress(total: int) -> None:

@@ -16,8 +16,8 @@ Frames of the control connection (S source, D destination)::
 
     S  begin     spec, base id, facts of the run, strategy
     D  prepared
-    S  upper     one pass over the guest's files begins: seq, final
-    D  upper     it is done: seq, bytes
+    S  files     a pass over its files begins: what, seq, final
+    D  files     it is done: seq, bytes
     S  dumped    what the restore needs beside the images
     D  ready     everything is restored, and frozen
     S  go        after it wrote down that it will never thaw

@@ -191,6 +191,8 @@ class Source:
     def copy(self) -> None:
         """Copy the files while the guest runs, until little is left."""
         self.progress.phase = Phase.COPYING
+        if self._item.config_drive.exists():
+            self._serve('drive', self._item.config_drive, None, True)
         self.link_aliases()
         for _ in range(self._options.max_passes):
             self._check_abort()
@@ -201,27 +203,34 @@ class Source:
 
     def _pass(self, final: bool,
               ready: channel.Connection | None = None) -> None:
-        """One pass over the upper: the destination pulls."""
+        """One pass over the upper."""
+        with self.progress.timed('final-pass' if final else 'passes'):
+            self._mark = self._serve(
+                'upper', self._item.disk.upper, self._mark, final, ready)
+        self.progress.passes += 1
+
+    def _serve(
+        self, what: str, directory: pathlib.Path, since: sync.Mark | None,
+        final: bool, ready: channel.Connection | None = None,
+    ) -> sync.Mark:
+        """Let the destination pull a directory; it is told which."""
         assert self._control is not None
         seq = self._seq + 1 if ready is None else self._upper_seq
-        with self.progress.timed('final-pass' if final else 'passes'):
-            connection = ready or self._connect('upper')
-            ours, theirs = socket.socketpair()
-            with contextlib.ExitStack() as stack:
-                # Both ends are the relay's from now on.
-                pump = relay.Relay(
-                    connection, ours, limiter=self._limiter).start()
-                stack.callback(pump.abort)
-                with theirs:
-                    server = sync.serve(
-                        self._item.disk.upper, theirs, since=self._mark,
-                        final=final)
-                stack.callback(server.close)
-                self._control.send('upper', seq=seq, final=final)
-                done = self._control.expect('upper', _PASS_TIMEOUT)
-                self._mark = server.mark
+        connection = ready or self._connect('upper')
+        ours, theirs = socket.socketpair()
+        with contextlib.ExitStack() as stack:
+            # Both ends are the relay's from now on.
+            pump = relay.Relay(
+                connection, ours, limiter=self._limiter).start()
+            stack.callback(pump.abort)
+            with theirs:
+                server = sync.serve(
+                    directory, theirs, since=since, final=final)
+            stack.callback(server.close)
+            self._control.send('files', what=what, seq=seq, final=final)
+            done = self._control.expect('files', _PASS_TIMEOUT)
         self.progress.disk_sent += int(done.get('bytes') or 0)
-        self.progress.passes += 1
+        return server.mark
 
     def hand_over(self) -> None:
         """Freeze, dump, and commit. Tried again when the guest was in the
