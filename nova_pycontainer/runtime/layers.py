@@ -29,6 +29,7 @@ import json
 import os
 import pathlib
 import secrets
+import stat
 import subprocess
 import sys
 import time
@@ -39,6 +40,7 @@ from oslo_log import log as logging
 from nova_pycontainer.runtime import archive
 from nova_pycontainer.runtime import config
 from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime import idmap
 from nova_pycontainer.runtime import imagecheck
 from nova_pycontainer.runtime import unpack_client
 from nova_pycontainer.runtime import unpack_job
@@ -82,18 +84,30 @@ class LayerInfo:
         """
         try:
             data = json.loads((directory / 'layer.json').read_bytes())
-            number = data.pop('format')
-            if number != FORMAT:
-                raise errors.ContainerError(
-                    'internal', f'layer {directory.name} has format '
-                    f'{number!r}', remedy=f'This version reads format '
-                    f'{FORMAT}: upgrade pycontainer-agent')
-            return cls(root=directory / 'root', **data)
+            return cls.from_dict(data, directory)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
             raise errors.ContainerError(
                 'internal', f'layer {directory.name} cannot be read',
                 cause=str(e), remedy='Delete its directory; the image will '
                 'be imported again') from e
+
+    @classmethod
+    def from_dict(
+        cls, data: ty.Mapping[str, ty.Any], directory: pathlib.Path
+    ) -> 'LayerInfo':
+        """Rebuild what :meth:`to_dict` gave.
+
+        :raises ContainerError: ``internal``: another format
+        :raises TypeError, KeyError: it is no such thing
+        """
+        fields = dict(data)
+        number = fields.pop('format')
+        if number != FORMAT:
+            raise errors.ContainerError(
+                'internal', f'layer {directory.name} has format {number!r}',
+                remedy=f'This version reads format {FORMAT}: upgrade '
+                'pycontainer-agent')
+        return cls(root=directory / 'root', **fields)
 
 
 def _fsync_directory(path: pathlib.Path) -> None:
@@ -128,6 +142,28 @@ def _remove(path: pathlib.Path) -> None:
     raise errors.ContainerError(
         'internal', f'{path} cannot be removed', cause=cause,
         remedy='Remove it by hand; the next start tries again')
+
+
+def _check_copy(root: pathlib.Path) -> None:
+    """Refuse what no layer has: see :mod:`unpack` for what one may have.
+
+    :raises ContainerError: ``invalid``
+    """
+    for top, directories, files in os.walk(root, onerror=_raise):
+        for name in (*directories, *files, '.'):
+            info = os.lstat(os.path.join(top, name))
+            kind = stat.S_IFMT(info.st_mode)
+            if kind in (stat.S_IFBLK, stat.S_IFCHR) or max(
+                    info.st_uid, info.st_gid) >= idmap.RANGE:
+                raise errors.ContainerError(
+                    'invalid', f'{os.path.join(top, name)!r} cannot be a '
+                    f'file of a layer', cause='it is a device' if kind in (
+                        stat.S_IFBLK, stat.S_IFCHR) else
+                    f'its owner is {info.st_uid}:{info.st_gid}')
+
+
+def _raise(error: OSError) -> ty.NoReturn:
+    raise error
 
 
 def _chunks(
@@ -321,6 +357,50 @@ class LayerStore:
                     f'image {image!r} needs {info.bytes} bytes of disk, and '
                     f'{max_bytes} are allowed',
                     'Choose a flavor with a larger disk')
+            return info
+
+    def adopt(
+        self,
+        data: ty.Mapping[str, ty.Any],
+        fill: ty.Callable[[pathlib.Path], object],
+    ) -> LayerInfo:
+        """Make a layer that another host has, unless it is there already.
+
+        For an image that no image store has any more. What it holds can be
+        checked against nothing: the other host is trusted.
+
+        :param data: its description on the other host (``to_dict``)
+        :param fill: makes the copy, in the empty root directory that it is
+            called with. What it raises goes on to the caller
+        :raises ContainerError: ``invalid``, ``image_wrong_arch``,
+            ``timeout``
+        """
+        try:
+            key = config.check_layer_key(data['key'])
+            new = LayerInfo.from_dict(data, self._dir / key)
+        except (TypeError, KeyError) as e:
+            raise errors.ContainerError(
+                'invalid', 'this is not the description of a layer',
+                cause=repr(e)) from e
+        imagecheck.check_arch(new.arch)
+        with self.locked(key):
+            info = self.get(key)
+            if info is None:
+                self._clean(key)
+                staging = self._staging(key)
+                try:
+                    staging.mkdir(mode=0o700)
+                    root = staging / 'root'
+                    root.mkdir(mode=0o755)
+                    fill(root)
+                    _check_copy(root)
+                    self._publish(staging, new)
+                    info = new
+                finally:
+                    if staging.exists():
+                        _remove(staging)
+                LOG.info('layer %s (image %s) came from another host', key,
+                         info.image)
             return info
 
     def _import(

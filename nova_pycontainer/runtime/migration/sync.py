@@ -52,6 +52,7 @@ import typing as ty
 from oslo_log import log as logging
 
 from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime import layers
 from nova_pycontainer.runtime.migration import sync_links
 from nova_pycontainer.runtime.migration import sync_preamble
 from nova_pycontainer.runtime import process
@@ -70,10 +71,13 @@ _NICE = ('nice', '-n', '10')
 #: Attributes that stay on their host. The three of overlayfs name inodes of
 #: the source's file systems. Access control lists go another way (-A), and
 #: security labels belong to the policy of a host; capabilities to the guest.
+_COMMON_FILTERS: ty.Final = (
+    '+x security.capability', '-x security.*', '-x system.*')
 UPPER_FILTERS: ty.Final = (
     '-x trusted.overlay.origin', '-x trusted.overlay.uuid',
-    '-x trusted.overlay.nlink', '+x security.capability', '-x security.*',
-    '-x system.*')
+    '-x trusted.overlay.nlink', *_COMMON_FILTERS)
+#: A layer has no attributes that overlayfs would heed.
+LAYER_FILTERS: ty.Final = ('-x trusted.*', *_COMMON_FILTERS)
 
 #: Runs as rsync's remote shell: it connects rsync's pipes with the socket.
 #: It ends when the other side does, as ssh would.
@@ -201,12 +205,13 @@ class Server:
 
     def __init__(
         self, directory: pathlib.Path, sock: socket.socket, *,
-        since: Mark | None, final: bool,
+        since: Mark | None, final: bool, steady: bool = False,
     ) -> None:
         now = Mark.now()
         self.mark = since or now
         argv = [
-            'sh', '-c', sync_preamble.SCRIPT, 'sh', '' if final else 'sync',
+            'sh', '-c', sync_preamble.SCRIPT, 'sh',
+            '' if final or steady else 'sync',
             *(('all', _FUTURE) if since is None else
               ('since', f'@{since.earliest():.3f}')),
             f'{now.realtime:.3f}',
@@ -237,6 +242,44 @@ def serve(
     :returns: to be closed when the other end has what it wants
     """
     return Server(directory, sock, since=since, final=final)
+
+
+def serve_layer(
+    store: layers.LayerStore, key: str, sock: socket.socket
+) -> Server:
+    """Let the other end of ``sock`` read a layer, once.
+
+    :raises ContainerError: ``layer_missing``
+    """
+    info = store.get(key)
+    if info is None:
+        raise errors.ContainerError(
+            'layer_missing', f'layer {key} is not on this host')
+    return Server(info.root, sock, since=None, final=False, steady=True)
+
+
+def fetch_layer(
+    store: layers.LayerStore, data: ty.Mapping[str, ty.Any],
+    sock: socket.socket, *, timeout: float = 3600.0,
+    idle_timeout: float = 60.0,
+) -> layers.LayerInfo:
+    """Copy the layer that is served at ``sock``, unless it is here already.
+
+    :param data: its description on the source (``LayerInfo.to_dict``)
+    :raises ContainerError: see :meth:`Copy.fetch` and
+        :meth:`~nova_pycontainer.runtime.layers.LayerStore.adopt`
+    """
+
+    def fill(root: pathlib.Path) -> None:
+        stats = Copy(root).fetch(
+            sock, timeout=timeout, idle_timeout=idle_timeout,
+            filters=LAYER_FILTERS)
+        if not stats.complete:
+            raise errors.ContainerError(
+                'internal', 'the layer could not be read as a whole',
+                remedy='See the log of pycontainer-agent on the source')
+
+    return store.adopt(data, fill)
 
 
 class Copy:
