@@ -130,7 +130,26 @@ def _become(document: dict) -> None:
             signal.signal(number, signal.SIG_DFL)
         except (OSError, ValueError):
             continue
-    os.execvpe(document['argv'][0], document['argv'], document['env'])
+    _execute(document['argv'], document['env'])
+
+
+def _execute(argv: list[str], env: dict[str, str]) -> None:
+    """As os.execvpe, which would import a module of the guest's by now.
+
+    :raises FileNotFoundError: there is no such program
+    :raises PermissionError: there is one that may not be executed
+    """
+    if '/' in argv[0]:
+        os.execve(argv[0], argv, env)
+    refused = None
+    for directory in env.get('PATH', '').split(':'):
+        try:
+            os.execve(f'{directory or "."}/{argv[0]}', argv, env)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except PermissionError as e:
+            refused = e
+    raise refused or FileNotFoundError(argv[0])
 
 
 def main() -> int:
@@ -142,6 +161,8 @@ def main() -> int:
     # Nothing of the guest may look into this process (CVE-2019-5736: its
     # program is the host's).
     _check(_prctl(PR_SET_DUMPABLE, 0), 'prctl')
+    # From here on every file is the guest's: nothing is imported any more.
+    sys.meta_path.clear()
     _enter(document['pid'])
     child = os.fork()
     if child == 0:

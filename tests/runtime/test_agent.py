@@ -130,6 +130,31 @@ class LifeTestCase(AgentTestCase):
             'layer': 'sha256-' + '0' * 64,
             'resources': {'memory_bytes': 1 << 28}})
 
+    def test_a_guest_cannot_lend_its_modules_to_the_hosts_python(self):
+        uuid = self.run_container()
+        done = subprocess.run(
+            [sys.executable, '-I', '-S', '-c',
+             'import sys; print(*sys.path)'],
+            capture_output=True, text=True, timeout=base.PATIENCE)
+        path = [p for p in done.stdout.split() if not p.endswith('.zip')]
+        self.assertTrue(path)
+        for directory in path:
+            # Modules that the standard library imports when it needs them.
+            for module in ('warnings', 'traceback', 'encodings/idna'):
+                file = f'{directory}/{module}.py'
+                self.sh(uuid, f'mkdir -p $(dirname {file}); '
+                        f'echo "open(\'/owned\', \'w\')" > {file}')
+        self.assertEqual(
+            0, self.host.exec(uuid, ['true'])['exit_code'])
+        for argv in (['nosuch'], ['/nosuch'], ['/etc'], ['\udcff']):
+            try:
+                done = self.host.exec(uuid, argv)
+            except errors.ContainerError as e:
+                self.assertEqual('invalid', e.code)
+                continue
+            self.assertIn(done['exit_code'], (125, 126, 127), done)
+        self.sh(uuid, '[ ! -e /owned ]')
+
     def test_a_bad_image_is_refused_and_nothing_stays(self):
         key = 'sha256-' + '1' * 64
         for data, codes in (
