@@ -192,7 +192,8 @@ def pycontainer(host: str) -> dict[str, object]:
             'agent_group': layout.USER,
             'oci_runtime_path': str(layout.PREFIX / 'bin/crun'),
             'criu_path': str(layout.PREFIX / 'bin/criu'),
-            'cgroup_parent': layout.CGROUP_PARENT.format(host=host)}
+            'cgroup_parent': layout.CGROUP_PARENT.format(host=host),
+            'migration_address': layout.MIGRATION[host]}
 
 
 def nova(host: str, service: str, address: str,
@@ -257,7 +258,8 @@ def nova(host: str, service: str, address: str,
         for context in ('vif_plug_ovs_privileged', 'privsep_osbrick',
                         'nova_sys_admin'):
             sections[context] = {'helper_command': privsep_helper(config)}
-        sections['pycontainer'] = pycontainer(host)
+        if host in layout.COMPUTES:
+            sections['pycontainer'] = pycontainer(host)
     return sections
 
 
