@@ -16,8 +16,8 @@ import collections.abc as cabc
 import http
 import http.server
 import io
-import os
 import operator
+import os
 import socket
 import time
 import typing as ty
