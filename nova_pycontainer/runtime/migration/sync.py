@@ -316,6 +316,8 @@ class Copy:
             sock, final, deadline, idle_timeout)
         rsync = [
             _RSYNC, '-aHAXS', '--numeric-ids', '--inplace',
+            # To the nanosecond; by itself it compares seconds.
+            '--modify-window=-1',
             '--open-noatime', '--stats', '--no-human-readable',
             f'--timeout={max(1, round(idle_timeout))}', *options,
             *(f'--filter={rule}' for rule in filters),
