@@ -283,6 +283,10 @@ class Client:
         return ty.cast(Json, self._call('migration_status', {
             'migration': migration, 'wait_s': wait_s}, wait_s))
 
+    def migration_force_complete(self, migration: str) -> None:
+        """Freeze the guest now, whatever is still to be copied."""
+        self._call('migration_force_complete', {'migration': migration})
+
     def migration_abort(self, migration: str, reason: str) -> None:
         """End it before its commit; returns when it has ended."""
         self._call('migration_abort', {

@@ -106,6 +106,8 @@ VERBS: ty.Final[dict[str, Verb]] = {
     'migration_status': Verb('migrations.status', {
         'migration': _UUID, 'wait_s?': {**_SECONDS, 'maximum': 30}},
         limit_s=90.0),
+    'migration_force_complete': Verb(
+        'migrations.force_complete', {'migration': _UUID}),
     'migration_abort': Verb('migrations.abort', {
         'migration': _UUID, 'reason': _TEXT}, limit_s=120.0),
     # In the guest

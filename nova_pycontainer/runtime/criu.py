@@ -174,6 +174,14 @@ class Criu:
             return None
         return (done.stderr + done.stdout).strip() or 'it gave no reason'
 
+    def spawn(
+        self, arguments: cabc.Sequence[str], fds: cabc.Mapping[int, int]
+    ) -> int:
+        """Start ``criu`` as a long-lived child of the keeper."""
+        return self._keeper.spawn(
+            [self._path, *arguments], fds=fds,
+            env={'PATH': '/usr/bin:/bin', 'LC_ALL': 'C'})
+
     def session(
         self, cgroup_procs: cabc.Sequence[pathlib.Path] = (),
         fds: cabc.Mapping[int, int] | None = None,

@@ -41,6 +41,7 @@ CODES: ty.Final[dict[str, int]] = {
     'keeper_unavailable': 503,
     'layer_in_use': 409,
     'layer_missing': 404,
+    'lost': 500,
     'network': 500,
     'no_base_id': 507,
     'no_space': 507,

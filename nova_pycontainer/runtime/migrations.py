@@ -182,7 +182,6 @@ class Migrations:
                     'bad_state', 'the instance is being migrated already',
                     uuid=uuid)
             progress = protocol.Progress(migration, uuid, 'source')
-            progress.strategy = 'stop-and-copy'
             item = entry.container
             outgoing = src.Source(
                 item, self._host.layer_root(item), self._criu,
@@ -255,6 +254,20 @@ class Migrations:
                     'not_found', f'there is no migration {migration} here')
             progress = job.progress
         return progress.to_dict()
+
+    def force_complete(self, migration: str) -> None:
+        """Do not wait any longer: freeze the guest now.
+
+        With post-copy where the options of the migration permit it.
+
+        :raises ContainerError: ``not_found``
+        """
+        with self._lock:
+            job = self._sources.get(migration)
+        if job is None:
+            raise errors.ContainerError(
+                'not_found', f'no migration {migration} leaves this host')
+        job.force_complete()
 
     def abort(self, migration: str, reason: str) -> None:
         """End a migration before its commit, and wait for the end.

@@ -88,14 +88,15 @@ class SystemdMigrationTestCase(hosts.TwoHostsTestCase):
         time.sleep(seconds)
         return (host.info(uuid)['cpu_time_ns'] - before) / 1e9 / seconds
 
-    def _there_and_back(self, name, moves):
+    def _there_and_back(self, name, moves, **options):
         uuid, address = self._boot(name)
         stream = hosts.Echo(address)
         here, there = self.a, self.b
         gaps = []
         for _ in range(moves):
             stream.reset()
-            source, destination = self.migrate(uuid, here, there)
+            source, destination = self.migrate(
+                uuid, here, there, **options)
             here, there = there, here
             received = stream.received
             base.wait_for(lambda: stream.received > received + 20,
@@ -118,3 +119,7 @@ class SystemdMigrationTestCase(hosts.TwoHostsTestCase):
 
     def test_debian12(self):
         self._there_and_back('debian12', 2)
+
+    def test_debian13_post_copy(self):
+        self._there_and_back(
+            'debian13', 2, strategy='post-copy', permit_post_copy=True)

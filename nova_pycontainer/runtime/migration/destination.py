@@ -33,6 +33,7 @@ from nova_pycontainer.runtime.migration import bandwidth
 from nova_pycontainer.runtime.migration import channel
 from nova_pycontainer.runtime.migration import guest
 from nova_pycontainer.runtime.migration import images
+from nova_pycontainer.runtime.migration import lazy
 from nova_pycontainer.runtime.migration import protocol
 from nova_pycontainer.runtime.migration import relay
 from nova_pycontainer.runtime.migration import sync
@@ -84,6 +85,9 @@ class Destination:
         self._control: protocol.Control | None = None
         self._began: dict[str, ty.Any] = {}
         self._paused = False
+        self._pages_end: socket.socket | None = None
+        self._pages: relay.Relay | None = None
+        self._daemon: lazy.Daemon | None = None
         self._images_error: BaseException | None = None
         self._images_done = threading.Event()
         self._go = threading.Event()
@@ -91,6 +95,7 @@ class Destination:
         self.progress = progress
         #: It may run here: the source has committed.
         self.committed = False
+        self._resumed = False
 
     # Preparation, in the call that announces the migration
 
@@ -136,6 +141,8 @@ class Destination:
             threading.Thread(
                 target=self._answer, args=(connection,), name='query',
                 daemon=True).start()
+        elif role == 'pages':
+            self._pages_end = self._lead_pages(connection)
         elif role == 'images':
             threading.Thread(
                 target=self._receive, args=(connection,), name='images',
@@ -144,6 +151,14 @@ class Destination:
             with self._arrived:
                 self._data[role, seq] = connection
                 self._arrived.notify_all()
+
+    def _lead_pages(self, connection: channel.Connection) -> socket.socket:
+        ours, theirs = socket.socketpair()
+        self._pages = relay.Relay(
+            connection, ours, limiter=self._limiter,
+            idle_s=_COPY_TIMEOUT).start()
+        self._stack.callback(self._pages.abort)
+        return theirs
 
     def _take(self, role: str, seq: int) -> channel.Connection:
         with self._arrived:
@@ -185,6 +200,12 @@ class Destination:
             self._finish(e)
 
     def _finish(self, error: BaseException | None) -> None:
+        if error is not None and self.committed and not self._resumed:
+            # Only with pages to follow.
+            self._lose(errors.ContainerError(
+                'lost', 'the instance was lost: it could not be restored '
+                'after the source had committed', uuid=self._item.uuid,
+                cause=str(error)))
         if error is not None and not self.committed:
             wrapped = (error if isinstance(error, errors.ContainerError)
                        else errors.ContainerError(
@@ -199,13 +220,14 @@ class Destination:
                 self._journal.write(
                     self.progress.phase, role='destination',
                     migration=self.progress.migration)
-        self._item.cgroup.kill() if not self.committed else None
+        if not self._resumed:
+            self._item.cgroup.kill()
         try:
             self._stack.close()
         except Exception:
             LOG.exception('instance %s: cleaning up', self._item.uuid)
         if self._control is not None:
-            if error is not None and not self.committed:
+            if error is not None and not self._resumed:
                 with contextlib.suppress(errors.ContainerError):
                     self._control.send('failed', error=self.progress.error)
             self._control.close()
@@ -214,7 +236,7 @@ class Destination:
                 connection.close()
             self._data.clear()
         self.progress.ended_at = time.time()
-        if not self.committed:
+        if not self._resumed:
             self._on_failed()
 
     def _serve(self) -> None:
@@ -299,14 +321,27 @@ class Destination:
                 [nic.parked_name for nic in item.spec.nics]),
             cgroup='/' + item.cgroup.path, log='restore.log'))
         options.rst_sibling = True
-        # Each page is let go as soon as it is where it belongs.
-        options.auto_dedup = True
+        if dumped.get('lazy'):
+            if self._pages_end is None:
+                raise errors.ContainerError(
+                    'invalid', 'the source has no connection for pages')
+            with self._pages_end as pages:
+                self._daemon = lazy.Daemon(
+                    self._criu, self._memory.path, pages)
+            self._stack.callback(self._daemon.close)
+            options.lazy_pages = True
+        else:
+            # Each page is let go as soon as it is where it belongs.
+            options.auto_dedup = True
         restore = _Restore(self, dumped)
+        guard: ty.ContextManager[object] = (
+            lazy.userfaultfd() if self._daemon else contextlib.nullcontext())
         self.progress.steps['prepare-restore'] = time.monotonic() - began
         try:
-            response = self._session.request(
-                self._criu.rpc.RESTORE, options, restore.notified,
-                _CRIU_TIMEOUT)
+            with guard:
+                response = self._session.request(
+                    self._criu.rpc.RESTORE, options, restore.notified,
+                    _CRIU_TIMEOUT)
         finally:
             restore.close()
         self.progress.steps['restore'] = time.monotonic() - began
@@ -318,7 +353,17 @@ class Destination:
         self._complete()
 
     def _complete(self) -> None:
-        """It runs: what was only for the migration goes."""
+        """It runs: what was only for the migration goes.
+
+        :raises ContainerError: ``lost``: pages of it never came
+        """
+        if self._daemon is not None:
+            try:
+                self._daemon.wait(_COPY_TIMEOUT)
+            except errors.ContainerError as e:
+                e.uuid = self._item.uuid
+                self._lose(e)
+                raise
         self._filler.close()
         self._memory.unmount()
         self._session.__exit__()
@@ -329,40 +374,58 @@ class Destination:
         if self._control is not None:
             self._control.close()
 
+    def _lose(self, error: errors.ContainerError) -> None:
+        """A guest without its pages would hang or go wrong: end it. That this
+        may happen is the price of post-copy.
+        """
+        LOG.error('instance %s is lost: %s', self._item.uuid, error)
+        self.progress.error = error.to_dict()
+        self.progress.phase = Phase.FAILED
+        self._item.cgroup.kill()
+
     # In the middle of the restore
 
     def fill(self, pid: int, saved: list[dict[str, ty.Any]]) -> None:
         self._filler.fill(pid, saved, self._item.st.base_id)
 
     def ready(self, pid: int, master: int | None) -> None:
-        """Everything is restored and nothing has run. Ask for the right to.
+        """Everything is restored and nothing has run. Ask for the right to,
+        and use it.
 
         :raises ContainerError: it will never run here; its processes are
             dead
         """
         item = self._item
-        assert self._control is not None
         # From here no death of CRIU's can let the guest run.
         freezer = item.cgroup.v2 / 'cgroup.freeze'
         freezer.write_text('1')
         try:
             item.adopt(pid, self._began['run'], master)
-            self._journal.write(
-                Phase.READY, role='destination', paused=self._paused,
-                migration=self.progress.migration)
-            self.progress.phase = Phase.READY
-            self._control.send('ready')
-            self._wait_for_go()
+            if not self.committed:
+                self.ask()
         except BaseException:
             item.cgroup.kill()
             raise
-        self._journal.write(
-            Phase.COMMITTED, role='destination', paused=self._paused,
-            migration=self.progress.migration)
         for nic in item.spec.nics:
             network.set_up(nic, True)
         if not self._paused:
             freezer.write_text('0')
+
+    def ask(self) -> None:
+        """Say that it can run here, and wait for the source's commit.
+
+        :raises ContainerError: it will never run here
+        """
+        assert self._control is not None
+        self._journal.write(
+            Phase.READY, role='destination', paused=self._paused,
+            migration=self.progress.migration)
+        self.progress.phase = Phase.READY
+        self._control.send('ready')
+        self._wait_for_go()
+        self._journal.write(
+            Phase.COMMITTED, role='destination', paused=self._paused,
+            migration=self.progress.migration)
 
     def _wait_for_go(self) -> None:
         assert self._control is not None
@@ -386,6 +449,7 @@ class Destination:
 
     def resumed(self, pid: int) -> None:
         """It runs. Tell the network, then the source."""
+        self._resumed = True
         self.progress.phase = Phase.RUNNING
         try:
             announce.announce(
@@ -421,6 +485,7 @@ class _Restore:
     ) -> None:
         self._destination = destination
         self._ramfs = list(dumped['ramfs'])
+        self._lazy = bool(dumped.get('lazy'))
         self._pid: int | None = None
         self._master: int | None = None
 
@@ -440,6 +505,11 @@ class _Restore:
         elif script.name == 'post-setup-namespaces':
             assert self._pid is not None
             self._destination.fill(self._pid, self._ramfs)
+            if self._lazy:
+                # What comes now needs pages, and the source sends none
+                # before its commit. Namespaces, mounts and network, which
+                # most failures are about, are made.
+                self._destination.ask()
         elif script.name == 'pre-resume':
             assert self._pid is not None
             self._destination.ready(self._pid, self._master)

@@ -58,6 +58,8 @@ _TRANSIENT = (
 )
 _DUMP_TRIES = 8
 _TRY_PAUSE = 0.5
+#: The number that CRIU finds its connection for pages at.
+_PAGES_FD = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,10 +105,14 @@ class Source:
         self._logs = item.log_directory
         self._limiter = bandwidth.Bandwidth(options.bandwidth)
         self._seq = 0
+        self._pages: relay.Relay | None = None
         #: When the pass before began.
         self._mark: sync.Mark | None = None
         self._abort = threading.Event()
         self._abort_reason = ''
+        self._force = threading.Event()
+        self.lazy = options.strategy == 'post-copy'
+        progress.strategy = 'post-copy' if self.lazy else 'stop-and-copy'
         self._paused = item.status() == 'paused'
         self._control: protocol.Control | None = None
         self._journal = protocol.Journal(item.directory)
@@ -128,6 +134,15 @@ class Source:
                 uuid=self._item.uuid)
         self._abort_reason = reason
         self._abort.set()
+
+    def force_complete(self) -> None:
+        """Stop waiting for a guest that changes too much: freeze it now; with
+        the pages to follow, where that is permitted.
+        """
+        if self._options.permit_post_copy:
+            self.lazy = True
+            self.progress.strategy = 'post-copy'
+        self._force.set()
 
     def _check_abort(self) -> None:
         if self._abort.is_set():
@@ -196,6 +211,8 @@ class Source:
         self.link_aliases()
         for _ in range(self._options.max_passes):
             self._check_abort()
+            if self._force.is_set() and self._mark is not None:
+                break
             began = time.monotonic()
             self._pass(final=False)
             if time.monotonic() - began < _SHORT_PASS:
@@ -266,16 +283,21 @@ class Source:
                 external=guest.dump_externals(external),
                 cgroup='/' + item.cgroup.path))
             options.pid = pid
+            if dump.lazy:
+                options.lazy_pages = True
+                options.config_file = str(dump.lazy_config())
             dump.start()
             began = time.monotonic()
             try:
                 response = dump.session.request(
                     self._criu.rpc.DUMP, options, dump.notified,
-                    _CRIU_TIMEOUT)
+                    # The last answer comes when the last page has gone.
+                    _PASS_TIMEOUT if dump.lazy else _CRIU_TIMEOUT)
             except BaseException:
                 if not self.committed:
                     self._thaw()
                 raise
+            dump.wait_running()
             self.progress.steps['dump'] = time.monotonic() - began
             if not response.success:
                 if self.committed:
@@ -318,15 +340,30 @@ class Source:
             endpoint=dataclasses.asdict(self._endpoint))
         self.committed = True
         self.progress.phase = Phase.COMMITTED
+        with contextlib.suppress(protocol.PeerGone):
+            self._control.send('go')
+
+    def wait_running(self) -> None:
+        """Wait until it runs on the destination.
+
+        :raises ContainerError: the destination will never run it; it may run
+            here again
+        """
+        assert self._control is not None
         with self.progress.timed('commit'):
             try:
-                self._control.send('go')
                 self._control.expect('running', _ANSWER_TIMEOUT)
             except protocol.PeerGone as e:
                 LOG.warning(
                     'instance %s: committed, and the destination was lost: '
                     '%s; asking it', self._item.uuid, e)
                 self.resolve()
+            except errors.ContainerError as e:
+                # It was restored, or was to be with pages to follow.
+                raise errors.ContainerError(
+                    'lost', 'the instance was lost: the destination failed '
+                    'after the commit', uuid=self._item.uuid,
+                    cause=str(e)) from e
         self.progress.phase = Phase.RUNNING
 
     def resolve(self) -> None:
@@ -374,6 +411,18 @@ class Source:
         self._upper_seq = self._seq
         return files, self._connect('images')
 
+    def open_pages(self) -> socket.socket:
+        """A socket for CRIU that leads to the destination's CRIU."""
+        ours, theirs = socket.socketpair()
+        self._pages = relay.Relay(
+            self._connect('pages'), ours, limiter=self._limiter,
+            idle_s=_PASS_TIMEOUT).start()
+        return theirs
+
+    def close_pages(self) -> None:
+        if self._pages is not None:
+            self._pages.abort()
+
     def final_pass(self, connection: channel.Connection | None) -> None:
         self._pass(final=True, ready=connection)
 
@@ -384,8 +433,8 @@ class Source:
         sync_links.link_aliases(
             self._layer, self._item.root, self._item.disk.upper)
 
-    def session(self) -> criu.Session:
-        return self._criu.session()
+    def session(self, fds: dict[int, int]) -> criu.Session:
+        return self._criu.session(fds=fds)
 
     @property
     def item(self) -> container.Container:
@@ -409,7 +458,17 @@ class _Dump:
         self._files, stream = source.open_final()
         stack.callback(self._files.close)
         stack.callback(stream.close)
-        self.session = stack.enter_context(source.session())
+        #: The pages follow when the guest runs on the destination.
+        self.lazy = source.lazy
+        fds = {}
+        if self.lazy:
+            with source.open_pages() as pages:
+                fds[_PAGES_FD] = pages.fileno()
+                self.session = stack.enter_context(source.session(fds))
+            stack.callback(source.close_pages)
+        else:
+            self.session = stack.enter_context(source.session(fds))
+        self._waiter: threading.Thread | None = None
         self._sender = images.Sender(
             source.images, stream, source.limiter)
         stack.callback(self._sender.stop)
@@ -419,6 +478,13 @@ class _Dump:
         self._ramfs: list[dict[str, ty.Any]] = []
         self._frozen_at = 0.0
 
+    def lazy_config(self) -> pathlib.Path:
+        """What the RPC has no field for that is honoured."""
+        path = self._source.images.with_name(
+            f'{self._source.images.name}.conf')
+        path.write_text(f'ps-socket {_PAGES_FD}\n')
+        return path
+
     def start(self) -> None:
         self._sender.start()
 
@@ -426,7 +492,12 @@ class _Dump:
         if script.name == 'network-lock':
             self._frozen()
         elif script.name == 'post-dump':
-            self._dumped()
+            try:
+                self._dumped()
+            except BaseException:
+                # CRIU would serve pages even now, until somebody hangs up.
+                self._source.close_pages()
+                raise
 
     def _frozen(self) -> None:
         """Every process is stopped by CRIU now."""
@@ -463,8 +534,30 @@ class _Dump:
             source.final_pass(None)
         source.commit({
             'external': self._external, 'cgroups': cgroups,
-            'ramfs': self._ramfs})
-        source.progress.frozen = time.monotonic() - self._frozen_at
+            'ramfs': self._ramfs, 'lazy': self.lazy})
+        if self.lazy:
+            # It runs only if CRIU goes on from here and serves its pages.
+            self._waiter = threading.Thread(
+                target=self._running, name='running', daemon=True)
+            self._waiter.start()
+        else:
+            self._running()
+            if self._error is not None:
+                raise self._error
+
+    def _running(self) -> None:
+        try:
+            self._source.wait_running()
+            self._source.progress.frozen = time.monotonic() - self._frozen_at
+        except BaseException as e:
+            self._error = e
+
+    def wait_running(self) -> None:
+        """With pages to follow, that it runs is known in another thread."""
+        if self._waiter is not None:
+            self._waiter.join()
+            if self._error is not None:
+                raise self._error
 
 
 def _has_link_remaps(directory: pathlib.Path) -> bool:
