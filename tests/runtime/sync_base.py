@@ -27,6 +27,7 @@ import uuid
 
 import testtools
 
+from nova_pycontainer.runtime import disk
 from nova_pycontainer.runtime.migration import sync
 from nova_pycontainer.runtime.migration import sync_links
 from nova_pycontainer.runtime import overlay
@@ -96,14 +97,14 @@ def tree(top, *, view=False):
 class Side:
     """The directories of one host."""
 
-    def __init__(self, directory, layer):
+    def __init__(self, directory, layer, method):
         self.layer = layer
-        self.upper = directory / 'disk' / 'upper'
-        self.work = directory / 'disk' / 'work'
+        directory.mkdir()
+        self.disk = disk.Disk(directory, method, BASE, 32 * MIB)
+        self.disk.create()
+        self.disk.mount()
+        self.upper, self.work = self.disk.upper, self.disk.work
         self.root = directory / 'root'
-        for path in (self.upper, self.work):
-            path.mkdir(parents=True)
-        os.chown(self.upper, BASE, BASE)
         self.mounted = False
 
     def mount(self):
@@ -120,8 +121,11 @@ class Side:
         """What a host does when the instance has gone."""
         for path in (self.upper, self.work):
             shutil.rmtree(path)
-            path.mkdir()
-        os.chown(self.upper, BASE, BASE)
+        self.disk.mount()
+
+    def close(self):
+        self.unmount()
+        self.disk.unmount()
 
 
 class Valve:
@@ -172,6 +176,9 @@ class Valve:
 class Case(testtools.TestCase):
     """``self.a`` is the source, ``self.b`` the destination."""
 
+    #: of limiting the disk; "loop" gives each upper a file system of 32 MiB
+    method = 'none'
+
     def setUp(self):
         super().setUp()
         if os.geteuid() != 0:
@@ -190,10 +197,10 @@ class Case(testtools.TestCase):
         self.addCleanup(self._check_processes)
         self.layer = self.base / 'layer'
         self.layer.mkdir()
-        self.a, self.b = (Side(self.base / name, self.layer)
+        self.a, self.b = (Side(self.base / name, self.layer, self.method)
                           for name in ('a', 'b'))
-        self.addCleanup(self.a.unmount)
-        self.addCleanup(self.b.unmount)
+        self.addCleanup(self.a.close)
+        self.addCleanup(self.b.close)
         self.copy = sync.Copy(self.b.upper)
         self.mark = None
 
