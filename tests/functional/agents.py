@@ -12,6 +12,7 @@
 
 """The agents of the hosts that the functional tests run."""
 
+import contextlib
 import os
 import pathlib
 import shutil
@@ -126,6 +127,18 @@ idmap_count = 512
             self._process = None
 
     def remove(self):
+        try:
+            self._end()
+        finally:
+            shutil.rmtree(self.base)
+            shutil.rmtree(self.run)
+        # Only empty ones go; anything else is a leak to be seen.
+        subprocess.run(
+            ['find', '/sys/fs/cgroup', '/run/cgroup1', '-depth',
+             '-path', f'*/{self.cgroup_parent}*', '-type', 'd', '-delete'],
+            stderr=subprocess.DEVNULL, timeout=PATIENCE)
+
+    def _end(self):
         if self._process is None:
             self.start()
         for info in self.client.list():
@@ -134,13 +147,6 @@ idmap_count = 512
         self._process.wait(PATIENCE)
         keeper = keeper_client.KeeperClient(self.run / 'keeper.sock')
         os.kill(keeper.ping()['pid'], signal.SIGTERM)
-        shutil.rmtree(self.base)
-        shutil.rmtree(self.run)
-        # Only empty ones go; anything else is a leak to be seen.
-        subprocess.run(
-            ['find', '/sys/fs/cgroup', '/run/cgroup1', '-depth',
-             '-path', f'*/{self.cgroup_parent}*', '-type', 'd', '-delete'],
-            stderr=subprocess.DEVNULL, timeout=PATIENCE)
 
     def leftovers(self):
         found = [info['uuid'] for info in self.client.list()]
@@ -172,8 +178,9 @@ class Real:
                 'tools/lib/in-host.sh')
 
     def cleanUp(self):
-        for agent in self._agents.values():
-            agent.remove()
+        with contextlib.ExitStack() as all_of_them:
+            for agent in self._agents.values():
+                all_of_them.callback(agent.remove)
 
     def _agent(self, host):
         if host not in self._agents:

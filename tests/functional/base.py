@@ -146,6 +146,12 @@ class TestCase(integrated_helpers.ProviderUsageBaseTestCase):
 
         return self.wait_for(reached, f'{server["id"]} {status}')
 
+    def wait_for_task(self, server, task):
+        self.wait_for(
+            lambda: task == self.api.get_server(
+                server['id'])['OS-EXT-STS:task_state'],
+            f'{server["id"]} {task}')
+
     def wait_for(self, condition, what, seconds=60):
         """Wait until ``condition()`` is true, and return what it returned."""
         deadline = time.monotonic() + seconds
