@@ -154,11 +154,21 @@ def save_cgroups(group: cgroup.Cgroup) -> list[dict[str, ty.Any]]:
             'path': str(path.relative_to(group.v2)),
             'uid': status.st_uid, 'gid': status.st_gid,
             'mode': stat.S_IMODE(status.st_mode), 'settings': settings,
-            'owned': [name for name in _OWNED
-                      if (path / name).exists() and
-                      (path / name).stat().st_uid == status.st_uid],
+            'owned': _owned(path, status),
         })
     return tree
+
+
+def _owned(path: pathlib.Path, status: os.stat_result) -> list[str]:
+    """Files of a cgroup that belong to its owner.
+
+    All of them where a guest's process has made the cgroup: a user's systemd
+    keeps ``memory.pressure`` open for writing.
+    """
+    return sorted(
+        file.name for file in os.scandir(path)
+        if file.is_file(follow_symlinks=False) and
+        file.stat(follow_symlinks=False).st_uid == status.st_uid)
 
 
 def make_cgroups(
@@ -188,7 +198,9 @@ def make_cgroups(
         os.chmod(directory, int(item['mode']) & 0o777)
         os.chown(directory, *ids)
         for name in item['owned']:
-            if name in _OWNED:
+            # The limits of the container itself are never the guest's.
+            if name in _OWNED or (path.parts and '/' not in name and
+                                  (directory / name).exists()):
                 os.chown(directory / name, *ids)
 
 
