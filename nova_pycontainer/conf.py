@@ -111,6 +111,65 @@ How many processes and threads a server may have.
 
 A flavor's extra spec ``pycontainer:pids_max`` takes precedence.
 """),
+    cfg.BoolOpt(
+        'live_migration_permit_post_copy',
+        default=False,
+        help="""
+Whether a live migration may go on on the destination before all memory is
+there.
+
+Then a guest that changes its memory faster than it can be copied arrives
+nevertheless, and the time that it stands still depends no longer on the size
+of its memory. The price: until the last page has arrived neither host has all
+of the guest, and a failure of one of them, or of the network between them,
+loses what the guest had in memory.
+
+A migration switches to post-copy when it is told to complete, by an operator
+or by ``live_migration_timeout_action``.
+"""),
+    cfg.IntOpt(
+        'live_migration_bandwidth',
+        default=0,
+        min=0,
+        help="""
+MiB/s that a live migration may use; 0 sets no limit.
+"""),
+    cfg.IntOpt(
+        'live_migration_downtime',
+        default=500,
+        min=100,
+        help="""
+Milliseconds that the guest should stand still at most.
+
+It is what the copying while the guest runs aims at. If a guest changes more
+than can be copied in that time it stands still for longer.
+"""),
+    cfg.IntOpt(
+        'live_migration_completion_timeout',
+        default=800,
+        min=0,
+        help="""
+Seconds that a live migration may take, for each GiB of the server's memory
+(2 GiB at least) and root disk; 0 sets no limit.
+
+Related options:
+
+* ``live_migration_timeout_action``
+"""),
+    cfg.StrOpt(
+        'live_migration_timeout_action',
+        default='abort',
+        choices=[
+            ('abort', 'the server stays where it is'),
+            ('force_complete', 'what is left is copied while the guest '
+                               'stands still, or, if '
+                               '``live_migration_permit_post_copy`` is set, '
+                               'after it has gone on on the destination'),
+        ],
+        help="""
+What to do with a live migration that takes longer than
+``live_migration_completion_timeout``.
+"""),
 ]
 
 

@@ -35,6 +35,9 @@ from nova_pycontainer import errors as driver_errors
 from nova_pycontainer import events
 from nova_pycontainer import host as driver_host
 from nova_pycontainer import image
+from nova_pycontainer import migration
+from nova_pycontainer import migration_checks
+from nova_pycontainer import migration_destination
 from nova_pycontainer import power
 from nova_pycontainer.runtime import errors
 from nova_pycontainer import spawn
@@ -109,6 +112,11 @@ class PyContainerDriver(driver.ComputeDriver):
         self._power = power.Power(self._client, options)
         self._spawner = spawn.Spawner(
             self._client, self._images, self.virtapi, options)
+        self._migration_checks = migration_checks.Checks(self._client)
+        self._migration_source = migration.Source(
+            self._client, options, host)
+        self._migration_destination = migration_destination.Destination(
+            self._client, self._images, options)
         self._watcher = events.Watcher(
             self._client, self.emit_event, self._agent_up, self._agent_down,
             patience=options.agent_lost_timeout)
@@ -325,3 +333,76 @@ class PyContainerDriver(driver.ComputeDriver):
         with driver_errors.translated(
                 instance, failure=exception.VirtualInterfaceUnplugException):
             self._spawner.unplug(instance, network_info)
+
+    # Live migration, in the order of the calls. D is called on the
+    # destination, S on the source.
+
+    def check_can_live_migrate_destination(  # D
+            self, context, instance, src_compute_info, dst_compute_info,
+            block_migration=False, disk_over_commit=False):
+        return self._migration_checks.destination(
+            context, instance, src_compute_info, dst_compute_info,
+            block_migration, disk_over_commit)
+
+    def check_can_live_migrate_source(  # S
+            self, context, instance, dest_check_data,
+            block_device_info=None):
+        return self._migration_checks.source(
+            instance, dest_check_data, block_device_info)
+
+    def check_source_migrate_data_at_dest(  # D
+            self, ctxt, instance, migrate_data, migration, limits, allocs):
+        return self._migration_checks.outcome(
+            ctxt, instance, migrate_data, migration)
+
+    def cleanup_live_migration_destination_check(  # D
+            self, context, dest_check_data):
+        # The checks make nothing. Nova asks for it even so.
+        pass
+
+    def get_instance_disk_info(  # S
+            self, instance, block_device_info=None):
+        with driver_errors.translated(
+                instance, failure=exception.MigrationError):
+            return self._migration_source.disk_info(instance)
+
+    def pre_live_migration(  # D
+            self, context, instance, block_device_info, network_info,
+            disk_info, migrate_data):
+        with driver_errors.translated(
+                instance, image_id=instance.image_ref,
+                failure=exception.MigrationError):
+            return self._migration_destination.prepare(
+                context, instance, network_info, disk_info, migrate_data)
+
+    def live_migration(  # S
+            self, context, instance, dest, post_method, recover_method,
+            block_migration=False, migrate_data=None):
+        self._migration_source.migrate(
+            context, instance, dest, post_method, recover_method,
+            block_migration, migrate_data)
+
+    def live_migration_force_complete(self, instance):  # S
+        self._migration_source.force_complete(instance)
+
+    def live_migration_abort(self, instance):  # S
+        self._migration_source.abort(instance)
+
+    def post_live_migration_at_source(  # S
+            self, context, instance, network_info):
+        self.unplug_vifs(instance, network_info)
+
+    def post_live_migration_at_destination(  # D
+            self, context, instance, network_info, block_migration=False,
+            block_device_info=None):
+        with driver_errors.translated(
+                instance, failure=exception.MigrationError):
+            self._migration_destination.arrived(instance)
+
+    def rollback_live_migration_at_destination(  # D
+            self, context, instance, network_info, block_device_info,
+            destroy_disks=True, migrate_data=None):
+        with driver_errors.translated(
+                instance, failure=exception.MigrationError):
+            self._migration_destination.rollback(
+                instance, network_info, migrate_data)

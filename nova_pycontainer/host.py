@@ -98,6 +98,9 @@ class Host:
                 'features': [],
                 'topology': {'sockets': 1, 'cores': info['cpus'],
                              'threads': 1},
+                # Every other host reads it here: which certificate this
+                # one's agent has. The cloud's database is the key directory.
+                'migration': info['migration'],
             }),
             'supported_instances': [
                 (architecture, fields.HVType.LXC, fields.VMMode.EXE)],

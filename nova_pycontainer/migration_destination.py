@@ -1,0 +1,222 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Live migration: the destination's side."""
+
+from nova import exception
+from nova.i18n import _
+from nova import objects
+from oslo_log import log as logging
+
+from nova_pycontainer import migration_data
+from nova_pycontainer.runtime import errors
+from nova_pycontainer import spawn
+from nova_pycontainer import steps as driver_steps
+from nova_pycontainer import vif
+
+LOG = logging.getLogger(__name__)
+
+#: Phases of the agent in which the server may run here, or does.
+_HERE = ('committed', 'running', 'completed')
+
+_ENDED = ('aborted', 'failed')
+
+_ALIVE = ('running', 'paused')
+
+
+class Destination:
+    """Receives servers.
+
+    :param client: client of the agent
+    :param images: a nova_pycontainer.image.Images
+    :param conf: the options of ``[pycontainer]``
+    """
+
+    def __init__(self, client, images, conf):
+        self._client = client
+        self._images = images
+        self._conf = conf
+
+    def prepare(self, context, instance, network_info, disk_info, data):
+        """Make all that the server needs here, and wait for its source.
+
+        :param disk_info: what the source has said, see
+            :func:`nova_pycontainer.migration_data.dump_disk_info`
+        :returns: the object, with what the source needs
+        :raises nova.exception.NovaException: nothing is left of it here
+        :raises ContainerError: the same, of the agent's
+        """
+        uuid = instance.uuid
+        migration = migration_data.get(data)['migration']
+        facts = migration_data.load_disk_info(disk_info)
+        source = migration_data.recorded_identity(context, instance.host)
+        vifs = migration_data.destination_vifs(data, network_info)
+        with driver_steps.Steps('pre_live_migration', instance) as steps:
+            with steps.step('leftovers'):
+                self._remove_leftovers(instance)
+            with steps.step('layer'):
+                self._layer(context, instance, facts['spec'])
+            with steps.step('network'):
+                vifs = _in_order(vifs, facts['spec']['nics'])
+                nics = vif.nics(vifs, self._conf.tx_offload)
+            with steps.step('plug', lambda: self._client.unplug(
+                    uuid, [nic['devname'] for nic in nics])):
+                self._client.plug(uuid, nics)
+            with steps.step('plug_vifs', lambda: vif.unplug(instance, vifs)):
+                # Neutron wires the ports from now on. The source waits for
+                # its event before it begins.
+                vif.plug(instance, vifs)
+            with steps.step('prepare', lambda: self._client.delete(uuid)):
+                endpoint = self._client.migration_prepare(
+                    uuid, migration, {
+                        **facts['spec'], 'base_id': facts['base_id'],
+                        'nics': nics},
+                    source, options(self._conf))
+            steps.success()
+        data.target_connect_addr = f'{endpoint["address"]}:{endpoint["port"]}'
+        migration_data.put(data, migration=migration, endpoint={
+            key: endpoint[key] for key in ('address', 'port', 'fingerprint')})
+        return data
+
+    def _remove_leftovers(self, instance):
+        """Remove what an earlier stay has left here.
+
+        :raises nova.exception.MigrationError: it is alive
+        """
+        try:
+            state = self._client.info(instance.uuid)['state']
+        except errors.ContainerError as e:
+            if e.code != 'not_found':
+                raise
+            return
+        if state in _ALIVE:
+            raise exception.MigrationError(
+                reason=_('its container is %s on the destination already. '
+                         'Look at both hosts with "pycontainer list"') %
+                state)
+        # The source has the server, as Nova and its agent say.
+        LOG.warning('Removing what is left here of an earlier stay (%s)',
+                    state, instance=instance)
+        self._client.delete(instance.uuid)
+
+    def _layer(self, context, instance, spec):
+        """Make sure that the image's layer is here.
+
+        Its key names the data, so that a layer of that key is the right one
+        whatever Glance has.
+        """
+        if self._client.layer_present(spec['layer']):
+            return
+        try:
+            key = self._images.ensure(
+                context, instance, objects.ImageMeta.from_instance(instance))
+        except (exception.ImageNotFound,
+                exception.ImageNotAuthorized) as e:
+            raise exception.MigrationError(
+                reason=_('image %s is not on the destination, and not in '
+                         'Glance any more. Upload it again, or migrate to a '
+                         'host that has servers of it') % spec['image_id']
+            ) from e
+        if key != spec['layer']:
+            raise exception.MigrationError(
+                reason=_('image %s has other data in Glance than the server '
+                         'was made of') % spec['image_id'])
+
+    def arrived(self, instance):
+        """Nova makes the server this host's.
+
+        :raises nova.exception.MigrationError: it is not here
+        """
+        info = self._client.info(instance.uuid)
+        if info['state'] not in _ALIVE:
+            raise exception.MigrationError(
+                reason=_('the container is %s after its migration') %
+                info['state'])
+        # The compute manager saves it with the instance.
+        instance.system_metadata[spawn.BASE_ID] = str(info['base_id'])
+
+    def rollback(self, instance, network_info, data):
+        """Remove what :meth:`prepare` has made; idempotent.
+
+        :raises nova.exception.MigrationError: the server runs here, whatever
+            the source may think
+        """
+        uuid = instance.uuid
+        self._give_up(instance, data)
+        self._client.delete(uuid)
+        vifs = migration_data.destination_vifs(data, network_info)
+        vif.unplug(instance, vifs)
+        self._client.unplug(uuid, [vif.name(port) for port in vifs or ()])
+
+    def _give_up(self, instance, data):
+        """Have the agent end the migration, unless it cannot be ended.
+
+        :raises nova.exception.MigrationError: it has ended well
+        """
+        try:
+            migration = migration_data.get(data)['migration']
+            status = self._client.migration_status(migration)
+            if status['phase'] not in (*_ENDED, *_HERE):
+                self._client.migration_abort(
+                    migration, 'the source has rolled back')
+                status = self._client.migration_status(migration)
+            here = status['phase'] in _HERE
+        except (exception.MigrationError, KeyError):
+            # It failed before it had a name.
+            here = self._is_alive(instance)
+        except errors.ContainerError as e:
+            if e.code == 'not_found':
+                here = self._is_alive(instance)
+            elif e.code == 'bad_state':
+                here = True
+            else:
+                raise
+        if here:
+            raise exception.MigrationError(
+                reason=_('the server runs on the destination, which is '
+                         'therefore not cleaned up. Look at both hosts with '
+                         '"pycontainer list"'))
+
+    def _is_alive(self, instance):
+        try:
+            return self._client.info(instance.uuid)['state'] in _ALIVE
+        except errors.ContainerError as e:
+            if e.code != 'not_found':
+                raise
+            return False
+
+
+def options(conf):
+    """The options of ``[pycontainer]`` as the agent takes them."""
+    bandwidth = conf.live_migration_bandwidth
+    return {
+        'permit_post_copy': conf.live_migration_permit_post_copy,
+        'max_downtime': conf.live_migration_downtime / 1000,
+        'bandwidth': bandwidth << 20 if bandwidth else None,
+    }
+
+
+def _in_order(vifs, nics):
+    """The VIFs in the order of the guest's eth0, eth1 …
+
+    The guest has them as they were when it started; Nova's list may have
+    another order by now.
+    """
+    by_id = {port['id']: port for port in vifs or ()}
+    if set(by_id) != {nic['id'] for nic in nics}:
+        raise exception.MigrationError(
+            reason=_('the ports of the server (%(nova)s) are not those of '
+                     'its container (%(container)s). A hard reboot makes '
+                     'them so') %
+            {'nova': ', '.join(by_id) or 'none',
+             'container': ', '.join(nic['id'] for nic in nics) or 'none'})
+    return [by_id[nic['id']] for nic in nics]
