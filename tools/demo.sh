@@ -50,7 +50,7 @@ scratch=$(mktemp -d)
 results=$scratch/results
 : >"$results"
 step='starting'
-cloud_was_up='' in_cloud=''
+cloud_started='' in_cloud=''
 
 now() { date +%s.%N; }
 since() { awk -v a="$1" -v b="$(now)" 'BEGIN { printf "%.2f", b - a }'; }
@@ -97,7 +97,7 @@ clean_up() {
         quietly command openstack keypair delete "$name"
         quietly command openstack image delete "$name"
     fi
-    if [ -z "$keep" ] && [ -z "$cloud_was_up" ]; then
+    if [ -n "$cloud_started" ] && { [ -z "$keep" ] || [ $rc -ne 0 ]; }; then
         say "taking the cloud down"
         "$REPO/tools/cloud.sh" down || rc=1
     fi
@@ -117,7 +117,7 @@ export PATH=$VENV/bin:$PATH PYTHONWARNINGS=ignore
 
 title "building the image ($image, from Debian's packages)"
 begin=$(now)
-"$REPO/tools/images/build.sh" "$image" "$scratch/$image.tar.gz"
+"$REPO/tools/images/build.sh" "$image" "$scratch/$image.tar.zst"
 result image_build_s "$(since "$begin")"
 
 # Before the cloud is up: its own memory comes and goes.
@@ -127,8 +127,9 @@ title 'what an idle instance costs its host in memory (10 of them, no cloud)'
 
 title 'bringing the cloud up'
 if "$REPO/tools/cloud.sh" status >/dev/null 2>&1; then
-    cloud_was_up=1
     say 'it was up already, and will be left up'
+else
+    cloud_started=1
 fi
 begin=$(now)
 "$REPO/tools/cloud.sh" up
@@ -142,7 +143,7 @@ openstack flavor list -c Name -c RAM -c Disk -c VCPUs
 title 'uploading the image'
 begin=$(now)
 openstack image create --disk-format raw --container-format bare \
-    --file "$scratch/$image.tar.gz" -c name -c size -c status "$name"
+    --file "$scratch/$image.tar.zst" -c name -c size -c status "$name"
 result image_upload_s "$(since "$begin")"
 
 title 'a key pair, a security group and a port with a floating IP'
