@@ -216,6 +216,27 @@ def guest_memory(cgroup: str) -> GuestMemory:
     return GuestMemory(anonymous, cache, kernel, of_processes, count)
 
 
+@contextlib.contextmanager
+def inotify_instances(wanted: int) -> cabc.Iterator[int]:
+    """Let root's user namespaces have at least so many inotify instances.
+
+    The kernel charges what a container uses to the owner of its user
+    namespace, too: all of them together to root, whose limit is 128 by
+    default. One systemd takes about eight.
+
+    :yields: the limit that there was
+    """
+    path = pathlib.Path('/proc/sys/fs/inotify/max_user_instances')
+    had = int(path.read_text())
+    if had < wanted:
+        path.write_text(str(wanted))
+    try:
+        yield had
+    finally:
+        if had < wanted:
+            path.write_text(str(had))
+
+
 # A host
 
 class Bench:

@@ -66,11 +66,14 @@ def measure(bench: common.Bench, image: str, count: int) -> dict[str, ty.Any]:
     created = time.monotonic() - begin
     idle = bench.wait_idle(uuids)
     after = _sample(bench)
+    for uuid in uuids:
+        info = bench.host.info(uuid)
+        if info['state'] != 'running':
+            raise RuntimeError(
+                f'{uuid} is {info["state"]}: {info["exit"]}\n' +
+                bench.host.console_log(uuid, 2000).decode(errors='replace'))
     guests = [common.guest_memory(f'{bench.parent}/{uuid}')
               for uuid in uuids]
-    states = {bench.host.info(uuid)['state'] for uuid in uuids}
-    if states != {'running'}:
-        raise RuntimeError(f'not all instances run: {states}')
     begin = time.monotonic()
     for uuid in uuids:
         bench.host.delete(uuid)
@@ -160,7 +163,12 @@ def main() -> int:
     common.inside_host()
     print(common.describe_machine())
     results = []
-    with common.Bench(args.disk_limit) as bench:
+    wanted = 128 + 16 * args.instances
+    with (common.inotify_instances(wanted) as had,
+          common.Bench(args.disk_limit) as bench):
+        if had < wanted:
+            print(f'fs.inotify.max_user_instances is {had}, here {wanted} '
+                  'while this runs')
         for name in images:
             results.append(measure(bench, name, args.instances))
             show(results[-1])
