@@ -22,8 +22,8 @@ import re
 from nova_pycontainer.runtime import errors
 
 _UUID = re.compile(
-    r'^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$')
-_LAYER = re.compile(r'^[a-z0-9]+-[0-9a-zA-Z]{16,128}$')
+    r'[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}')
+_LAYER = re.compile(r'[a-z0-9]+-[0-9a-zA-Z]{16,128}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ def check_uuid(uuid: object) -> str:
 
     :raises ContainerError: ``invalid``
     """
-    if not isinstance(uuid, str) or not _UUID.match(uuid):
+    if not isinstance(uuid, str) or not _UUID.fullmatch(uuid):
         raise errors.ContainerError(
             'invalid', f'{uuid!r} is not the uuid of an instance')
     return uuid
@@ -94,7 +94,7 @@ def check_layer_key(key: object) -> str:
 
     :raises ContainerError: ``invalid``
     """
-    if not isinstance(key, str) or not _LAYER.match(key):
+    if not isinstance(key, str) or not _LAYER.fullmatch(key):
         raise errors.ContainerError(
             'invalid', f'{key!r} is not the key of a layer')
     return key

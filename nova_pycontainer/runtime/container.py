@@ -45,6 +45,7 @@ from nova_pycontainer.runtime import revert
 from nova_pycontainer.runtime import spec as rspec
 from nova_pycontainer.runtime import state
 from nova_pycontainer.runtime import syscalls
+from nova_pycontainer.runtime.migration import announce
 
 LOG = logging.getLogger(__name__)
 
@@ -210,6 +211,7 @@ class Container:
                 os.close(master)
             with r.step('network', self.unplug_all):
                 self._wire(pid)
+                self._allow_ping(pid)
             with r.step('watch'):
                 self.exit_file.unlink(missing_ok=True)
                 self._keeper.watch(self.uuid, pid, str(self.exit_file))
@@ -388,6 +390,21 @@ class Container:
             os.close(root)
         fcntl.ioctl(fd, _TIOCSPTLCK, bytes(4))
         return fd
+
+    def _allow_ping(self, pid: int) -> None:
+        """Let all users of the guest ping, as distributions do.
+
+        systemd's own setting names groups up to 2^31, which do not exist in
+        the guest's user namespace, so that the kernel refuses it.
+        """
+        first = self.st.base_id
+        netns = os.open(f'/proc/{pid}/ns/net', os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            announce.in_netns(netns, lambda: pathlib.Path(
+                '/proc/sys/net/ipv4/ping_group_range').write_text(
+                    f'{first} {first + 65534}'))
+        finally:
+            os.close(netns)
 
     def start(self) -> None:
         """Let the init run."""

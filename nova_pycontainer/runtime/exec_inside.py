@@ -28,6 +28,7 @@ import os
 import resource
 import signal
 import sys
+import typing as ty
 
 CLONE_NEWTIME = 0x00000080
 NAMESPACES = {
@@ -110,7 +111,7 @@ def _seccomp(program: bytes) -> None:
         ctypes.byref(prog), 0, 0), 'seccomp')
 
 
-def _become(document: dict) -> None:
+def _become(document: dict[str, ty.Any]) -> None:
     os.setsid()
     os.chdir('/')
     for item in document['rlimits']:

@@ -159,11 +159,16 @@ class Host:
                 continue
             entry = self._entries[uuid] = Entry(item)
             pidfd = item.open()
-            if pidfd is not None:
-                self._watcher.add(uuid, pidfd)
-                continue
             try:
-                self._exited(uuid)
+                if pidfd is not None:
+                    self._watcher.add(uuid, pidfd)
+                    self.migrations.recover(uuid)
+                else:
+                    self.migrations.recover(uuid)
+                    self._exited(uuid)
+                    if uuid in self._entries and item.st.run is None:
+                        # What a kill in the middle of a verb has left.
+                        item.teardown()
             except errors.ContainerError as e:
                 # One container must not keep the others from their agent.
                 # Cleaning up is tried again with the next verb.
@@ -191,8 +196,14 @@ class Host:
 
     @contextlib.contextmanager
     def locked(self, uuid: str) -> cabc.Iterator[Entry]:
+        """Change a container.
+
+        :raises ContainerError: ``not_found``; ``bad_state``: whether it runs
+            on another host is not known, so nothing of it may run here
+        """
         entry = self.entry(uuid)
         with entry.lock:
+            self._check_settled(entry)
             if entry.deleted:
                 raise errors.ContainerError(
                     'not_found', f'the container of instance {uuid} has '
@@ -202,6 +213,17 @@ class Host:
             except errors.ContainerError as e:
                 e.uuid = e.uuid or uuid
                 raise
+
+    @staticmethod
+    def _check_settled(entry: Entry) -> None:
+        migration = entry.migration
+        if migration is not None and migration.progress.phase in (
+                protocol.Phase.READY, protocol.Phase.COMMITTED):
+            raise errors.ContainerError(
+                'bad_state', 'its migration is not settled: '
+                'where it may run is not known yet',
+                uuid=entry.container.uuid,
+                remedy='Bring the agents of both hosts back')
 
     @staticmethod
     def require(entry: Entry, *states: str) -> str:
@@ -229,7 +251,9 @@ class Host:
             # before the end has been dealt with, and "stopped" would make
             # Nova stop a healthy machine.
             self._exited(item.uuid)
-        return entry.container.info()
+        migration = entry.migration
+        return entry.container.info() | {
+            'migration': migration.progress.migration if migration else None}
 
     def host_info(self) -> Info:
         """What this host has. Sizes are bytes."""
@@ -518,10 +542,12 @@ class Host:
         with entry.lock:
             if entry.deleted:
                 return
+            self._check_settled(entry)
             entry.stopping += 1
             try:
                 entry.container.kill()
                 self._finish(entry)
+                entry.container.teardown()
                 if keep_disk:
                     return
                 entry.container.remove_files()
@@ -549,7 +575,7 @@ class Host:
                 if self._finish(entry):
                     self._reboot_by_guest(entry)
         except errors.ContainerError as e:
-            if e.code != 'not_found':
+            if e.code not in ('bad_state', 'not_found'):
                 raise
 
     def _finish(self, entry: Entry) -> bool:
@@ -560,7 +586,8 @@ class Host:
         item = entry.container
         run = item.st.run
         if run is None:
-            item.teardown()
+            # Dealt with already. Tearing down once more would take away what
+            # the next start may have made in the meantime.
             return False
         pidfd = item.open()
         if pidfd is not None:

@@ -28,9 +28,11 @@ from nova_pycontainer.runtime import criu
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime.migration import channel
 from nova_pycontainer.runtime.migration import destination as dst
+from nova_pycontainer.runtime.migration import images
 from nova_pycontainer.runtime.migration import keys
 from nova_pycontainer.runtime.migration import listener
 from nova_pycontainer.runtime.migration import protocol
+from nova_pycontainer.runtime.migration import recovery
 from nova_pycontainer.runtime.migration import source as src
 
 if ty.TYPE_CHECKING:
@@ -39,9 +41,9 @@ if ty.TYPE_CHECKING:
 LOG = logging.getLogger(__name__)
 
 _KEEP = 200
-#: A destination waits this long for its source.
-_EXPECT = 1800.0
 _END_TIMEOUT = 60.0
+#: A source that was cut off may ask for so long whether its instance runs.
+_ANSWER_FOR = 7 * 86400.0
 
 Info = dict[str, ty.Any]
 
@@ -55,8 +57,11 @@ class Migrations:
         self._lock = threading.Lock()
         self._ended: collections.OrderedDict[str, protocol.Progress] = (
             collections.OrderedDict())
-        self._sources: dict[str, src.Source] = {}
-        self._destinations: dict[str, dst.Destination] = {}
+        self._sources: dict[
+            str, src.Source | recovery.SourceQuestion] = {}
+        self._destinations: dict[
+            str, dst.Destination | recovery.DestinationQuestion |
+            recovery.Answer] = {}
         self._changed = threading.Condition()
         self._listener: listener.Listener | None = None
 
@@ -69,6 +74,10 @@ class Migrations:
         self._identity = keys.Identity.load_or_create(
             c.state_dir / 'keys', socket.gethostname())
         self._criu = criu.Criu(c.criu_path, self._host.keeper)
+        # Of migrations that another agent began: their connections are gone.
+        for directory in (c.run_dir / 'migration').glob('*'):
+            if directory.is_dir():
+                images.Memory(directory).unmount()
         self._listener = listener.Listener(
             c.migration_listen, c.migration_ports, self._identity,
             self._connected)
@@ -87,6 +96,90 @@ class Migrations:
             'address': self._config.migration_address,
             'port': self._listener.port,
         }
+
+    # After a restart
+
+    def recover(self, uuid: str) -> None:
+        """Finish or undo what the journal of a container tells of.
+
+        Called for each container while the host starts.
+        """
+        entry = self._host.entry(uuid)
+        item = entry.container
+        journal = protocol.Journal(item.directory)
+        facts = journal.read()
+        if facts is None or facts['phase'] == protocol.Phase.COMMITTED:
+            self._be_ready_to_answer(uuid)
+        if facts is None:
+            return
+        migration, phase = str(facts['migration']), facts['phase']
+        progress = protocol.Progress(migration, uuid, facts['role'])
+        LOG.warning('instance %s: its migration %s was %s as %s when the '
+                    'agent ended', uuid, migration, phase, facts['role'])
+        if facts['role'] == 'source':
+            if phase != protocol.Phase.COMMITTED:
+                # CRIU has let it go when it lost us.
+                recovery.thaw(item, bool(facts.get('paused')))
+                journal.remove()
+                return
+            question = recovery.SourceQuestion(
+                item, self._identity, facts, progress,
+                moved=lambda: self._settle(uuid, migration, True),
+                stays=lambda: self._settle(uuid, migration, False))
+            entry.migration = question
+            with self._lock:
+                self._sources[migration] = question
+        elif phase == protocol.Phase.COMMITTED and item.open() is not None:
+            recovery.release(item, bool(facts.get('paused')))
+            journal.remove()
+            self._host.note('started', uuid)
+        elif phase == protocol.Phase.READY:
+            waiting = recovery.DestinationQuestion(
+                item, facts, progress,
+                running=lambda: self._settled_here(uuid, migration),
+                failed=lambda: self._failed(uuid, migration))
+            entry.migration = waiting
+            with self._lock:
+                self._destinations[migration] = waiting
+            self._expect(migration, uuid, facts['peer'])
+        else:
+            # Its source runs it: nothing was promised.
+            item.cgroup.kill()
+            journal.remove()
+            self._host.delete(uuid)
+
+    def _be_ready_to_answer(self, uuid: str) -> None:
+        arrived = self._host.entry(uuid).container.st.arrived
+        if arrived and time.time() - arrived['at'] < _ANSWER_FOR:
+            migration = str(arrived['migration'])
+            with self._lock:
+                self._destinations[migration] = recovery.Answer(
+                    protocol.Progress(migration, uuid, 'destination'))
+            self._expect(migration, uuid, arrived['peer'])
+
+    def _settle(self, uuid: str, migration: str, moved: bool) -> None:
+        entry = self._host.entry(uuid)
+        with entry.lock:
+            if moved:
+                self._gone(uuid, migration)
+            else:
+                protocol.Journal(entry.container.directory).remove()
+            entry.migration = None
+        with self._lock:
+            question = self._sources.pop(migration, None)
+        if question is not None:
+            question.progress.phase = (
+                protocol.Phase.COMPLETED if moved else
+                protocol.Phase.ABORTED)
+            question.progress.ended_at = time.time()
+            self._remember(question.progress)
+
+    def _settled_here(self, uuid: str, migration: str) -> None:
+        self._host.entry(uuid).migration = None
+        protocol.Journal(
+            self._host.entry(uuid).container.directory).remove()
+        self._host.note('started', uuid)
+        self._end(migration)
 
     # Destination
 
@@ -110,7 +203,7 @@ class Migrations:
             item = entry.container
             incoming = dst.Destination(
                 item, self._host.layer_root(item), self._criu, progress,
-                self._directory(migration), opts.bandwidth,
+                self._directory(migration), opts.bandwidth, source,
                 on_running=lambda: self._arrived(uuid, migration),
                 on_failed=lambda: self._failed(uuid, migration))
             incoming.prepare()
@@ -120,10 +213,15 @@ class Migrations:
         entry.migration = incoming
         with self._lock:
             self._destinations[migration] = incoming
+        self._expect(migration, uuid, source)
+        return self.identity()
+
+    def _expect(self, migration: str, uuid: str, source: Info) -> None:
+        assert self._listener is not None
         self._listener.expect(
             migration, uuid, keys.Peer(str(source['certificate']), (
-                str(source.get('address')),)), dst.ROLES, _EXPECT)
-        return self.identity()
+                str(source.get('address')),)), dst.ROLES,
+            _ANSWER_FOR)
 
     def _directory(self, migration: str) -> pathlib.Path:
         return self._config.run_dir / 'migration' / migration
@@ -140,15 +238,15 @@ class Migrations:
         self._host.watch(uuid)
         self._host.entry(uuid).migration = None
         self._host.note('started', uuid)
-        self._end(migration, keep=True)
+        self._end(migration)
 
     def _failed(self, uuid: str, migration: str) -> None:
         with contextlib.suppress(errors.ContainerError):
             self._host.entry(uuid).migration = None
             self._host.delete(uuid)
-        self._end(migration, keep=True)
+        self._end(migration)
 
-    def _end(self, migration: str, keep: bool) -> None:
+    def _end(self, migration: str) -> None:
         with self._lock:
             incoming = self._destinations.get(migration)
         if incoming is not None:

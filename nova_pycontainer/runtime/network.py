@@ -93,7 +93,7 @@ def check_devname(name: object) -> str:
     :raises ContainerError: ``invalid``: no other link of the host may be
         touched through the agent
     """
-    if not isinstance(name, str) or not _OUTER.match(name):
+    if not isinstance(name, str) or not _OUTER.fullmatch(name):
         raise errors.ContainerError(
             'invalid', f'{name!r} is not the name of an instance\'s interface')
     return name

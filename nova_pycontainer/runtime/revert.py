@@ -25,6 +25,7 @@ import typing as ty
 from oslo_log import log as logging
 
 from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime import faults
 
 LOG = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class Reverter:
         try:
             if fault_hook is not None:
                 fault_hook(name)
+            faults.point(name)
             yield
         except errors.ContainerError as e:
             e.step = e.step or name

@@ -114,6 +114,8 @@ class State:
     exit: Exit | None = None
     #: It runs on another host, and must not be started here again.
     moved: dict[str, ty.Any] | None = None
+    #: The migration that it came with, and from whom: its source may ask.
+    arrived: dict[str, ty.Any] | None = None
 
     def save(self, directory: pathlib.Path) -> None:
         data = dataclasses.asdict(self)

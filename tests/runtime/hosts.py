@@ -57,6 +57,9 @@ class Agent(client.Client):
         assert self.holder.stdout.read(1) == b'\n'
         self.pid = self.holder.pid
         self.process = None
+        #: See nova_pycontainer.runtime.faults.
+        self.faults = ''
+        self.record = ''
         super().__init__(f'/proc/{self.pid}/root/run/pyc/agent.sock')
 
     def enter(self, *argv):
@@ -84,6 +87,8 @@ class Agent(client.Client):
             self.process = subprocess.Popen(
                 self.enter(str(BIN / 'pycontainer-agent'), '--config-file',
                            str(conf)),
+                env={**os.environ, 'PYCONTAINER_FAULTS': self.faults,
+                     'PYCONTAINER_FAULT_POINTS': str(self.record)},
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         base.wait_for(self._answers, f'the agent of {self.name}')
 

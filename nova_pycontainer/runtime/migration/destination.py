@@ -27,12 +27,15 @@ from oslo_log import log as logging
 from nova_pycontainer.runtime import container
 from nova_pycontainer.runtime import criu
 from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime import faults
 from nova_pycontainer.runtime import network
 from nova_pycontainer.runtime.migration import announce
 from nova_pycontainer.runtime.migration import bandwidth
 from nova_pycontainer.runtime.migration import channel
+from nova_pycontainer.runtime.migration import clocks
 from nova_pycontainer.runtime.migration import guest
 from nova_pycontainer.runtime.migration import images
+from nova_pycontainer.runtime.migration import patches
 from nova_pycontainer.runtime.migration import lazy
 from nova_pycontainer.runtime.migration import protocol
 from nova_pycontainer.runtime.migration import relay
@@ -67,14 +70,19 @@ class Destination:
         progress: protocol.Progress,
         directory: pathlib.Path,
         rate: int | None,
+        peer: cabc.Mapping[str, ty.Any],
         on_running: ty.Callable[[], None],
         on_failed: ty.Callable[[], None],
     ) -> None:
+        #: What each copied directory knows from earlier passes.
+        self._copies: dict[str, sync.Copy] = {}
         self._item = item
         self._layer = layer
         self._criu = tool
         self._memory = images.Memory(directory)
         self._limiter = bandwidth.Bandwidth(rate)
+        #: Who the source is, for whoever has to ask or to be asked later.
+        self._peer = dict(peer)
         self._on_running = on_running
         self._on_failed = on_failed
         self._journal = protocol.Journal(item.directory)
@@ -121,6 +129,7 @@ class Destination:
             self._session = self._stack.enter_context(
                 self._criu.session(cgroup_procs=procs))
             self._filler = guest.RamfsFiller()
+            self._messages = self._criu.messages()
             self._stack.callback(self._filler.close)
         except BaseException:
             self._stack.close()
@@ -248,6 +257,7 @@ class Destination:
                 uuid=self._item.uuid)
         self._paused = bool(self._began['paused'])
         self.progress.strategy = self._began.get('strategy')
+        faults.point('destination.prepared')
         self._control.send('prepared')
         while True:
             frame = self._control.receive(_COPY_TIMEOUT)
@@ -275,8 +285,9 @@ class Destination:
                 connection, ours, limiter=self._limiter).start()
             stack.callback(pump.abort)
             with theirs:
-                stats = sync.fetch(
-                    theirs, directory, final=final)
+                copy = self._copies.setdefault(what, sync.Copy(directory))
+                stats = copy.fetch(theirs, final=final)
+        faults.point('destination.pass')
         self.progress.passes += 1
         self.progress.disk_sent += stats.received
         self._control.send('files', seq=seq, bytes=stats.received)
@@ -307,6 +318,12 @@ class Destination:
         if self._images_error is not None:
             raise self._images_error
         self.progress.phase = Phase.FROZEN
+        faults.point('destination.images')
+        self._moment = dumped['moment']
+        with self.progress.timed('patches'):
+            patches.Patches(
+                self._memory.path, self._messages,
+                self._moment['asleep'], self._moment['signals']).apply()
         item.mount_root(self._layer)
         guest.make_cgroups(
             item.cgroup, dumped['cgroups'], item.st.base_id)
@@ -400,6 +417,11 @@ class Destination:
         freezer = item.cgroup.v2 / 'cgroup.freeze'
         freezer.write_text('1')
         try:
+            faults.point('destination.restored')
+            clocks.restore(pid, item.cgroup, self._moment['timers'])
+            item.st.arrived = {
+                'migration': self.progress.migration, 'peer': self._peer,
+                'at': time.time()}
             item.adopt(pid, self._began['run'], master)
             if not self.committed:
                 self.ask()
@@ -417,15 +439,17 @@ class Destination:
         :raises ContainerError: it will never run here
         """
         assert self._control is not None
-        self._journal.write(
-            Phase.READY, role='destination', paused=self._paused,
-            migration=self.progress.migration)
+        facts = {'role': 'destination', 'paused': self._paused,
+                 'migration': self.progress.migration, 'peer': self._peer}
+        self._journal.write(Phase.READY, **facts)
         self.progress.phase = Phase.READY
+        faults.point('destination.ready')
         self._control.send('ready')
+        faults.point('destination.asked')
         self._wait_for_go()
-        self._journal.write(
-            Phase.COMMITTED, role='destination', paused=self._paused,
-            migration=self.progress.migration)
+        faults.point('destination.go')
+        self._journal.write(Phase.COMMITTED, **facts)
+        faults.point('destination.committed')
 
     def _wait_for_go(self) -> None:
         assert self._control is not None
@@ -450,6 +474,7 @@ class Destination:
     def resumed(self, pid: int) -> None:
         """It runs. Tell the network, then the source."""
         self._resumed = True
+        faults.point('destination.resumed')
         self.progress.phase = Phase.RUNNING
         try:
             announce.announce(
@@ -460,15 +485,18 @@ class Destination:
         if self._control is not None:
             with contextlib.suppress(errors.ContainerError):
                 self._control.send('running')
+        faults.point('destination.running')
         self._on_running()
 
     def _answer(self, connection: channel.Connection) -> None:
         """A source that has lost the first connection asks."""
         control = protocol.Control(connection)
         try:
-            control.expect('query', _ANSWER_TIMEOUT)
-            # Only a source that has committed asks so.
-            if self.progress.phase == Phase.READY:
+            theirs = control.expect('query', _ANSWER_TIMEOUT)['phase']
+            if theirs == Phase.ABORTED:
+                self._abort.set()
+            elif theirs == Phase.COMMITTED and (
+                    self.progress.phase == Phase.READY):
                 self._go.set()
             control.send('phase', phase=self.progress.phase)
         except errors.ContainerError as e:

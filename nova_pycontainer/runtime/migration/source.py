@@ -26,12 +26,15 @@ from oslo_log import log as logging
 from nova_pycontainer.runtime import container
 from nova_pycontainer.runtime import criu
 from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime import faults
 from nova_pycontainer.runtime.migration import bandwidth
 from nova_pycontainer.runtime.migration import channel
 from nova_pycontainer.runtime.migration import guest
 from nova_pycontainer.runtime.migration import images
 from nova_pycontainer.runtime.migration import keys
+from nova_pycontainer.runtime.migration import moment
 from nova_pycontainer.runtime.migration import protocol
+from nova_pycontainer.runtime.migration import recovery
 from nova_pycontainer.runtime.migration import relay
 from nova_pycontainer.runtime.migration import sync
 from nova_pycontainer.runtime.migration import sync_links
@@ -116,6 +119,7 @@ class Source:
         self._paused = item.status() == 'paused'
         self._control: protocol.Control | None = None
         self._journal = protocol.Journal(item.directory)
+        self.moment = moment.Moment(item.cgroup)
         self._stack = contextlib.ExitStack()
         self.progress = progress
         #: From here on only the peer can say who runs.
@@ -173,8 +177,12 @@ class Source:
         self._stack.close()
         aborted = self._abort.is_set()
         if self._control is not None:
-            with contextlib.suppress(errors.ContainerError):
+            try:
                 self._control.send('abort', reason=str(error))
+            except errors.ContainerError:
+                # It may wait for us, restored and frozen.
+                with contextlib.suppress(OSError, errors.ContainerError):
+                    self._ask(Phase.ABORTED)
             self._control.close()
         self._journal.remove()
         self.progress.phase = Phase.ABORTED if aborted else Phase.FAILED
@@ -201,6 +209,7 @@ class Source:
                 'begin', spec=st.spec, base_id=st.base_id,
                 created_at=st.created_at, run=st.run, paused=self._paused,
                 strategy=self.progress.strategy)
+            faults.point('source.connected')
             self._control.expect('prepared', _ANSWER_TIMEOUT)
 
     def copy(self) -> None:
@@ -225,6 +234,7 @@ class Source:
             self._mark = self._serve(
                 'upper', self._item.disk.upper, self._mark, final, ready)
         self.progress.passes += 1
+        faults.point('source.final-pass' if final else 'source.pass')
 
     def _serve(
         self, what: str, directory: pathlib.Path, since: sync.Mark | None,
@@ -287,6 +297,7 @@ class Source:
                 options.lazy_pages = True
                 options.config_file = str(dump.lazy_config())
             dump.start()
+            self.moment.before()
             began = time.monotonic()
             try:
                 response = dump.session.request(
@@ -313,9 +324,7 @@ class Source:
 
     def _thaw(self) -> None:
         """Whatever was tried: the guest is again as it was."""
-        with contextlib.suppress(FileNotFoundError):
-            (self._item.cgroup.v2 / 'cgroup.freeze').write_text(
-                '1' if self._paused else '0')
+        recovery.thaw(self._item, self._paused)
 
     @property
     def limiter(self) -> bandwidth.Bandwidth:
@@ -333,6 +342,7 @@ class Source:
         with self.progress.timed('restore'):
             self._control.send('dumped', **dumped)
             self._control.expect('ready', _RESTORE_TIMEOUT)
+        faults.point('source.ready')
         self._check_abort()
         self._journal.write(
             Phase.COMMITTED, role='source',
@@ -340,8 +350,10 @@ class Source:
             endpoint=dataclasses.asdict(self._endpoint))
         self.committed = True
         self.progress.phase = Phase.COMMITTED
+        faults.point('source.committed')
         with contextlib.suppress(protocol.PeerGone):
             self._control.send('go')
+        faults.point('source.go')
 
     def wait_running(self) -> None:
         """Wait until it runs on the destination.
@@ -365,6 +377,7 @@ class Source:
                     'after the commit', uuid=self._item.uuid,
                     cause=str(e)) from e
         self.progress.phase = Phase.RUNNING
+        faults.point('source.running')
 
     def resolve(self) -> None:
         """Ask the destination's journal until it answers. Never guess.
@@ -376,11 +389,8 @@ class Source:
             try:
                 phase = self._ask()
             except (OSError, errors.ContainerError) as e:
-                self.progress.error = errors.ContainerError(
-                    'network', 'whether the destination runs the instance '
-                    'is not known, so it stays frozen here',
-                    uuid=self._item.uuid, cause=str(e),
-                    remedy='Bring the destination\'s agent back').to_dict()
+                self.progress.error = recovery.unknown(
+                    self._item.uuid, e).to_dict()
                 time.sleep(_RETRY)
                 continue
             self.progress.error = None
@@ -394,14 +404,10 @@ class Source:
                     'before it ran', uuid=self._item.uuid)
             time.sleep(_RETRY)
 
-    def _ask(self) -> Phase:
-        """A fresh connection; a destination that waits for "go" gets it."""
-        control = protocol.Control(self._connect('control'))
-        try:
-            control.send('query', phase=Phase.COMMITTED)
-            return Phase(control.expect('phase', _ANSWER_TIMEOUT)['phase'])
-        finally:
-            control.close()
+    def _ask(self, phase: Phase = Phase.COMMITTED) -> Phase:
+        return recovery.ask(
+            self._identity, dataclasses.asdict(self._endpoint),
+            self.progress.migration, self._item.uuid, phase)
 
     # For _Dump
 
@@ -504,6 +510,8 @@ class _Dump:
         source = self._source
         self._frozen_at = time.monotonic()
         source.progress.phase = Phase.FROZEN
+        faults.point('source.frozen')
+        source.moment.frozen(self._pid)
         if source.paused:
             # CRIU runs code of its own in the processes. It holds them, so
             # that nothing of the guest's can run.
@@ -522,6 +530,7 @@ class _Dump:
         source = self._source
         # From here no death of CRIU's can let the guest run.
         (source.item.cgroup.v2 / 'cgroup.freeze').write_text('1')
+        faults.point('source.dumped')
         cgroups = guest.save_cgroups(source.item.cgroup)
         with source.progress.timed('images'):
             self._sender.finish()
@@ -534,7 +543,8 @@ class _Dump:
             source.final_pass(None)
         source.commit({
             'external': self._external, 'cgroups': cgroups,
-            'ramfs': self._ramfs, 'lazy': self.lazy})
+            'ramfs': self._ramfs, 'lazy': self.lazy,
+            'moment': source.moment.dumped()})
         if self.lazy:
             # It runs only if CRIU goes on from here and serves its pages.
             self._waiter = threading.Thread(

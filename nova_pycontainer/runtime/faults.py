@@ -1,0 +1,61 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Faults on demand, for the tests that prove what happens after one.
+
+``PYCONTAINER_FAULTS`` in the agent's environment names points and what is to
+happen there, once each::
+
+    source.committed=kill,destination.restore=raise,prepare.network=sleep:5
+
+The names are those of the code's own steps: each step of a
+:class:`.revert.Reverter`, and the points of a migration. With
+``PYCONTAINER_FAULT_POINTS`` every point that is passed is appended to that
+file, so that a test knows all of them without a list of its own.
+"""
+
+import os
+import signal
+import threading
+import time
+import typing as ty
+
+_lock = threading.Lock()
+
+
+def _parse(text: str) -> dict[str, str]:
+    return dict(
+        item.split('=', 1) for item in text.split(',') if '=' in item)
+
+
+_plan: ty.Final = _parse(os.environ.get('PYCONTAINER_FAULTS', ''))
+_record: ty.Final = os.environ.get('PYCONTAINER_FAULT_POINTS')
+
+
+def point(name: str) -> None:
+    """A moment at which a test may want something to go wrong.
+
+    :raises OSError: a test wanted it
+    """
+    if not _plan and not _record:
+        return
+    with _lock:
+        action = _plan.pop(name, None)
+        if _record:
+            with open(_record, 'a') as f:
+                f.write(f'{name}\n')
+    if action == 'kill':
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif action == 'raise':
+        raise OSError(5, f'injected at {name}')
+    elif action and action.startswith('sleep:'):
+        time.sleep(float(action.removeprefix('sleep:')))

@@ -1,0 +1,257 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Migrations that an agent finds in its journals when it starts.
+
+Whoever died in the middle, the rule is the same: before its commit the
+instance is the source's, after it the destination's, and who does not know
+asks the other side's journal.
+"""
+
+import contextlib
+import pathlib
+import threading
+import time
+import typing as ty
+
+from oslo_log import log as logging
+
+from nova_pycontainer.runtime import container
+from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime import network
+from nova_pycontainer.runtime.migration import announce
+from nova_pycontainer.runtime.migration import channel
+from nova_pycontainer.runtime.migration import keys
+from nova_pycontainer.runtime.migration import protocol
+
+LOG = logging.getLogger(__name__)
+
+Phase = protocol.Phase
+
+_CONNECT_TIMEOUT = 20.0
+_ANSWER_TIMEOUT = 60.0
+_RETRY = 2.0
+
+#: Sequence numbers of questions: above all of a migration's own connections.
+QUESTION = 1 << 20
+
+
+def ask(
+    identity: keys.Identity, endpoint: ty.Mapping[str, ty.Any],
+    migration: str, uuid: str, phase: Phase,
+) -> Phase:
+    """Ask a destination how far it is, and tell how far the source is.
+
+    A destination that waits for "go" takes :attr:`Phase.COMMITTED` for it,
+    and gives up for :attr:`Phase.ABORTED`.
+
+    :raises ContainerError: it cannot be reached
+    """
+    connection = channel.connect(
+        str(endpoint['address']), int(endpoint['port']), identity,
+        keys.Peer(str(endpoint['certificate']), (str(endpoint['address']),)),
+        # Never used twice, over restarts too.
+        channel.Hello(migration, uuid, 'control', QUESTION + int(
+            time.time() * 100) % (1 << 29)), _CONNECT_TIMEOUT)
+    control = protocol.Control(connection)
+    try:
+        control.send('query', phase=phase)
+        return Phase(control.expect('phase', _ANSWER_TIMEOUT)['phase'])
+    finally:
+        control.close()
+
+
+class SourceQuestion:
+    """A source that has committed and does not know whether it runs there."""
+
+    def __init__(
+        self, item: container.Container, identity: keys.Identity,
+        journal: ty.Mapping[str, ty.Any], progress: protocol.Progress,
+        moved: ty.Callable[[], None], stays: ty.Callable[[], None],
+    ) -> None:
+        self._item = item
+        self._identity = identity
+        self._endpoint = journal['endpoint']
+        self._paused = bool(journal.get('paused'))
+        self._moved, self._stays = moved, stays
+        self._stop = threading.Event()
+        self.progress = progress
+        self.committed = True
+        progress.phase = Phase.COMMITTED
+        threading.Thread(
+            target=self._run, name=f'question-{item.uuid[:8]}',
+            daemon=True).start()
+
+    def abort(self, reason: str) -> None:
+        raise errors.ContainerError(
+            'bad_state', 'the migration has committed, and the destination '
+            'has not said yet whether the instance runs there',
+            uuid=self._item.uuid,
+            remedy='Bring the agent of the destination back')
+
+    def force_complete(self) -> None:
+        self.abort('')
+
+    def close(self) -> None:
+        self._stop.set()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                phase = ask(
+                    self._identity, self._endpoint, self.progress.migration,
+                    self._item.uuid, Phase.COMMITTED)
+            except (OSError, errors.ContainerError) as e:
+                self.progress.error = unknown(self._item.uuid, e).to_dict()
+                self._stop.wait(_RETRY)
+                continue
+            if phase in (Phase.RUNNING, Phase.COMPLETED, Phase.COMMITTED):
+                self.progress.error = None
+                self._moved()
+                return
+            if phase in (Phase.ABORTED, Phase.FAILED):
+                thaw(self._item, self._paused)
+                self._stays()
+                return
+            self._stop.wait(_RETRY)
+
+
+class DestinationQuestion:
+    """A restored, frozen container whose source has not said "go" yet.
+
+    It waits for the source, which asks as soon as it can.
+    """
+
+    def __init__(
+        self, item: container.Container, journal_facts: ty.Mapping[
+            str, ty.Any],
+        progress: protocol.Progress, running: ty.Callable[[], None],
+        failed: ty.Callable[[], None],
+    ) -> None:
+        self._item = item
+        self._paused = bool(journal_facts.get('paused'))
+        self._journal = protocol.Journal(item.directory)
+        self._facts = journal_facts
+        self._running, self._failed = running, failed
+        self._lock = threading.Lock()
+        self.progress = progress
+        self.committed = False
+        progress.phase = Phase.READY
+        progress.error = errors.ContainerError(
+            'network', 'the instance is restored and frozen here; whether '
+            'it may run only the source knows', uuid=item.uuid,
+            remedy='Bring the agent of the source back').to_dict()
+
+    def connected(self, connection: channel.Connection) -> None:
+        control = protocol.Control(connection)
+        try:
+            frame = control.expect('query', _ANSWER_TIMEOUT)
+            with self._lock:
+                phase = self._decide(Phase(frame['phase']))
+            control.send('phase', phase=phase)
+        except (ValueError, errors.ContainerError) as e:
+            LOG.warning('instance %s: %s', self._item.uuid, e)
+        finally:
+            control.close()
+
+    def _decide(self, theirs: Phase) -> Phase:
+        if self.progress.phase != Phase.READY:
+            return self.progress.phase
+        if theirs == Phase.COMMITTED:
+            if self._item.open() is None:
+                # Its processes died with CRIU: it has never run here.
+                self._give_up()
+            else:
+                self.committed = True
+                self._journal.write(Phase.COMMITTED, **{
+                    k: v for k, v in self._facts.items()
+                    if k not in ('phase', 'format')})
+                release(self._item, self._paused)
+                self.progress.phase = Phase.RUNNING
+                self.progress.error = None
+                self.progress.ended_at = time.time()
+                self._running()
+        elif theirs == Phase.ABORTED:
+            self._give_up()
+        return self.progress.phase
+
+    def _give_up(self) -> None:
+        self.progress.phase = Phase.FAILED
+        self.progress.ended_at = time.time()
+        self._failed()
+
+    def abort(self, reason: str) -> None:
+        """Nova's rollback: the source has told it that it runs there."""
+        with self._lock:
+            if self.committed:
+                raise errors.ContainerError(
+                    'bad_state', 'the instance runs here already',
+                    uuid=self._item.uuid)
+            if self.progress.phase == Phase.READY:
+                self._give_up()
+
+    def close(self) -> None:
+        pass
+
+
+class Answer:
+    """For a source that did not hear that its instance runs here."""
+
+    def __init__(self, progress: protocol.Progress) -> None:
+        progress.phase = Phase.COMPLETED
+        progress.ended_at = time.time()
+        self.progress = progress
+
+    def connected(self, connection: channel.Connection) -> None:
+        control = protocol.Control(connection)
+        try:
+            control.expect('query', _ANSWER_TIMEOUT)
+            control.send('phase', phase=self.progress.phase)
+        except errors.ContainerError as e:
+            LOG.warning('instance %s: %s', self.progress.uuid, e)
+        finally:
+            control.close()
+
+    def abort(self, reason: str) -> None:
+        raise errors.ContainerError(
+            'bad_state', 'the instance runs here already',
+            uuid=self.progress.uuid)
+
+
+def unknown(uuid: str, cause: BaseException) -> errors.ContainerError:
+    return errors.ContainerError(
+        'network', 'whether the destination runs the instance is not known, '
+        'so it stays frozen here', uuid=uuid, cause=str(cause),
+        remedy='Bring the agent of the destination back')
+
+
+def thaw(item: container.Container, paused: bool) -> None:
+    """Let an instance that did not leave run on as it was before."""
+    with contextlib.suppress(FileNotFoundError):
+        pathlib.Path(item.cgroup.v2, 'cgroup.freeze').write_text(
+            '1' if paused else '0')
+
+
+def release(item: container.Container, paused: bool) -> None:
+    """Let a restored instance run. What of it is done already stays so."""
+    for nic in item.spec.nics:
+        network.set_up(nic, True)
+    thaw(item, paused)
+    run = item.st.run
+    if run is not None:
+        try:
+            announce.announce(
+                int(run['process']['pid']),
+                [f'eth{n}' for n in range(len(item.spec.nics))])
+        except (OSError, errors.ContainerError) as e:
+            LOG.warning('instance %s: announcing its addresses: %s',
+                        item.uuid, e)

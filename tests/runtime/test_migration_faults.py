@@ -1,0 +1,221 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Never twice, never lost: an agent that dies, or fails, at each point.
+
+What is asserted is read from the kernel: a guest's processes, by a counter
+that only a running guest moves.
+"""
+
+import pathlib
+import signal
+import subprocess
+import time
+
+from nova_pycontainer.runtime import errors
+from tests.runtime import base
+from tests.runtime import hosts
+
+#: Only a running guest moves it; one that ran twice would leave two files.
+COUNTER = ('setsid sh -c "i=0; while :; do i=\\$((i+1)); echo \\$i > /count; '
+           'sleep 0.05; done" </dev/null >/dev/null 2>&1 &')
+
+SOURCE_BEFORE = (
+    'source.connected', 'source.pass', 'source.frozen', 'source.final-pass',
+    'source.dumped', 'source.ready')
+SOURCE_AFTER = ('source.committed', 'source.go', 'source.running')
+DESTINATION_BEFORE = (
+    'destination.prepared', 'destination.pass', 'destination.images',
+    'destination.restored', 'destination.ready')
+DESTINATION_AFTER = (
+    'destination.go', 'destination.committed', 'destination.resumed',
+    'destination.running')
+
+
+class FaultsTestCase(hosts.TwoHostsTestCase):
+
+    def _restart(self, host, faults=''):
+        if host.process.poll() is None:
+            host.process.terminate()
+        host.process.wait(base.PATIENCE)
+        host.faults = faults
+        host.start_agent()
+
+    def _boot(self):
+        uuid = self.run_container(address='203.0.113.10')
+        self.sh(self.a, uuid, COUNTER)
+        return uuid
+
+    def _count(self, host, uuid):
+        path = host.directory / 'state/instances' / uuid / 'disk/upper/count'
+        done = host.run('cat', str(path), check=False, stderr=-3)
+        return int(done.stdout.strip() or 0) if not done.returncode else None
+
+    def _runs(self, host, uuid):
+        """Whether the guest runs on a host, by what it does."""
+        before = self._count(host, uuid)
+        if before is None:
+            return False
+        for _ in range(10):
+            time.sleep(0.1)
+            if self._count(host, uuid) != before:
+                return True
+        return False
+
+    def _where(self, uuid):
+        return [h.name for h in (self.a, self.b) if self._runs(h, uuid)]
+
+    def _try(self, uuid):
+        """Begin a migration, whatever becomes of it."""
+        try:
+            migration = self.prepare_migration(uuid, self.a, self.b)
+            self.outcome = self.a.migration_status(migration, 10.0)
+            return migration
+        except errors.ContainerError:
+            return None
+
+    def _settled(self, uuid, expected):
+        base.wait_for(lambda: self._where(uuid) == expected,
+                      f'{uuid} to run on {expected} only', 60)
+        time.sleep(1)
+        self.assertEqual(expected, self._where(uuid))
+        self.sh(self.a if expected == ['a'] else self.b, uuid, 'true')
+
+    def _check_clean(self, host, uuid):
+        def infos():
+            return [i for i in host.list() if i['state'] != 'stopped']
+
+        base.wait_for(lambda: not infos(), f'{host.name} to be empty')
+        for line in host.run('cat', '/proc/mounts').stdout.splitlines():
+            self.assertNotIn('pycontainer-images', line)
+
+    # One agent dies; it comes back.
+
+    def _died(self, host):
+        try:
+            code = host.process.wait(20)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(
+                f'{host.name} lives: {self.outcome}\n{self.logs()}') from None
+        self.assertEqual(-signal.SIGKILL, code)
+
+    def _kill_source(self, point):
+        self._restart(self.a, f'{point}=kill')
+        uuid = self._boot()
+        self._try(uuid)
+        self._died(self.a)
+        # At most one, whatever is the case.
+        self.assertLessEqual(len(self._where(uuid)), 1)
+        self._restart(self.a)
+        return uuid
+
+    def test_source_dies_before_its_commit(self):
+        for point in SOURCE_BEFORE:
+            uuid = self._kill_source(point)
+            self._settled(uuid, ['a'])
+            self._check_clean(self.b, uuid)
+            self.migrate(uuid, self.a, self.b)
+            self._settled(uuid, ['b'])
+            self.b.delete(uuid)
+
+    def test_source_dies_after_its_commit(self):
+        for point in SOURCE_AFTER:
+            uuid = self._kill_source(point)
+            self._settled(uuid, ['b'])
+            base.wait_for(
+                lambda: self.a.info(uuid)['state'] == 'stopped',  # noqa: B023
+                'the source to know')
+            error = self.assertRaises(
+                errors.ContainerError, self.a.prepare, uuid)
+            self.assertEqual('bad_state', error.code)
+            self.a.delete(uuid)
+            self.b.delete(uuid)
+
+    def _kill_destination(self, point):
+        self._restart(self.b, f'{point}=kill')
+        uuid = self._boot()
+        self._try(uuid)
+        self._died(self.b)
+        self.assertLessEqual(len(self._where(uuid)), 1)
+        self._restart(self.b)
+        return uuid
+
+    def test_destination_dies_before_the_commit(self):
+        for point in DESTINATION_BEFORE:
+            uuid = self._kill_destination(point)
+            self._settled(uuid, ['a'])
+            for info in self.b.list():
+                # What waits for the source goes with Nova's roll-back.
+                self.b.migration_abort(info['migration'], 'rolled back')
+            self._check_clean(self.b, uuid)
+            self.migrate(uuid, self.a, self.b)
+            self.b.delete(uuid)
+
+    def test_destination_dies_after_the_commit(self):
+        for point in DESTINATION_AFTER:
+            uuid = self._kill_destination(point)
+            self._settled(uuid, ['b'])
+            base.wait_for(
+                lambda: self.a.info(uuid)['state'] == 'stopped',  # noqa: B023
+                'the source to know')
+            self.a.delete(uuid)
+            self.b.delete(uuid)
+
+    # Nobody dies, something fails.
+
+    def test_failures_before_the_commit(self):
+        for host, points in ((self.a, SOURCE_BEFORE),
+                             (self.b, DESTINATION_BEFORE)):
+            for point in points:
+                self._restart(host, f'{point}=raise')
+                uuid = self._boot()
+                migration = self._try(uuid)
+                status = base.wait_for(
+                    lambda: self._ended(self.a, migration),  # noqa: B023
+                    f'the end after {point}')
+                self.assertEqual('failed', status['phase'], point)
+                self.assertIn('injected', str(status['error']), point)
+                self._settled(uuid, ['a'])
+                self._check_clean(self.b, uuid)
+                self.a.delete(uuid)
+            self._restart(host)
+
+    def test_abort_while_copying_and_delete_while_migrating(self):
+        self._restart(self.a, 'source.pass=sleep:3')
+        uuid = self._boot()
+        migration = self.prepare_migration(uuid, self.a, self.b)
+        self.a.migration_abort(migration, 'changed my mind')
+        self.assertEqual(
+            'aborted', self.a.migration_status(migration)['phase'])
+        self._settled(uuid, ['a'])
+        self._check_clean(self.b, uuid)
+        self._restart(self.a, 'source.pass=sleep:3')
+        self.prepare_migration(uuid, self.a, self.b)
+        self.a.delete(uuid)
+        self.assertEqual([], self.a.list())
+        self._check_clean(self.b, uuid)
+        self.assertEqual([], self._where(uuid))
+
+    def test_all_points_are_covered(self):
+        record = pathlib.Path(self.top / 'points')
+        for host in (self.a, self.b):
+            host.record = record
+            self._restart(host)
+        uuid = self._boot()
+        record.unlink()
+        self.migrate(uuid, self.a, self.b)
+        points = {p for p in record.read_text().split()
+                  if p.startswith(('source.', 'destination.'))}
+        # "asked" is between "ready" and "go": the source decides it.
+        self.assertEqual(points, {
+            *SOURCE_BEFORE, *SOURCE_AFTER, *DESTINATION_BEFORE,
+            *DESTINATION_AFTER, 'destination.asked'})
