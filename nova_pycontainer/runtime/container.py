@@ -148,6 +148,8 @@ class Container:
                      {'method': self.st.disk_method, 'used_bytes': None,
                       'free_bytes': None}),
             'created_at': self.st.created_at,
+            # It runs on another host; what is here is only left over.
+            'moved': self.st.moved,
             'started_at': run['started_at'] if run and live else None,
             'spec': {k: v for k, v in self.st.spec.items()
                      if k != 'config_drive'},
