@@ -38,6 +38,7 @@ from nova_pycontainer import image
 from nova_pycontainer import migration
 from nova_pycontainer import migration_checks
 from nova_pycontainer import migration_destination
+from nova_pycontainer import migration_recovery
 from nova_pycontainer import power
 from nova_pycontainer.runtime import errors
 from nova_pycontainer import spawn
@@ -115,6 +116,8 @@ class PyContainerDriver(driver.ComputeDriver):
         self._migration_checks = migration_checks.Checks(self._client)
         self._migration_source = migration.Source(
             self._client, options, host)
+        self._migration_recovery = migration_recovery.Recovery(
+            self._migration_source, self.virtapi)
         self._migration_destination = migration_destination.Destination(
             self._client, self._images, options)
         self._watcher = events.Watcher(
@@ -124,6 +127,9 @@ class PyContainerDriver(driver.ComputeDriver):
             if CONF.compute[option]:
                 LOG.warning('[compute]%s is ignored: containers run on all '
                             'CPUs of the host', option)
+
+    def process_instances_at_startup(self, context, instances):
+        return self._migration_recovery.keep_back(context, instances)
 
     def _wait_for_agent(self):
         """:raises nova.exception.HypervisorUnavailable: it does not answer,
@@ -193,6 +199,7 @@ class PyContainerDriver(driver.ComputeDriver):
         # after its start (pre_start_hook). Before that an event could stop a
         # guest that the manager is about to resume after a host's boot.
         self._watcher.start()
+        self._migration_recovery.start()
         self._remove_leftovers()
         return self._host.resources(self.get_host_uptime())
 

@@ -98,11 +98,29 @@ class Source:
 
         :param dest: host name of the destination's service
         """
+        self._move(context, instance, dest, post_method, recover_method,
+                   block_migration, data, begin=True)
+
+    def resume(self, context, instance, dest, post_method, recover_method,
+               data):
+        """Go on with a migration that the agent may have begun already.
+
+        Otherwise like :meth:`migrate`.
+        """
+        self._move(context, instance, dest, post_method, recover_method,
+                   data.block_migration, data, begin=False)
+
+    def _move(self, context, instance, dest, post_method, recover_method,
+              block_migration, data, *, begin):
         job = Job(instance, data.migration)
         with self._lock:
             self._jobs[instance.uuid] = job
         try:
-            error = self._run(context, job, dest, data)
+            error = None
+            if begin:
+                error = self._begun(context, job, dest, data)
+            if error is None:
+                error = self.watch(job)
         finally:
             with self._lock:
                 self._jobs.pop(instance.uuid, None)
@@ -111,11 +129,10 @@ class Source:
         else:
             self._recover(context, job, dest, recover_method, data, error)
 
-    def _run(self, context, job, dest, data):
-        """Move the server.
+    def _begun(self, context, job, dest, data):
+        """Have the agent begin.
 
-        :returns: None if it runs on the destination; the exception that says
-            why it runs here, if it does
+        :returns: None, or the exception that says why it has not
         """
         try:
             self._begin(context, job, dest, data)
@@ -127,7 +144,7 @@ class Source:
             LOG.exception('The migration could not begin',
                           instance=job.instance)
             return exception.MigrationError(reason=str(e))
-        return self.watch(job)
+        return None
 
     def _begin(self, context, job, dest, data):
         facts = migration_data.get(data)
@@ -157,7 +174,8 @@ class Source:
     def watch(self, job):
         """Follow a migration until its end.
 
-        :returns: as :meth:`_run`
+        :returns: None if the server runs on the destination; the exception
+            that says why it runs here, if it does
         """
         began = last_saved = last_logged = time.monotonic()
         limit = self._time_limit(job.instance)

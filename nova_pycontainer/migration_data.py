@@ -126,7 +126,10 @@ def load_disk_info(text):
 def destination_vifs(data, network_info):
     """The VIFs as they will be on the destination."""
     if 'vifs' in data and data.vifs:
-        return [vif.get_dest_vif() for vif in data.vifs]
+        # Conductor has filled in what Neutron says of the destination,
+        # unless the migration has failed before or was picked up again.
+        return [vif.get_dest_vif() if 'vif_type' in vif else vif.source_vif
+                for vif in data.vifs]
     return network_info
 
 

@@ -24,6 +24,7 @@ import threading
 import time
 
 from nova_pycontainer.runtime import errors
+from tests.unit.driver import fake_migration
 
 GIB = 1 << 30
 
@@ -32,7 +33,7 @@ def _error(code, message, **kwargs):
     return errors.ContainerError(code, message, **kwargs)
 
 
-class FakeAgent:
+class FakeAgent(fake_migration.Migrations):
     """One host's agent.
 
     :ivar down: the agent does not answer
@@ -41,6 +42,7 @@ class FakeAgent:
     """
 
     def __init__(self):
+        super().__init__()
         self.down = False
         self.failures = {}
         self.calls = []
@@ -94,7 +96,7 @@ class FakeAgent:
             'uptime_s': 100.0, 'containers': len(self.containers),
             'oci_runtime': {'name': 'crun', 'version': '1.8'},
             'cgroup': {'mode': 'unified', 'missing': []},
-            'disk_limit': 'project'}
+            'disk_limit': 'project', 'migration': self.identity()}
 
     def list(self):
         self._enter('list')
@@ -102,9 +104,17 @@ class FakeAgent:
 
     def info(self, uuid):
         self._enter('info')
-        return dict(self._get(uuid))
+        item = self._get(uuid)
+        # The config drive is not read back.
+        return {**item, 'spec': {key: value for key, value
+                                 in item['spec'].items()
+                                 if key != 'config_drive'}}
 
     # Layers
+
+    def layer_present(self, key):
+        self._enter('layer_present')
+        return key in self.layers
 
     def layer_list(self):
         self._enter('layer_list')
@@ -169,7 +179,9 @@ class FakeAgent:
             'base_id': base_id, 'image_id': spec['image_id'],
             'nics': spec['nics'],
             'resources': spec['resources'], 'spec': spec, 'exit': None,
-            'console': b''}
+            'console': b'',
+            'layer': spec['layer'], 'memory_bytes': 64 << 20,
+            'disk': {'used_bytes': 1 << 20}}
         return dict(self.containers[uuid])
 
     def prepare(self, uuid, changes=None):

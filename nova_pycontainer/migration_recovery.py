@@ -1,0 +1,126 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Live migrations that go on while nova-compute is restarted.
+
+It is the agent that migrates, so a migration outlives the process that asked
+for it. Nova expects the opposite: at its start the compute manager calls such
+a migration failed and the server this host's
+(``ComputeManager._reset_live_migration``), and some minutes later it would
+stop a server that has moved, because it does not run here.
+
+So the servers whose migration was under way are kept back from the manager
+until the agent has said how it ended, and then the manager does what it would
+have done then.
+"""
+
+import functools
+import threading
+
+from nova.compute import task_states
+from nova import context as nova_context
+from nova import exception
+from nova import objects
+from nova.objects import fields
+from oslo_log import log as logging
+
+from nova_pycontainer import migration
+from nova_pycontainer import migration_data
+
+LOG = logging.getLogger(__name__)
+
+#: Statuses of migrations that the source's nova-compute has begun with.
+#: Before them the request is still on its way, and will come (again).
+_BEGUN = ('queued', 'preparing', 'running', 'post-migrating',
+          migration.POST_COPY)
+
+
+class Recovery:
+    """Finds migrations that this service had begun before its restart.
+
+    :param source: a nova_pycontainer.migration.Source
+    :param virtapi: the compute manager's
+    """
+
+    def __init__(self, source, virtapi):
+        self._source = source
+        self._virtapi = virtapi
+        self._found = []
+        self._lock = threading.Lock()
+
+    def keep_back(self, context, instances):
+        """Return the instances of which the manager may know all.
+
+        :param instances: an InstanceList
+        """
+        kept = []
+        for instance in instances:
+            if instance.task_state != task_states.MIGRATING:
+                continue
+            record = self._migration(context, instance)
+            if record is not None:
+                LOG.info('Migration %s was %s when nova-compute ended',
+                         record.uuid, record.status, instance=instance)
+                kept.append((instance, record))
+        with self._lock:
+            self._found = kept
+        uuids = {instance.uuid for instance, _record in kept}
+        return objects.InstanceList(context, objects=[
+            instance for instance in instances
+            if instance.uuid not in uuids])
+
+    @staticmethod
+    def _migration(context, instance):
+        for status in _BEGUN:
+            try:
+                found = objects.Migration.get_by_instance_and_status(
+                    context, instance.uuid, status)
+            except exception.MigrationNotFoundByStatus:
+                continue
+            if found.migration_type == fields.MigrationType.LIVE_MIGRATION:
+                return found
+        return None
+
+    def start(self):
+        """Follow those that were kept back. The manager is ready for it."""
+        with self._lock:
+            found, self._found = self._found, []
+        for instance, record in found:
+            threading.Thread(
+                target=self._follow, args=(instance, record),
+                name=f'migration-{instance.uuid}', daemon=True).start()
+
+    def _follow(self, instance, record):
+        context = nova_context.get_admin_context()
+        data = migration_data.create(
+            instance.get_network_info(), None, None,
+            migration=record.uuid)
+        data.migration = record
+        # What the manager would have given to live_migration().
+        manager = self._virtapi._compute
+        bdms = objects.BlockDeviceMappingList.get_by_instance_uuid(
+            context, instance.uuid)
+        post_method = functools.partial(
+            manager._post_live_migration_update_host, source_bdms=bdms)
+        recover_method = functools.partial(
+            manager._rollback_live_migration, source_bdms=bdms)
+        try:
+            self._source.resume(
+                context, instance, record.dest_compute, post_method,
+                recover_method, data)
+        except Exception:
+            # As when it is the manager's thread that fails.
+            LOG.exception('Live migration failed.', instance=instance)
+            manager._set_migration_status(record, 'error')
+            instance.refresh()
+            manager._set_instance_obj_error_state(
+                instance, clean_task_state=True)
