@@ -20,10 +20,11 @@
 # own criu is new enough, its plain packages are used.
 
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+# shellcheck source=tools/images/mirror.sh
+. "$(dirname "${BASH_SOURCE[0]}")/../images/mirror.sh"
 need_root
 
 MIN_CRIU=4.2
-MIRROR=${NOVA_PYCONTAINER_DEBIAN_MIRROR:-http://deb.debian.org/debian}
 SUITE=${NOVA_PYCONTAINER_CRIU_SUITE:-sid}
 SYSROOT=$PREFIX/sysroot
 
@@ -53,13 +54,16 @@ if [ "$candidate" != "(none)" ] && recent_enough "${candidate#*:}"; then
         ln -sfn "$(command -v $tool)" "$PREFIX/bin/$tool"
     done
 else
+    mirror=$(debian_mirror main) ||
+        die "prefix: apt has no Debian archive; run apt-get update first, or" \
+            "set NOVA_PYCONTAINER_DEBIAN_MIRROR"
     say "prefix: unpacking criu, crun and runc from Debian $SUITE"
     rm -rf "$SYSROOT.new"
     # The suite's Release file may be past its date on an old mirror.
     logged prefix mmdebstrap --variant=extract \
         --aptopt='Acquire::Check-Valid-Until "false"' \
         --include=criu,crun,runc,libcriu2,python3-pycriu \
-        "$SUITE" "$SYSROOT.new" "$MIRROR"
+        "$SUITE" "$SYSROOT.new" "$mirror"
     rm -rf "$SYSROOT"
     mv "$SYSROOT.new" "$SYSROOT"
     loader=$SYSROOT/usr/lib64/ld-linux-x86-64.so.2
