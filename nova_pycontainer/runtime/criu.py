@@ -141,9 +141,9 @@ class Criu:
             self._module = _pycriu('rpc_pb2', self._path)
         return self._module
 
-    def images(self) -> types.ModuleType:
-        """pycriu's reader and writer of image files."""
-        return _pycriu('images', self._path)
+    def messages(self) -> types.ModuleType:
+        """The protobuf messages of which the images consist."""
+        return _pycriu('images.pb', self._path)
 
     def version(self) -> tuple[int, ...]:
         """:raises ContainerError: ``unsupported``: it does not run"""

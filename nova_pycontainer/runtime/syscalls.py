@@ -70,6 +70,7 @@ _SYS_FSOPEN = 430
 _SYS_FSCONFIG = 431
 _SYS_FSMOUNT = 432
 _SYS_OPENAT2 = 437
+_SYS_PIDFD_GETFD = 438
 _SYS_MOUNT_SETATTR = 442
 _SYS_QUOTACTL_FD = 443
 
@@ -212,6 +213,14 @@ def openat2(
             _SYS_OPENAT2, dirfd, os.fsencode(path), ctypes.byref(how),
             ctypes.c_size_t(ctypes.sizeof(how))),
         'openat2', path)
+
+
+def pidfd_getfd(pidfd: int, number: int) -> int:
+    """A copy of another process's descriptor: pidfd_getfd(2)."""
+    return _check(
+        _libc.syscall(
+            _SYS_PIDFD_GETFD, pidfd, ctypes.c_int(number), ctypes.c_uint(0)),
+        'pidfd_getfd')
 
 
 def setns(fd: int, nstype: int) -> None:

@@ -1,0 +1,52 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""The moment of the dump: what is noted on the source that CRIU does not.
+
+The destination needs it for :mod:`.patches` and :mod:`.clocks`.
+"""
+
+import time
+import typing as ty
+
+from nova_pycontainer.runtime import cgroup
+from nova_pycontainer.runtime.migration import clocks
+from nova_pycontainer.runtime.migration import patches
+from nova_pycontainer.runtime.migration import sleepers
+
+
+class Moment:
+    """One container's, for all attempts of one migration."""
+
+    def __init__(self, group: cgroup.Cgroup) -> None:
+        self._group = group
+        self._sleepers = sleepers.Sleepers(group)
+        self._facts: dict[str, ty.Any] = {}
+
+    def before(self) -> None:
+        """The guest still runs, and will be frozen next."""
+        self._sleepers.look()
+
+    def frozen(self, init: int) -> None:
+        """CRIU has stopped all and not yet run code of its own in it."""
+        ahead = clocks.offsets(init)
+        self._facts = {
+            'asleep': self._sleepers.frozen(ahead[time.CLOCK_MONOTONIC]),
+            'timers': clocks.save(ahead, self._group),
+        }
+
+    def dumped(self) -> dict[str, ty.Any]:
+        """All is dumped, and stopped still.
+
+        :returns: the facts, for the destination
+        """
+        return {**self._facts, 'signals': patches.pending(self._group)}

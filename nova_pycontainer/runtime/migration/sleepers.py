@@ -1,0 +1,225 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Threads that sleep for some time: how much of it is over.
+
+A thread that waits in nanosleep(2), poll(2), epoll_wait(2) or futex(2) and
+is stopped by CRIU leaves the call. The kernel would continue it with what is
+left of its time; what that is the kernel tells nobody, and CRIU does not dump
+it. So the source looks at the guest's threads just before the freeze, while
+they sleep: in which call, and since when. What is done with it on the
+destination stands in :mod:`.patches`.
+
+Since when: the scheduler notes when a thread last ran (``se.exec_start`` in
+/proc/PID/sched, in the time of the CPU that it ran on). A thread of ours that
+runs on the same CPU tells what time that is now.
+"""
+
+import collections.abc as cabc
+import dataclasses
+import os
+import re
+import struct
+import threading
+import time
+import typing as ty
+
+from oslo_log import log as logging
+
+from nova_pycontainer.runtime import cgroup
+from nova_pycontainer.runtime.migration import clocks
+
+LOG = logging.getLogger(__name__)
+
+#: The scheduler's clock does not follow NTP, which may make CLOCK_MONOTONIC
+#: slower by this at most. A sleep must not end early.
+_SLEW = 500e-6
+
+_EXEC_START = re.compile(r'^se\.exec_start\s*:\s*(\d+\.\d+)$', re.M)
+_SWITCHES = re.compile(r'^voluntary_ctxt_switches:\s*(\d+)$', re.M)
+_NSPID = re.compile(r'^NSpid:.*?(\d+)$', re.M)
+
+#: asm/unistd_64.h
+NANOSLEEP, CLOCK_NANOSLEEP, POLL, FUTEX = 35, 230, 7, 202
+EPOLL_WAIT, EPOLL_PWAIT, RESTART = 232, 281, 219
+_CALLS = frozenset([
+    NANOSLEEP, CLOCK_NANOSLEEP, POLL, FUTEX, EPOLL_WAIT, EPOLL_PWAIT, RESTART])
+#: What a continued call (restart_syscall(2)) has on its stack.
+_RESTARTS = (
+    ('do_restart_poll', POLL), ('futex_wait_restart', FUTEX),
+    ('posix_cpu_nsleep_restart', CLOCK_NANOSLEEP))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sleep:
+    call: int
+    #: CLOCK_MONOTONIC, in ns; never before it began.
+    since: int | None
+    switches: int
+
+
+class Sleepers:
+    """The sleeping threads of one container, for one migration.
+
+    It remembers what it has seen: a dump that was tried and given up has
+    interrupted every sleep once.
+    """
+
+    def __init__(self, group: cgroup.Cgroup) -> None:
+        self._group = group
+        self._seen: dict[tuple[str, str], _Sleep] = {}
+
+    def look(self) -> None:
+        """Look at every thread. Before the freeze: it takes its time."""
+        # Has to move from CPU to CPU.
+        thread = threading.Thread(target=self._look, name='sleepers')
+        thread.start()
+        thread.join()
+
+    def _look(self) -> None:
+        seen: dict[tuple[str, str], _Sleep] = {}
+        by_cpu: dict[int, list[tuple[str, str, int, int, float]]] = {}
+        for pid in clocks.processes(self._group):
+            for thread in _threads(pid):
+                found = _read(thread)
+                if found is not None:
+                    where, call, switches, cpu, start = found
+                    by_cpu.setdefault(cpu, []).append(
+                        (thread, where, call, switches, start))
+        for cpu, threads in by_cpu.items():
+            now, at = _cpu_time(cpu)
+            for thread, where, call, switches, start in threads:
+                since = None
+                if now is not None and 0 < start <= now:
+                    slept = (now - start) * (1 - _SLEW)
+                    since = at - int(slept * 1e6)
+                before = self._seen.get((thread, where))
+                if before is not None and before.since is not None:
+                    since = min(before.since, since or at)
+                if call == RESTART and before is not None:
+                    call = before.call
+                seen[thread, where] = _Sleep(call, since, switches)
+        self._seen = seen
+
+    def frozen(self, ahead: int) -> list[dict[str, ty.Any]]:
+        """Those that sleep still, now that all are stopped by CRIU.
+
+        :param ahead: what the guest's CLOCK_MONOTONIC is ahead of ours, in
+            ns
+        :returns: thread's id in the container, its call, since when at least
+            it sleeps, and for how long it has asked to, in ns
+        """
+        found: list[dict[str, ty.Any]] = []
+        for (thread, where), sleep in self._seen.items():
+            try:
+                with open(f'{thread}/status') as f:
+                    status = f.read()
+            except OSError:
+                continue
+            inner = _NSPID.search(status)
+            switches = _SWITCHES.search(status)
+            # The one switch is CRIU's stop.
+            if inner and switches and (
+                    int(switches[1]) - sleep.switches <= 1):
+                found.append({
+                    'tid': int(inner[1]), 'call': sleep.call,
+                    'since': (None if sleep.since is None
+                              else sleep.since + ahead),
+                    'asked': _asked(thread, where, sleep.call)})
+        return found
+
+
+def _threads(pid: int) -> cabc.Iterator[str]:
+    try:
+        for tid in os.listdir(f'/proc/{pid}/task'):
+            yield f'/proc/{pid}/task/{tid}'
+    except OSError:
+        return
+
+
+def _read(thread: str) -> tuple[str, int, int, int, float] | None:
+    """Where it sleeps, in which call, context switches, CPU, last run (ms).
+    """
+    try:
+        with open(f'{thread}/syscall') as f:
+            where = f.read()
+        call = where.split(None, 1)[0]
+        # "running", or -1: in no system call.
+        if not call.isdigit() or int(call) not in _CALLS:
+            return None
+        number = int(call)
+        if number == RESTART:
+            with open(f'{thread}/stack') as f:
+                number = _continued(f.read(), where.split()[1])
+        with open(f'{thread}/status') as f:
+            switches = _SWITCHES.search(f.read())
+        with open(f'{thread}/stat') as f:
+            cpu = int(f.read().rpartition(')')[2].split()[36])
+        try:
+            with open(f'{thread}/sched') as f:
+                start = _EXEC_START.search(f.read())
+        except OSError:
+            # A kernel without CONFIG_SCHED_DEBUG.
+            start = None
+    except (OSError, IndexError):
+        return None
+    if switches is None:
+        return None
+    # The call's number changes when it is continued; the rest does not.
+    return (where.split(None, 1)[1], number, int(switches[1]), cpu,
+            float(start[1]) if start else 0.0)
+
+
+def _asked(thread: str, where: str, call: int) -> int | None:
+    """What a thread without an address for the rest wants to sleep, in ns.
+    """
+    arguments = [int(a, 16) for a in where.split()[:4]]
+    if call == NANOSLEEP:
+        request, rest = arguments[:2]
+    elif call == CLOCK_NANOSLEEP:
+        request, rest = arguments[2:]
+    else:
+        return None
+    if rest:
+        return None
+    try:
+        with open(f'{thread}/mem', 'rb', buffering=0) as f:
+            f.seek(request)
+            seconds, nanoseconds = struct.unpack('=qq', f.read(16))
+    except (OSError, OverflowError, ValueError, struct.error):
+        return None
+    return int(seconds) * 10 ** 9 + int(nanoseconds)
+
+
+def _continued(stack: str, first: str) -> int:
+    for name, call in _RESTARTS:
+        if name in stack:
+            return call
+    if any('+' in line and 'do_syscall' not in line and
+           'entry_' not in line for line in stack.splitlines()):
+        return RESTART
+    # The rest of a sleep leaves no frame: its function does nothing after.
+    # The first argument is a clock's number, or an address.
+    return CLOCK_NANOSLEEP if int(first, 16) < 4096 else NANOSLEEP
+
+
+def _cpu_time(cpu: int) -> tuple[float | None, int]:
+    """A CPU's time (ms), and a CLOCK_MONOTONIC (ns) that is not before it.
+    """
+    try:
+        os.sched_setaffinity(0, [cpu])
+        with open('/proc/thread-self/sched') as f:
+            now = _EXEC_START.search(f.read())
+    except OSError as e:
+        LOG.debug('the time of CPU %d: %s', cpu, e)
+        now = None
+    return float(now[1]) if now else None, time.monotonic_ns()

@@ -1,0 +1,159 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Whoever waits for a time in a guest that moves: never woken early.
+"""
+
+import base64
+import json
+import pathlib
+import struct
+import time
+
+import fixtures
+
+from nova_pycontainer.runtime import criu
+from tests.runtime import base
+from tests.runtime import hosts
+
+PROGRAM = pathlib.Path(__file__).with_name('guest_clocks.py')
+#: An early end of less than this is the clocks' own.
+EARLY = 0.001
+#: What a loaded machine may add to the time that the guest stands still.
+LATE = 1.5
+#: Results of the calls that are not 0: FUTEX_WAIT ends by its time-out.
+RESULTS = {'futex_absolute': 'ETIMEDOUT', 'futex_relative': 'ETIMEDOUT',
+           'poll_pipe': 1, 'epoll_endless': 1}
+SECONDS = 12
+
+
+class WaitingTestCase(hosts.TwoHostsTestCase):
+
+    @property
+    def messages(self):
+        return criu.Criu(base.tool('criu'), None).messages()
+
+    def setUp(self):
+        # Time to change an image between its arrival and the restore.
+        self.useFixture(fixtures.EnvironmentVariable(
+            'PYCONTAINER_FAULTS', self.faults.get(self._testMethodName)))
+        super().setUp()
+
+    faults = {'test_another_uptime': 'destination.images=sleep:2'}
+
+    def boot(self):
+        # Without a network its boot waits for one.
+        self.dhcp()
+        uuid = self.run_container('debian13', memory=512, nics=[{
+            'id': '0123456789b-x', 'devname': 'tap0123456789b',
+            'mac': 'fa:16:3e:00:00:33', 'mtu': 1500, 'tx_offload': True}])
+        base.wait_for(
+            lambda: self.sh(self.a, uuid, 'systemctl is-system-running || :')
+            in ('running', 'degraded'), 'systemd', 240)
+        encoded = base64.b64encode(PROGRAM.read_bytes()).decode()
+        self.sh(self.a, uuid,
+                f'echo {encoded} | base64 -d > /root/waits.py')
+        return uuid
+
+    def start(self, host, uuid, name, seconds):
+        self.sh(host, uuid, f'systemd-run --unit={name} -q '
+                f'python3 /root/waits.py /root/{name} {seconds}')
+        base.wait_for(lambda: self.sh(
+            host, uuid, f'ls /root/{name}/started || :'), 'the program')
+        # All sleep now.
+        time.sleep(1)
+
+    def results(self, host, uuid, name, count):
+        def read():
+            text = self.sh(
+                host, uuid, f'cd /root/{name} && for f in $(ls); do '
+                '[ $f = started ] || (echo "$f $(cat $f)"); done')
+            lines = [line.partition(' ')[::2] for line in text.splitlines()]
+            found = {n: json.loads(v) for n, v in lines if '.new' not in n}
+            return found if len(found) == count else None
+
+        return base.wait_for(read, 'the ends')
+
+    def check(self, found, frozen, passed=()):
+        watched = found.pop('watch_clocks')
+        self.assertEqual([], watched['result']['back'])
+        print(f'frozen {frozen:.3f} s; the clocks went on by', watched[
+            'result']['longest'])
+        wrong = {}
+        for name, end in sorted(found.items()):
+            off = end['ended'] - end['wanted']
+            print(f'  {name:26} {off:+.4f} s  {end["result"]}')
+            if name not in passed and not -EARLY <= off <= frozen + LATE or (
+                    name not in passed and
+                    end['result'] != RESULTS.get(name, 0)):
+                wrong[name] = (off, end['result'])
+        self.assertEqual({}, wrong)
+
+    def test_one_move(self):
+        uuid = self.boot()
+        self.start(self.a, uuid, 'one', SECONDS)
+        source, destination = self.migrate(uuid, self.a, self.b)
+        print(source['steps'], destination['steps'])
+        found = self.results(self.b, uuid, 'one', 22)
+        self.check(found, source['frozen'])
+
+    def test_two_moves_and_a_pause(self):
+        uuid = self.boot()
+        self.start(self.a, uuid, 'two', SECONDS)
+        first, _ = self.migrate(uuid, self.a, self.b)
+        self.b.pause(uuid)
+        self.b.unpause(uuid)
+        second, _ = self.migrate(uuid, self.b, self.a)
+        found = self.results(self.a, uuid, 'two', 22)
+        # The kernel's own freezer makes these fail with EINTR: signal(7).
+        self.check(found, first['frozen'] + second['frozen'],
+                   passed=('epoll_wait', 'epoll_endless'))
+
+    def test_another_uptime(self):
+        """The hosts of the tests have one kernel, so one uptime: the image
+        is changed as if the guest came from a host that is up for longer.
+        """
+        shift = 1_000_000
+        uuid = self.boot()
+        self.start(self.a, uuid, 'up', SECONDS + 6)
+        before = self.uptimes(self.a, uuid)
+        migration = self.prepare_migration(uuid, self.a, self.b)
+        images = pathlib.Path(f'/proc/{self.b.pid}/root/run/pyc/migration',
+                              migration)
+        path = base.wait_for(
+            lambda: next(images.glob('timens-*.img'), None), 'the images')
+        data = path.read_bytes()
+        entry = self.messages.timens_entry()
+        entry.ParseFromString(data[12:])
+        for clock in entry.monotonic, entry.boottime:
+            clock.tv_sec += shift
+        changed = entry.SerializeToString()
+        path.write_bytes(
+            data[:8] + struct.pack('<I', len(changed)) + changed)
+        first, _ = self.finish_migration(uuid, migration, self.a, self.b)
+        jumped = self.uptimes(self.b, uuid)
+        # Now it is as if it had come from there, and goes on to a host that
+        # is up for a shorter time.
+        self.start(self.b, uuid, 'other', SECONDS)
+        second, _ = self.migrate(uuid, self.b, self.a)
+        after = self.uptimes(self.a, uuid)
+        for i in range(2):
+            self.assertLess(before[i] + shift, jumped[i])
+            self.assertLess(jumped[i], after[i])
+            self.assertLess(after[i], before[i] + shift + base.PATIENCE)
+        found = self.results(self.a, uuid, 'other', 22)
+        self.check(found, second['frozen'])
+
+    def uptimes(self, host, uuid):
+        return [float(n) for n in self.sh(
+            host, uuid, 'python3 -c "import time; print('
+            'time.clock_gettime(1), time.clock_gettime(7))"').split()]
