@@ -228,11 +228,11 @@ result delete_s "$(since "$begin")"
 
 title 'cleaning up'
 openstack floating ip delete "$address"
+# A port that was made by the user stays when its server goes.
+openstack port delete "$name"
 openstack security group delete "$name"
 openstack keypair delete "$name"
 openstack image delete "$name"
-# A port that was made by the user stays when its server goes.
-openstack port delete "$name"
 in_cloud=''
 
 title 'how long it took'
