@@ -264,6 +264,8 @@ class Case(testtools.TestCase):
                         idle_timeout=self.idle_timeout))
                 except BaseException as e:
                     result.append(e)
+                finally:
+                    valve.stopped.set()
 
             thread = threading.Thread(target=fetch, daemon=True)
             thread.start()

@@ -62,6 +62,11 @@ LOG = logging.getLogger(__name__)
 _CONFIG = pathlib.Path(__file__).with_name('rsyncd.conf')
 _PATH_VARIABLE = 'PYCONTAINER_SYNC_PATH'
 _RSYNC = 'rsync'
+#: Exit codes: some files could not be read, or vanished.
+_INCOMPLETE = (23, 24)
+#: The server's, when a file with several names vanishes late: the client asks
+#: for it by another name after it has said that there is nothing more.
+_PROTOCOL = 2
 _KILL_TIMEOUT = 10.0
 _OUTPUT_TAIL = 32 << 10
 #: Nothing has changed since then.
@@ -80,9 +85,10 @@ UPPER_FILTERS: ty.Final = (
 LAYER_FILTERS: ty.Final = ('-x trusted.*', *_COMMON_FILTERS)
 
 #: Runs as rsync's remote shell: it connects rsync's pipes with the socket.
-#: It ends when the other side does, as ssh would.
+#: It ends when the other side does, as ssh would. Its exit code would hide
+#: rsync's own, which says more.
 _CONNECT = ("sh -c 'exec 3<&0 2>/dev/null; cat <&3 >&7 3<&- & "
-            "exec cat <&7 3<&- 7<&-'")
+            "cat <&7 3<&- 7<&-; exit 0'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +186,10 @@ class _Process:
         """The end of what it said on stderr."""
         return _tail(self._err)
 
+    @property
+    def closed(self) -> bool:
+        return self._pidfd < 0
+
     def close(self) -> None:
         self.kill()
         with self._lock:
@@ -208,6 +218,7 @@ class Server:
         since: Mark | None, final: bool, steady: bool = False,
     ) -> None:
         now = Mark.now()
+        self._directory = directory
         self.mark = since or now
         argv = [
             'sh', '-c', sync_preamble.SCRIPT, 'sh',
@@ -222,9 +233,14 @@ class Server:
 
     def close(self) -> None:
         """Stop serving. Idempotent."""
+        if self._process.closed:
+            return
         code = self._process.kill()
-        if code:
-            LOG.debug('the serving rsync ended with %d', code)
+        if code not in (0, -signal.SIGKILL, *_INCOMPLETE, _PROTOCOL):
+            # The destination knows it too, if rsync has come so far.
+            LOG.warning('serving %s ended with exit code %d: %s',
+                        self._directory, code,
+                        _summary(self._process.complaint()))
         self._process.close()
 
 
@@ -395,21 +411,30 @@ def _timeout(what: str, seconds: float) -> errors.ContainerError:
                'them')
 
 
+def _summary(text: str) -> str:
+    """The first lines in one. rsync escapes what is odd in names."""
+    return '; '.join(text.strip().splitlines()[:5])[:1000]
+
+
 def _judge(code: int, complaint: str, final: bool) -> None:
     """Raise what an exit code of rsync means; see rsync(1), EXIT VALUES."""
     if code == 0:
         return
-    text = complaint.strip()
-    cause = '; '.join(text.splitlines()[:5])[:1000] or f'exit code {code}'
+    text = complaint
+    cause = _summary(text) or f'exit code {code}'
     if 'No space left on device' in text or 'Disk quota exceeded' in text:
         raise errors.ContainerError(
             'no_space', 'the files do not fit on the destination',
             cause=cause, remedy='Free space there, or choose another host')
-    if code in (23, 24) and not final:
+    if code in _INCOMPLETE and not final:
         # The guest changed what was being read. What is wrong beyond that
         # fails the last pass.
         LOG.debug('a pass was incomplete: %s', cause)
         return
+    if code in (126, 127):
+        raise errors.ContainerError(
+            'unsupported', 'rsync cannot be run', cause=cause,
+            remedy='Install rsync on both hosts')
     if code in (30, 35):
         error = 'timeout', 'the copy of the files came to a halt'
     elif code in (10, 12) or code < 0:
