@@ -22,6 +22,8 @@ import typing as ty
 
 #: Seconds of unused bandwidth that may be made up for.
 _BURST: ty.Final = 0.1
+#: A shorter wait is not worth the system call.
+_TICK: ty.Final = 0.001
 #: After so many seconds a waiting sender looks whether the rate has changed.
 _LOOK: ty.Final = 0.5
 
@@ -85,4 +87,4 @@ class Bandwidth:
             self._advance()
             if self._rate is None or self._credit >= 0:
                 return 0.0
-            return min(-self._credit / self._rate, _LOOK)
+            return min(max(-self._credit / self._rate, _TICK), _LOOK)

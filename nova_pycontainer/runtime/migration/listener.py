@@ -188,13 +188,16 @@ class Listener:
             expected = self._expected.get(hello.migration)
             wrong = None if expected is None else self._identity.check(
                 der, expected.peer)
-            # One answer for both: whoever is not of this migration has no
-            # business to know whether it exists.
             if expected is None or wrong is not None:
+                if wrong is not None:
+                    LOG.warning('migration %s: another host wants to be the '
+                                'source: %s', hello.migration, wrong)
+                # One answer for both: whoever is not of this migration has
+                # no business to know whether it exists.
                 raise errors.ContainerError(
                     'forbidden',
                     f'migration {hello.migration} is not expected from this '
-                    'host', cause=wrong, uuid=hello.instance)
+                    'host', uuid=hello.instance)
             if hello.instance != expected.instance:
                 raise errors.ContainerError(
                     'forbidden', f'migration {hello.migration} is of another '

@@ -105,6 +105,7 @@ class Relay:
         stats: Stats | None = None, *,
         idle_s: float = IDLE_TIMEOUT,
     ) -> None:
+        plain.setblocking(False)
         self._connection = connection
         self._tls = connection.transport
         self._plain = plain
@@ -174,12 +175,14 @@ class Relay:
         graceful = False
         try:
             with self._tls.using():
-                self._plain.setblocking(False)
                 self._loop()
             graceful = True
         except errors.ContainerError as e:
             self.error = self.error or e
         except Exception as e:
+            if self._plain.fileno() < 0:
+                self.error = _aborted()
+                return
             LOG.exception('The relay for %r failed', self._connection)
             self.error = errors.ContainerError(
                 'internal', 'carrying data to the other host failed',
@@ -219,8 +222,7 @@ class Relay:
                 moved_at = now
                 left = delay
             if self._poll(left, delay > 0):
-                raise errors.ContainerError(
-                    'aborted', 'carrying data to the other host was aborted')
+                raise _aborted()
 
     def _send(self, delay: float) -> int:
         """From the program to the other host; how much was done."""
@@ -280,6 +282,8 @@ class Relay:
             return len(view)
 
     def _left(self, cause: OSError) -> None:
+        if self._plain.fileno() < 0:
+            raise _aborted()
         self._deaf = True
         self.error = self.error or tls.network_error(
             'the program at this end of a connection has left while the '
@@ -310,6 +314,11 @@ class Relay:
             poller.register(self._tls.fileno(), events)
         return any(fd == self._abort for fd, _ in
                    poller.poll(max(1.0, timeout * 1000)))
+
+
+def _aborted() -> errors.ContainerError:
+    return errors.ContainerError(
+        'aborted', 'carrying data to the other host was aborted')
 
 
 def relay(

@@ -352,6 +352,6 @@ def _reason(error: ssl.SSLError) -> str:
     """OpenSSL's reason without the place in its source."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f'certificate refused: {error.verify_message}'
-    if isinstance(error, ssl.SSLEOFError):
+    if error.reason == 'UNEXPECTED_EOF_WHILE_READING':
         return 'the other side closed it without notice'
     return (error.reason or str(error)).replace('_', ' ').lower()
