@@ -35,8 +35,11 @@ class TestFailures(sync_base.Case):
 
     idle_timeout = 30.0
 
+    def half_way(self, limit=2 * MIB, *, final=True):
+        return super().half_way(limit, final=final)
+
     def fill(self):
-        (self.a.upper / 'directory').mkdir()
+        (self.a.upper / 'directory').mkdir(exist_ok=True)
         for i in range(8):
             (self.a.upper / 'directory' / f'file-{i}').write_bytes(
                 os.urandom(MIB))
@@ -50,55 +53,55 @@ class TestFailures(sync_base.Case):
         self.assertEqual(code, result.code, str(result))
         self.assertIsNotNone(result.remedy)
 
-    def test_killed_source(self):
-        self.fill()
-        with self.half_way(2 * MIB) as (server, valve, _, end):
-            self.kill('--daemon')
-            valve.go.set()
-            self.assert_fails('network', end())
-        self.assert_next_pass_is_right()
-
     def kill(self, option):
         """Kill the process that was started with an option."""
         for pid in self.processes():
-            words = pathlib.Path(
-                f'/proc/{pid}/cmdline').read_text().split('\0')
-            if words[0] == 'rsync' and option in words:
-                os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                words = pathlib.Path(
+                    f'/proc/{pid}/cmdline').read_text().split('\0')
+                if words[0] == 'rsync' and option in words and (
+                        os.getpgid(pid) == pid):
+                    os.kill(pid, signal.SIGKILL)
+
+    def check(self, code, interrupt):
+        """Interrupt a final pass, which fails, and another one, which is
+        incomplete.
+        """
+        self.fill()
+        with self.half_way() as state:
+            interrupt(*state[:3])
+            state[1].go.set()
+            self.assert_fails(code, state[3]())
+        if code == 'network':
+            self.fill()
+            with self.half_way(final=False) as state:
+                interrupt(*state[:3])
+                state[1].go.set()
+                self.assertFalse(state[3]().complete)
+        self.assert_next_pass_is_right()
+
+    def test_killed_source(self):
+        self.check('network', lambda server, valve, ours: self.kill(
+            '--daemon'))
 
     def test_closed_server(self):
-        self.fill()
-        with self.half_way(2 * MIB) as (server, valve, _, end):
-            server.close()
-            valve.go.set()
-            self.assert_fails('network', end())
-        self.assert_next_pass_is_right()
+        self.check('network', lambda server, valve, ours: server.close())
 
     def test_lost_connection(self):
-        self.fill()
-        with self.half_way(2 * MIB) as (_, valve, _, end):
-            valve.close()
-            self.assert_fails('network', end())
-        self.assert_next_pass_is_right()
+        self.check('network', lambda server, valve, ours: valve.close())
 
     def test_stopped_by_the_destination(self):
-        self.fill()
-        with self.half_way(2 * MIB) as (_, valve, ours, end):
-            ours.shutdown(socket.SHUT_RDWR)
-            self.assert_fails('network', end())
-        self.assert_next_pass_is_right()
+        self.check('network', lambda server, valve, ours: ours.shutdown(
+            socket.SHUT_RDWR))
 
     def test_killed_client(self):
-        self.fill()
-        with self.half_way(2 * MIB) as (_, _, _, end):
-            self.kill('-aHAXS')
-            self.assert_fails('network', end())
-        self.assert_next_pass_is_right()
+        self.check('internal', lambda server, valve, ours: self.kill(
+            '-aHAXS'))
 
     def test_silent_connection(self):
         self.fill()
         self.idle_timeout = 1.0
-        with self.half_way(2 * MIB) as (_, _, _, end):
+        with self.half_way() as (_, _, _, end):
             self.assert_fails('timeout', end())
         self.idle_timeout = 30.0
         self.assert_next_pass_is_right()

@@ -67,6 +67,9 @@ _INCOMPLETE = (23, 24)
 #: The server's, when a file with several names vanishes late: the client asks
 #: for it by another name after it has said that there is nothing more.
 _PROTOCOL = 2
+#: The connection was closed.
+_CUT = 12
+_FULL = ('No space left on device', 'Disk quota exceeded')
 _KILL_TIMEOUT = 10.0
 _OUTPUT_TAIL = 32 << 10
 #: Nothing has changed since then.
@@ -117,7 +120,8 @@ class Stats:
     """What one pass did. Sizes are bytes.
 
     :param complete: every file was copied as it was; otherwise some changed
-        or vanished meanwhile, and another pass is needed
+        or vanished meanwhile, or the connection was lost, and another pass is
+        needed. The other figures may be 0 then
     :param received: bytes that came over the connection
     """
 
@@ -349,8 +353,7 @@ class Copy:
             if not ended:
                 raise _timeout('the copy of the files', timeout)
             _judge(code, child.complaint(), final)
-            stats = _stats(
-                child.output(), code == 0, time.monotonic() - began)
+            stats = _stats(child.output(), code, time.monotonic() - began)
         finally:
             child.close()
         if preamble.complete and not final:
@@ -420,16 +423,17 @@ def _judge(code: int, complaint: str, final: bool) -> None:
     """Raise what an exit code of rsync means; see rsync(1), EXIT VALUES."""
     if code == 0:
         return
-    text = complaint
-    cause = _summary(text) or f'exit code {code}'
-    if 'No space left on device' in text or 'Disk quota exceeded' in text:
+    cause = _summary(complaint) or f'exit code {code}'
+    if any(text in complaint for text in _FULL):
         raise errors.ContainerError(
             'no_space', 'the files do not fit on the destination',
             cause=cause, remedy='Free space there, or choose another host')
-    if code in _INCOMPLETE and not final:
-        # The guest changed what was being read. What is wrong beyond that
-        # fails the last pass.
-        LOG.debug('a pass was incomplete: %s', cause)
+    if not final and (code in _INCOMPLETE or (
+            code == _CUT and '[generator]' in complaint)):
+        # The guest changed what was being read, or the server has met its
+        # own bug (see _PROTOCOL). What is wrong beyond that fails the last
+        # pass.
+        LOG.info('a pass over the files was incomplete: %s', cause)
         return
     if code in (126, 127):
         raise errors.ContainerError(
@@ -437,7 +441,7 @@ def _judge(code: int, complaint: str, final: bool) -> None:
             remedy='Install rsync on both hosts')
     if code in (30, 35):
         error = 'timeout', 'the copy of the files came to a halt'
-    elif code in (10, 12) or code < 0:
+    elif code in (10, _CUT):
         error = 'network', 'the copy of the files was cut off'
     else:
         error = 'internal', 'the files could not be copied'
@@ -446,21 +450,24 @@ def _judge(code: int, complaint: str, final: bool) -> None:
         'both hosts')
 
 
-def _stats(text: str, complete: bool, seconds: float) -> Stats:
+def _stats(text: str, code: int, seconds: float) -> Stats:
     found = {name: int(number) for name, number in re.findall(
         r'^(.+?): (\d+)', text, re.MULTILINE)}
     try:
         return Stats(
-            complete=complete,
+            complete=code == 0,
             files=found['Number of files'],
             transferred=found['Number of regular files transferred'],
             created=found['Number of created files'],
-            deleted=found.get('Number of deleted files', 0),
+            deleted=found['Number of deleted files'],
             total_bytes=found['Total file size'],
             literal_bytes=found['Literal data'],
             received=found['Total bytes received'],
             seconds=seconds)
     except KeyError as e:
+        if code:
+            # It did not get so far.
+            return Stats(False, 0, 0, 0, 0, 0, 0, 0, seconds)
         raise errors.ContainerError(
             'internal', 'rsync gave no statistics', cause=f'{e} is missing',
             remedy='Use rsync 3.2 or newer') from None
