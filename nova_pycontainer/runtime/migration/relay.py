@@ -116,6 +116,7 @@ class Relay:
         self._in = _Buffer()
         #: The program reads no more.
         self._deaf = False
+        self._aborted = False
         self._abort = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._lock = threading.Lock()
         self._ended = threading.Event()
@@ -148,6 +149,7 @@ class Relay:
         with self._lock:
             if self._ended.is_set():
                 return
+            self._aborted = True
             os.eventfd_write(self._abort, 1)
         if self._thread.ident is None:
             self._release(graceful=False)
@@ -204,7 +206,8 @@ class Relay:
 
     def _loop(self) -> None:
         moved_at = time.monotonic()
-        while True:
+        # Looked at also while all pipes keep flowing, and nobody polls.
+        while not self._aborted:
             delay = self._limiter.delay()
             moved = self._send(delay) + self._receive()
             if self._out.done and (self._in.done or self._deaf):
@@ -217,12 +220,11 @@ class Relay:
             if left <= 0:
                 raise tls.timeout_error(
                     f'nothing was carried for {self._idle_s:.0f} s')
-            # A limiter that lets nobody send is not idleness.
+            self._poll(delay or left, delay > 0)
             if delay:
-                moved_at = now
-                left = delay
-            if self._poll(left, delay > 0):
-                raise _aborted()
+                # A limiter that lets nobody send is not idleness.
+                moved_at = time.monotonic()
+        raise _aborted()
 
     def _send(self, delay: float) -> int:
         """From the program to the other host; how much was done."""
@@ -289,8 +291,8 @@ class Relay:
             'the program at this end of a connection has left while the '
             'other host was sending', cause)
 
-    def _poll(self, timeout: float, limited: bool) -> bool:
-        """Wait for progress; True: it is to be aborted."""
+    def _poll(self, timeout: float, limited: bool) -> None:
+        """Wait until there can be progress, or it is to be aborted."""
         poller = select.poll()
         poller.register(self._abort, select.POLLIN)
         # Without interest it must not be in the set: an end is always
@@ -312,8 +314,7 @@ class Relay:
             events |= select.POLLOUT
         if events:
             poller.register(self._tls.fileno(), events)
-        return any(fd == self._abort for fd, _ in
-                   poller.poll(max(1.0, timeout * 1000)))
+        poller.poll(max(1.0, timeout * 1000))
 
 
 def _aborted() -> errors.ContainerError:

@@ -26,7 +26,7 @@ class CountingRelay(relay.Relay):
 
     def _poll(self, *args):
         self.polls += 1
-        return super()._poll(*args)
+        super()._poll(*args)
 
 
 class RelayTestCase(base.ChannelTestCase):
@@ -204,10 +204,10 @@ class TestLimit(RelayTestCase):
 
     def test_it_is_lifted(self):
         limiter = bandwidth.Bandwidth(1)
-        a, relay_a, b, _ = self.sides(limiter=limiter, idle_s=0.1)
+        a, relay_a, b, _ = self.sides(limiter=limiter, idle_s=2)
         self.start(self.send, a, bytes(4 << 20))
         b.recv(1)
-        time.sleep(0.5)
+        time.sleep(3)
         # To wait for the limit is not to be idle.
         self.assertTrue(relay_a.running)
         limiter.rate = None
@@ -240,6 +240,22 @@ class TestFailures(RelayTestCase):
         self.assertEqual('aborted', relay_a.error.code)
         relay_b.abort()
         self.assertFalse(relay_b.running)
+
+    def test_abort_while_all_flows(self):
+        class NeverPolls(relay.Relay):
+            def _poll(self, *args):
+                # As if something could be done at any time.
+                pass
+
+        ours, theirs = self.pair('pages')
+        a, end = self.socketpair()
+        one = NeverPolls(ours, end).start()
+        self.addCleanup(one.abort)
+        a.sendall(b'x')
+        base.until(lambda: one.stats.sent, 'it')
+        one.abort()
+        self.assertFalse(one.running)
+        self.assertEqual('aborted', one.error.code)
 
     def test_abort_under_a_limit(self):
         a, relay_a, b, relay_b = self.sides(limiter=bandwidth.Bandwidth(1))
