@@ -334,11 +334,15 @@ while True:
         self.assertIn('vanished', str(result))
 
     def test_change_under_another_pass(self):
+        """Files with several names, too, with which rsync has a problem."""
         for i in range(30):
-            (self.a.upper / f'file-{i:02d}').write_bytes(os.urandom(MIB))
+            path = self.a.upper / f'file-{i:02d}'
+            path.write_bytes(os.urandom(MIB))
+            os.link(path, self.a.upper / f'link-{i:02d}')
         with self.half_way(2 * MIB) as (_, valve, _, end):
             for i in range(20, 30):
                 (self.a.upper / f'file-{i}').unlink()
+                (self.a.upper / f'link-{i}').unlink()
             valve.go.set()
             self.assertFalse(end().complete)
         self.one(final=True)
