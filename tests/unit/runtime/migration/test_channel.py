@@ -279,6 +279,25 @@ class TestEnds(ConnectionTestCase):
             self.assertEqual(n, ours.recv(base.PATIENCE)['n'])
         self.assertIsNone(ours.recv(base.PATIENCE))
 
+    def test_a_host_that_vanishes_is_noticed(self):
+        # That it is can only be seen with a cable to pull; here that both
+        # sides ask the kernel for it.
+        for role, seconds in (('control', 30), ('pages', 120)):
+            for side in self.pair(role):
+                with socket.socket(fileno=os.dup(side.fileno())) as sock:
+                    def option(name, sock=sock):
+                        return sock.getsockopt(socket.IPPROTO_TCP, name)
+
+                    self.assertEqual(1, sock.getsockopt(
+                        socket.SOL_SOCKET, socket.SO_KEEPALIVE))
+                    self.assertEqual(
+                        seconds * 1000, option(socket.TCP_USER_TIMEOUT))
+                    self.assertEqual(
+                        seconds, option(socket.TCP_KEEPIDLE)
+                        + option(socket.TCP_KEEPINTVL)
+                        * option(socket.TCP_KEEPCNT))
+                    self.assertEqual(1, option(socket.TCP_NODELAY))
+
     def test_with(self):
         ours, theirs = self.pair()
         self.start(theirs.recv, base.PATIENCE)

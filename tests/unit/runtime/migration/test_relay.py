@@ -13,6 +13,7 @@
 import hashlib
 import os
 import socket
+import subprocess
 import threading
 import time
 
@@ -153,6 +154,31 @@ class TestRelay(RelayTestCase):
         time.sleep(0.5)
         self.assertLess(relay_a.polls + relay_b.polls - polls, 10)
         self.assertEqual(data, self.read(b))
+
+    def test_real_programs(self):
+        tree = self.dir / 'tree'
+        (tree / 'deep').mkdir(parents=True)
+        for n in range(50):
+            (tree / 'deep' / str(n)).write_bytes(os.urandom(n * 9973))
+        copy = self.dir / 'copy'
+        copy.mkdir()
+        a, relay_a, b, relay_b = self.sides()
+        # A program's end blocks, as it would for its own.
+        for end in (a, b):
+            end.setblocking(True)
+        with (subprocess.Popen(['tar', '-C', tree, '-cf', '-', '.'],
+                               stdout=a) as pack,
+              subprocess.Popen(['tar', '-C', copy, '-xf', '-'],
+                               stdin=b) as unpack):
+            a.close()
+            b.close()
+            self.assertEqual(0, pack.wait(base.PATIENCE))
+            self.assertEqual(0, unpack.wait(base.PATIENCE))
+        relay_a.result(base.PATIENCE)
+        relay_b.result(base.PATIENCE)
+        for n in range(50):
+            self.assertEqual((tree / 'deep' / str(n)).read_bytes(),
+                             (copy / 'deep' / str(n)).read_bytes())
 
     def test_shared_statistics(self):
         stats = relay.Stats()
