@@ -55,6 +55,7 @@ rm -rf "$results"
 mkdir -p "$results"
 export LC_ALL=C.UTF-8 PYTHONWARNINGS=ignore PYTHONUNBUFFERED=1
 export OS_NOVA_DISABLE_EVENTLET_PATCHING=true
+export OS_STDOUT_CAPTURE=1 OS_STDERR_CAPTURE=1
 export PATH=$VENV/bin:$PREFIX/bin:$PATH
 export PRE_COMMIT_HOME=$WORK/cache/pre-commit
 
@@ -79,17 +80,20 @@ finish() {
 trap finish EXIT
 trap 'exit 130' INT TERM HUP
 
-# stestr_group NAME CONCURRENCY WRAPPER...: one stestr run, its results kept
-# as a subunit stream.
+# stestr_group NAME CONCURRENCY LIMIT WRAPPER...: one stestr run of at most
+# LIMIT seconds, its results kept as a subunit stream.
 stestr_group() {
-    local name=$1 concurrency=$2 rc=0
-    shift 2
+    local name=$1 concurrency=$2 limit=$3 rc=0
+    shift 3
     local -a stestr=(stestr --test-path "./tests/$name" --top-dir "$REPO"
                      --repo-url "$results/$name.stestr")
     # It makes its repository only in a directory that exists.
     mkdir -p "$results/$name.stestr"
-    "$@" "${stestr[@]}" run --concurrency "$concurrency" \
-        "${arguments[@]}" </dev/null || rc=$?
+    timeout --kill-after=30 "$limit" "$@" "${stestr[@]}" run \
+        --concurrency "$concurrency" "${arguments[@]}" </dev/null || rc=$?
+    if [ "$rc" -eq 124 ] || [ "$rc" -eq 137 ]; then
+        say "$name: not done after $limit s; the tests were stopped"
+    fi
     "${stestr[@]}" last --subunit >"$results/$name.subunit" \
         2>"$results/$name.last.log" </dev/null || true
     if [ ! -s "$results/$name.subunit" ]; then
@@ -121,7 +125,7 @@ run_pep8() {
 }
 
 run_unit() {
-    stestr_group unit 2 env OS_TEST_TIMEOUT=160
+    stestr_group unit 2 900 env OS_TEST_TIMEOUT=160
 }
 
 run_runtime() {
@@ -130,11 +134,11 @@ run_runtime() {
     for image in busybox debian12 debian13 sysvinit; do
         "$REPO/tools/images/build.sh" "$image" >/dev/null
     done
-    stestr_group runtime 1 "$LIB_DIR/in-host.sh" env OS_TEST_TIMEOUT=600
+    stestr_group runtime 1 1500 "$LIB_DIR/in-host.sh" env OS_TEST_TIMEOUT=600
 }
 
 run_functional() {
-    stestr_group functional 1 "$LIB_DIR/in-host.sh" env OS_TEST_TIMEOUT=600
+    stestr_group functional 1 900 "$LIB_DIR/in-host.sh" env OS_TEST_TIMEOUT=600
 }
 
 run_cloud() {
@@ -142,7 +146,7 @@ run_cloud() {
         cloud_started=1
         "$REPO/tools/cloud.sh" up || return 1
     fi
-    stestr_group cloud 1 env OS_TEST_TIMEOUT=900
+    stestr_group cloud 1 1500 env OS_TEST_TIMEOUT=900
 }
 
 failed=()
