@@ -102,11 +102,26 @@ def poll_pipe():
     return call('poll', poller, 1, -1)
 
 
+def _epoll(e, timeout):
+    """As programs have to: signal(7) says that being stopped interrupts it.
+
+    :returns: what it returned, and how often it was interrupted
+    """
+    events = ctypes.create_string_buffer(64)
+    end = time.monotonic() + timeout
+    interrupted = 0
+    while True:
+        left = -1 if timeout < 0 else int(
+            max(end - time.monotonic(), 0) * 1000 + 1)
+        result = libc.epoll_wait(e.fileno(), events, 4, left)
+        if result >= 0:
+            return result, interrupted
+        interrupted += 1
+
+
 def epoll_wait():
     with select.epoll() as e:
-        events = ctypes.create_string_buffer(64)
-        result = libc.epoll_wait(e.fileno(), events, 4, int(SECONDS * 1000))
-        return result if result >= 0 else errno.errorcode[ctypes.get_errno()]
+        return _epoll(e, SECONDS)
 
 
 def epoll_endless():
@@ -117,9 +132,7 @@ def epoll_endless():
         os._exit(0)
     with select.epoll() as e:
         e.register(read, select.EPOLLIN)
-        events = ctypes.create_string_buffer(64)
-        result = libc.epoll_wait(e.fileno(), events, 4, -1)
-        return result if result >= 0 else errno.errorcode[ctypes.get_errno()]
+        return _epoll(e, -1)
 
 
 def select_call():

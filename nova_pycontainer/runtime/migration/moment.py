@@ -23,6 +23,9 @@ from nova_pycontainer.runtime.migration import clocks
 from nova_pycontainer.runtime.migration import patches
 from nova_pycontainer.runtime.migration import sleepers
 
+#: Seconds to wait for the guest to read.
+_QUIET = 2.0
+
 
 class Moment:
     """One container's, for all attempts of one migration."""
@@ -32,8 +35,9 @@ class Moment:
         self._sleepers = sleepers.Sleepers(group)
         self._facts: dict[str, ty.Any] = {}
 
-    def before(self) -> None:
+    def before(self, init: int) -> None:
         """The guest still runs, and will be frozen next."""
+        _wait_for_netlink(init)
         self._sleepers.look()
 
     def frozen(self, init: int) -> None:
@@ -50,3 +54,22 @@ class Moment:
         :returns: the facts, for the destination
         """
         return {**self._facts, 'signals': patches.pending(self._group)}
+
+
+def _wait_for_netlink(init: int) -> None:
+    """Let the guest read what the kernel has told it: CRIU does not dump a
+    netlink socket with unread messages.
+
+    Nothing is lost if it does not read; then the dump says so.
+    """
+    deadline = time.monotonic() + _QUIET
+    while time.monotonic() < deadline:
+        try:
+            with open(f'/proc/{init}/net/netlink') as f:
+                header, *lines = f.read().splitlines()
+        except (OSError, ValueError):
+            return
+        column = header.split().index('Rmem')
+        if all(line.split()[column] == '0' for line in lines):
+            return
+        time.sleep(0.01)
