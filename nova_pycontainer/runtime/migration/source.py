@@ -297,7 +297,7 @@ class Source:
                 options.lazy_pages = True
                 options.config_file = str(dump.lazy_config())
             dump.start()
-            self.moment.before()
+            self.moment.before(pid)
             began = time.monotonic()
             try:
                 response = dump.session.request(
