@@ -121,20 +121,25 @@ class Sleepers:
         found: list[dict[str, ty.Any]] = []
         for (thread, where), sleep in self._seen.items():
             try:
+                with open(f'{thread}/syscall') as f:
+                    here = f.read()
                 with open(f'{thread}/status') as f:
                     status = f.read()
             except OSError:
                 continue
             inner = _NSPID.search(status)
             switches = _SWITCHES.search(status)
-            # The one switch is CRIU's stop.
-            if inner and switches and (
-                    int(switches[1]) - sleep.switches <= 1):
-                found.append({
-                    'tid': int(inner[1]), 'call': sleep.call,
-                    'since': (None if sleep.since is None
-                              else sleep.since + ahead),
-                    'asked': _asked(thread, where, sleep.call)})
+            if not inner or not switches or (
+                    here.split(None, 1)[1:] != [where]):
+                continue
+            # The one switch is CRIU's stop. After more of them it may be
+            # another sleep at the same place.
+            same = int(switches[1]) - sleep.switches <= 1
+            found.append({
+                'tid': int(inner[1]), 'call': sleep.call,
+                'since': (sleep.since + ahead if same and
+                          sleep.since is not None else None),
+                'asked': _asked(thread, where, sleep.call)})
         return found
 
 
