@@ -27,6 +27,8 @@ import fixtures
 
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime.migration import sync
+from nova_pycontainer.runtime.migration import sync_preamble
+from nova_pycontainer.runtime.migration import sync_rsync
 from tests.runtime import sync_base
 from tests.runtime.sync_base import MIB
 
@@ -165,6 +167,7 @@ class TestFailures(sync_base.Case):
             (tools / name).symlink_to(f'/usr/bin/{name}')
         before = os.environ['PATH']
         self.fill()
+        sync_rsync.version.cache_clear()
         os.environ['PATH'] = f'{tools}:/{self.marker}'
         try:
             error = self.assertRaises(errors.ContainerError, self.one)
@@ -172,6 +175,22 @@ class TestFailures(sync_base.Case):
             os.environ['PATH'] = before
         self.assertIn('rsync', str(error))
         self.assertEqual('unsupported', error.code)
+
+    def test_old_rsync(self):
+        """Versions that spoil files in place do not work in place."""
+        (self.a.upper / 'file').write_bytes(os.urandom(100_000))
+        self.one()
+        inode = (self.b.upper / 'file').stat().st_ino
+        for version, same in (((3, 3), True), ((3, 2), False)):
+            with fixtures.MonkeyPatch(
+                    'nova_pycontainer.runtime.migration.sync_rsync.version',
+                    lambda found=version: found):
+                with open(self.a.upper / 'file', 'r+b') as f:
+                    f.write(os.urandom(10))
+                self.one()
+            self.assert_same()
+            self.assertEqual(
+                same, inode == (self.b.upper / 'file').stat().st_ino)
 
 
 class TestFullDisk(sync_base.Case):
@@ -365,7 +384,7 @@ class TestHostilePeer(sync_base.Case):
             with theirs:
                 server = sync.serve(self.a.upper, theirs)
             try:
-                sync.sync_preamble.Preamble.read(
+                sync_preamble.Preamble.read(
                     ours, time.monotonic() + sync_base.PATIENCE, None)
                 return subprocess.run(
                     ['sh', '-c', 'exec "$@" 7<&0 </dev/null', 'sh', 'rsync',

@@ -40,12 +40,8 @@ begins by writing dirty pages out, so that stores from then on are seen.
 import dataclasses
 import os
 import pathlib
-import re
 import signal
 import socket
-import subprocess
-import tempfile
-import threading
 import time
 import typing as ty
 
@@ -55,26 +51,14 @@ from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import layers
 from nova_pycontainer.runtime.migration import sync_links
 from nova_pycontainer.runtime.migration import sync_preamble
-from nova_pycontainer.runtime import process
+from nova_pycontainer.runtime.migration import sync_rsync
 
 LOG = logging.getLogger(__name__)
 
 _CONFIG = pathlib.Path(__file__).with_name('rsyncd.conf')
 _PATH_VARIABLE = 'PYCONTAINER_SYNC_PATH'
-_RSYNC = 'rsync'
-#: Exit codes: some files could not be read, or vanished.
-_INCOMPLETE = (23, 24)
-#: The server's, when a file with several names vanishes late: the client asks
-#: for it by another name after it has said that there is nothing more.
-_PROTOCOL = 2
-#: The connection was closed.
-_CUT = 12
-_FULL = ('No space left on device', 'Disk quota exceeded')
-_KILL_TIMEOUT = 10.0
-_OUTPUT_TAIL = 32 << 10
 #: Nothing has changed since then.
 _FUTURE = '@99999999999'
-_NICE = ('nice', '-n', '10')
 
 #: Attributes that stay on their host. The three of overlayfs name inodes of
 #: the source's file systems. Access control lists go another way (-A), and
@@ -115,102 +99,6 @@ class Mark:
         return self.realtime + min(step, 0.0) - sync_preamble.CLOCK_MARGIN
 
 
-@dataclasses.dataclass(frozen=True)
-class Stats:
-    """What one pass did. Sizes are bytes.
-
-    :param complete: every file was copied as it was; otherwise some changed
-        or vanished meanwhile, or the connection was lost, and another pass is
-        needed. The other figures may be 0 then
-    :param received: bytes that came over the connection
-    """
-
-    complete: bool
-    files: int
-    transferred: int
-    created: int
-    deleted: int
-    total_bytes: int
-    literal_bytes: int
-    received: int
-    seconds: float
-
-    def to_dict(self) -> dict[str, ty.Any]:
-        return dataclasses.asdict(self)
-
-
-class _Process:
-    """A child and its children, in a session of their own."""
-
-    def __init__(
-        self, argv: ty.Sequence[str], sock: socket.socket, *,
-        cwd: pathlib.Path, talks: bool, env: dict[str, str] | None = None,
-    ) -> None:
-        """
-        :param sock: becomes its stdin, and stdout too if it ``talks``
-        """
-        # Files, not pipes: nobody has to read along, whatever is said.
-        self._out = tempfile.TemporaryFile()
-        self._err = tempfile.TemporaryFile()
-        try:
-            self._child: subprocess.Popen[bytes] = subprocess.Popen(
-                argv, stdin=sock.fileno(),
-                stdout=(sock if talks else self._out).fileno(),
-                stderr=self._err.fileno(), cwd=cwd, start_new_session=True,
-                env={'PATH': os.environ.get('PATH', os.defpath),
-                     'LC_ALL': 'C', **(env or {})})
-        except BaseException:
-            self._out.close()
-            self._err.close()
-            raise
-        self._pidfd = os.pidfd_open(self._child.pid)
-        self._lock = threading.Lock()
-
-    def wait(self, timeout: float) -> bool:
-        """Whether it has ended, after ``timeout`` seconds at most."""
-        return self._child.returncode is not None or process.exited(
-            self._pidfd, max(timeout, 0.0))
-
-    def kill(self) -> int:
-        """End it and all of its children. Idempotent.
-
-        :returns: the exit code, negative for a signal
-        """
-        with self._lock:
-            if self._child.returncode is None:
-                # Not reaped yet, so the number of its group is still its own.
-                os.killpg(self._child.pid, signal.SIGKILL)
-            return self._child.wait(_KILL_TIMEOUT)
-
-    def output(self) -> str:
-        """The end of what it said on stdout."""
-        return _tail(self._out)
-
-    def complaint(self) -> str:
-        """The end of what it said on stderr."""
-        return _tail(self._err)
-
-    @property
-    def closed(self) -> bool:
-        return self._pidfd < 0
-
-    def close(self) -> None:
-        self.kill()
-        with self._lock:
-            if self._pidfd >= 0:
-                os.close(self._pidfd)
-                self._pidfd = -1
-                self._out.close()
-                self._err.close()
-
-
-def _tail(file: ty.IO[bytes]) -> str:
-    size = os.fstat(file.fileno()).st_size
-    return os.pread(
-        file.fileno(), _OUTPUT_TAIL, max(size - _OUTPUT_TAIL, 0)
-    ).decode('utf-8', 'replace')
-
-
 class Server:
     """The source's end of one pass. It ends when the pass does.
 
@@ -230,21 +118,23 @@ class Server:
             *(('all', _FUTURE) if since is None else
               ('since', f'@{since.earliest():.3f}')),
             f'{now.realtime:.3f}',
-            _RSYNC, '--server', '--daemon', f'--config={_CONFIG}', '.']
-        self._process = _Process(
-            argv if final else [*_NICE, *argv], sock, cwd=directory,
-            talks=True, env={_PATH_VARIABLE: str(directory)})
+            sync_rsync.RSYNC, '--server', '--daemon',
+            f'--config={_CONFIG}', '.']
+        self._process = sync_rsync.Process(
+            argv, sock, cwd=directory, talks=True, nice=not final,
+            env={_PATH_VARIABLE: str(directory)})
 
     def close(self) -> None:
         """Stop serving. Idempotent."""
         if self._process.closed:
             return
         code = self._process.kill()
-        if code not in (0, -signal.SIGKILL, *_INCOMPLETE, _PROTOCOL):
+        if code not in (0, -signal.SIGKILL, sync_rsync.PROTOCOL,
+                        *sync_rsync.INCOMPLETE):
             # The destination knows it too, if rsync has come so far.
             LOG.warning('serving %s ended with exit code %d: %s',
                         self._directory, code,
-                        _summary(self._process.complaint()))
+                        sync_rsync.summary(self._process.complaint()))
         self._process.close()
 
 
@@ -318,7 +208,7 @@ class Copy:
         self, sock: socket.socket, *, final: bool = False,
         timeout: float = 3600.0, idle_timeout: float = 60.0,
         filters: ty.Sequence[str] = UPPER_FILTERS,
-    ) -> Stats:
+    ) -> sync_rsync.Stats:
         """Make the directory the same as the one served at ``sock``.
 
         To stop early, shut the socket down.
@@ -334,8 +224,12 @@ class Copy:
         deadline = began + timeout
         preamble, options = self._prepare(
             sock, final, deadline, idle_timeout)
+        if sync_rsync.version() >= sync_rsync.SAFE_INPLACE:
+            # A large file of which a little has changed needs neither its
+            # space twice nor the writing of all of it.
+            options.append('--inplace')
         rsync = [
-            _RSYNC, '-aHAXS', '--numeric-ids', '--inplace',
+            sync_rsync.RSYNC, '-aHAXS', '--numeric-ids',
             # To the nanosecond; by itself it compares seconds.
             '--modify-window=-1',
             '--open-noatime', '--stats', '--no-human-readable',
@@ -344,16 +238,16 @@ class Copy:
             '--blocking-io', '-e', _CONNECT, 'source::files/',
             f'{self._directory}/']
         argv = ['sh', '-c', 'exec "$@" 7<&0 </dev/null', 'sh', *rsync]
-        child = _Process(
-            argv if final else [*_NICE, *argv], sock, cwd=pathlib.Path('/'),
-            talks=False)
+        child = sync_rsync.Process(
+            argv, sock, cwd=pathlib.Path('/'), talks=False, nice=not final)
         try:
             ended = child.wait(deadline - time.monotonic())
             code = child.kill()
             if not ended:
                 raise _timeout('the copy of the files', timeout)
-            _judge(code, child.complaint(), final)
-            stats = _stats(child.output(), code, time.monotonic() - began)
+            sync_rsync.judge(code, child.complaint(), final)
+            stats = sync_rsync.stats(
+                child.output(), code, time.monotonic() - began)
         finally:
             child.close()
         if preamble.complete and not final:
@@ -401,7 +295,7 @@ class Copy:
 def fetch(
     sock: socket.socket, directory: pathlib.Path, *, final: bool = False,
     timeout: float = 3600.0, idle_timeout: float = 60.0,
-) -> Stats:
+) -> sync_rsync.Stats:
     """One pass by itself; see :meth:`Copy.fetch`."""
     return Copy(directory).fetch(
         sock, final=final, timeout=timeout, idle_timeout=idle_timeout)
@@ -412,62 +306,3 @@ def _timeout(what: str, seconds: float) -> errors.ContainerError:
         'timeout', f'{what} did not end within {seconds:.0f} s',
         remedy='Look at the load of both hosts and of the network between '
                'them')
-
-
-def _summary(text: str) -> str:
-    """The first lines in one. rsync escapes what is odd in names."""
-    return '; '.join(text.strip().splitlines()[:5])[:1000]
-
-
-def _judge(code: int, complaint: str, final: bool) -> None:
-    """Raise what an exit code of rsync means; see rsync(1), EXIT VALUES."""
-    if code == 0:
-        return
-    cause = _summary(complaint) or f'exit code {code}'
-    if any(text in complaint for text in _FULL):
-        raise errors.ContainerError(
-            'no_space', 'the files do not fit on the destination',
-            cause=cause, remedy='Free space there, or choose another host')
-    if not final and (code in _INCOMPLETE or (
-            code == _CUT and '[generator]' in complaint)):
-        # The guest changed what was being read, or the server has met its
-        # own bug (see _PROTOCOL). What is wrong beyond that fails the last
-        # pass.
-        LOG.info('a pass over the files was incomplete: %s', cause)
-        return
-    if code in (126, 127):
-        raise errors.ContainerError(
-            'unsupported', 'rsync cannot be run', cause=cause,
-            remedy='Install rsync on both hosts')
-    if code in (30, 35):
-        error = 'timeout', 'the copy of the files came to a halt'
-    elif code in (10, _CUT):
-        error = 'network', 'the copy of the files was cut off'
-    else:
-        error = 'internal', 'the files could not be copied'
-    raise errors.ContainerError(
-        *error, cause=cause, remedy='See the logs of pycontainer-agent on '
-        'both hosts')
-
-
-def _stats(text: str, code: int, seconds: float) -> Stats:
-    found = {name: int(number) for name, number in re.findall(
-        r'^(.+?): (\d+)', text, re.MULTILINE)}
-    try:
-        return Stats(
-            complete=code == 0,
-            files=found['Number of files'],
-            transferred=found['Number of regular files transferred'],
-            created=found['Number of created files'],
-            deleted=found['Number of deleted files'],
-            total_bytes=found['Total file size'],
-            literal_bytes=found['Literal data'],
-            received=found['Total bytes received'],
-            seconds=seconds)
-    except KeyError as e:
-        if code:
-            # It did not get so far.
-            return Stats(False, 0, 0, 0, 0, 0, 0, 0, seconds)
-        raise errors.ContainerError(
-            'internal', 'rsync gave no statistics', cause=f'{e} is missing',
-            remedy='Use rsync 3.2 or newer') from None
