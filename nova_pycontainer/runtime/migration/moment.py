@@ -15,11 +15,13 @@
 The destination needs it for :mod:`.patches` and :mod:`.clocks`.
 """
 
+import pathlib
 import time
 import typing as ty
 
 from nova_pycontainer.runtime import cgroup
 from nova_pycontainer.runtime.migration import clocks
+from nova_pycontainer.runtime.migration import dentries
 from nova_pycontainer.runtime.migration import patches
 from nova_pycontainer.runtime.migration import sleepers
 
@@ -30,13 +32,16 @@ _QUIET = 2.0
 class Moment:
     """One container's, for all attempts of one migration."""
 
-    def __init__(self, group: cgroup.Cgroup) -> None:
+    def __init__(self, group: cgroup.Cgroup, root: pathlib.Path) -> None:
         self._group = group
+        self._root = root
+        self._names = dentries.Held()
         self._sleepers = sleepers.Sleepers(group)
         self._facts: dict[str, ty.Any] = {}
 
     def before(self, init: int) -> None:
         """The guest still runs, and will be frozen next."""
+        self._names.hold(self._group, self._root)
         _wait_for_netlink(init)
         self._sleepers.look()
 
@@ -53,6 +58,7 @@ class Moment:
 
         :returns: the facts, for the destination
         """
+        self._names.close()
         return {**self._facts, 'signals': patches.pending(self._group)}
 
 
