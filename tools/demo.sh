@@ -76,6 +76,8 @@ clean_up() {
     local rc=$?
     trap - EXIT
     trap '' INT TERM HUP
+    # Whatever fails here, the rest has to be cleaned up.
+    set +e
     if [ $rc -ne 0 ]; then
         {
             printf '\n'
