@@ -108,7 +108,8 @@ class Container:
         """
         fd = self.open()
         if fd is None:
-            return 'stopped' if self.st.exit or self.st.run else 'defined'
+            ran = self.st.exit or self.st.run or self.st.moved
+            return 'stopped' if ran else 'defined'
         try:
             if process.exited(fd):
                 return 'stopped'

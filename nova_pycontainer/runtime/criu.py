@@ -38,6 +38,7 @@ from oslo_log import log as logging
 
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import keeper_client
+from nova_pycontainer.runtime import process
 
 LOG = logging.getLogger(__name__)
 
@@ -275,6 +276,20 @@ class Session:
     def fileno(self) -> int:
         return self._sock.fileno()
 
+    def kill(self) -> None:
+        """Kill CRIU, where it does not heed a refusal.
+
+        Killed processes that it traces stay zombies until it is gone, and so
+        does the init of their PID namespace, which it would wait for.
+        """
+        try:
+            pidfd = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            return
+        # It has not ended: our end of its socket is open.
+        process.send_signal(pidfd, 9)
+        os.close(pidfd)
+
     def request(
         self, kind: int, opts: ty.Any, handler: Handler, timeout: float
     ) -> ty.Any:
@@ -291,7 +306,12 @@ class Session:
         self._sock.sendall(message.SerializeToString())
         refused: BaseException | None = None
         while True:
-            response, fd = self._receive()
+            try:
+                response, fd = self._receive()
+            except errors.ContainerError:
+                if refused is not None:
+                    raise refused from None
+                raise
             if response.type != self._rpc.NOTIFY:
                 break
             answer = self._rpc.criu_req(
@@ -304,7 +324,11 @@ class Session:
             except BaseException as e:
                 refused = refused or e
                 answer.notify_success = False
-            self._sock.sendall(answer.SerializeToString())
+            try:
+                self._sock.sendall(answer.SerializeToString())
+            except OSError as e:
+                raise refused or errors.ContainerError(
+                    'criu_failed', 'criu is gone', cause=str(e)) from e
         if refused is not None:
             raise refused
         return response

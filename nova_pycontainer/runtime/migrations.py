@@ -121,6 +121,10 @@ class Migrations:
                 # CRIU has let it go when it lost us.
                 recovery.thaw(item, bool(facts.get('paused')))
                 journal.remove()
+                threading.Thread(
+                    target=recovery.call_off, name='call-off', daemon=True,
+                    args=(self._identity, facts['endpoint'], migration, uuid),
+                ).start()
                 return
             question = recovery.SourceQuestion(
                 item, self._identity, facts, progress,

@@ -94,7 +94,10 @@ class FaultsTestCase(hosts.TwoHostsTestCase):
         def infos():
             return [i for i in host.list() if i['state'] != 'stopped']
 
-        base.wait_for(lambda: not infos(), f'{host.name} to be empty')
+        try:
+            base.wait_for(lambda: not infos(), f'{host.name} to be empty', 30)
+        except AssertionError as e:
+            raise AssertionError(f'{e}: {infos()}\n{self.logs()}') from None
         for line in host.run('cat', '/proc/mounts').stdout.splitlines():
             self.assertNotIn('pycontainer-images', line)
 

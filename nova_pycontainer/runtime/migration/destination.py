@@ -209,13 +209,13 @@ class Destination:
             self._finish(e)
 
     def _finish(self, error: BaseException | None) -> None:
-        if error is not None and self.committed and not self._resumed:
-            # Only with pages to follow.
+        if (error is not None and self.committed and not self._resumed and
+                self._daemon is not None):
             self._lose(errors.ContainerError(
                 'lost', 'the instance was lost: it could not be restored '
                 'after the source had committed', uuid=self._item.uuid,
                 cause=str(error)))
-        if error is not None and not self.committed:
+        elif error is not None and not self._resumed:
             wrapped = (error if isinstance(error, errors.ContainerError)
                        else errors.ContainerError(
                            'internal', 'the migration failed here',
@@ -425,11 +425,13 @@ class Destination:
             item.adopt(pid, self._began['run'], master)
             if not self.committed:
                 self.ask()
+            for nic in item.spec.nics:
+                network.set_up(nic, True)
         except BaseException:
+            # CRIU does not heed a refusal at this moment.
             item.cgroup.kill()
+            self._session.kill()
             raise
-        for nic in item.spec.nics:
-            network.set_up(nic, True)
         if not self._paused:
             freezer.write_text('0')
 

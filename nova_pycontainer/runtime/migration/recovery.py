@@ -40,6 +40,8 @@ Phase = protocol.Phase
 _CONNECT_TIMEOUT = 20.0
 _ANSWER_TIMEOUT = 60.0
 _RETRY = 2.0
+#: Ten minutes.
+_CALL_OFF_TRIES = 300
 
 #: Sequence numbers of questions: above all of a migration's own connections.
 QUESTION = 1 << 20
@@ -68,6 +70,27 @@ def ask(
         return Phase(control.expect('phase', _ANSWER_TIMEOUT)['phase'])
     finally:
         control.close()
+
+
+def call_off(
+    identity: keys.Identity, endpoint: ty.Mapping[str, ty.Any],
+    migration: str, uuid: str,
+) -> None:
+    """Tell a destination until it has heard it that nothing will come."""
+    for _ in range(_CALL_OFF_TRIES):
+        try:
+            if ask(identity, endpoint, migration, uuid,
+                   Phase.ABORTED) != Phase.READY:
+                return
+        except errors.ContainerError as e:
+            if e.code == 'forbidden':
+                # It does not know of this migration any more.
+                return
+        except OSError:
+            pass
+        time.sleep(_RETRY)
+    LOG.error('instance %s: the destination could not be told that migration '
+              '%s is off; roll it back there', uuid, migration)
 
 
 class SourceQuestion:

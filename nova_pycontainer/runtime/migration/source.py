@@ -109,6 +109,8 @@ class Source:
         self._limiter = bandwidth.Bandwidth(options.bandwidth)
         self._seq = 0
         self._pages: relay.Relay | None = None
+        #: The destination has all that it needs to run the instance.
+        self._restorable = False
         #: When the pass before began.
         self._mark: sync.Mark | None = None
         self._abort = threading.Event()
@@ -177,13 +179,19 @@ class Source:
         self._stack.close()
         aborted = self._abort.is_set()
         if self._control is not None:
-            try:
+            with contextlib.suppress(errors.ContainerError):
                 self._control.send('abort', reason=str(error))
-            except errors.ContainerError:
-                # It may wait for us, restored and frozen.
-                with contextlib.suppress(OSError, errors.ContainerError):
-                    self._ask(Phase.ABORTED)
             self._control.close()
+            if self._restorable:
+                # It may wait for us, restored and frozen. A frame that was
+                # sent last may be lost with its connection, so we ask until
+                # it has answered.
+                threading.Thread(
+                    target=recovery.call_off, name='call-off', daemon=True,
+                    args=(self._identity,
+                          dataclasses.asdict(self._endpoint),
+                          self.progress.migration, self._item.uuid),
+                ).start()
         self._journal.remove()
         self.progress.phase = Phase.ABORTED if aborted else Phase.FAILED
 
@@ -269,8 +277,9 @@ class Source:
                 self._dump()
                 return
             except errors.ContainerError as e:
-                transient = e.code == 'criu_failed' and any(
-                    t in (e.cause or '') for t in _TRANSIENT)
+                transient = (
+                    e.code == 'criu_failed' and e.step == 'dump' and
+                    any(t in (e.cause or '') for t in _TRANSIENT))
                 if self.committed or not transient or (
                         attempt == _DUMP_TRIES - 1):
                     raise
@@ -340,6 +349,7 @@ class Source:
         """
         assert self._control is not None
         with self.progress.timed('restore'):
+            self._restorable = True
             self._control.send('dumped', **dumped)
             self._control.expect('ready', _RESTORE_TIMEOUT)
         faults.point('source.ready')
@@ -371,7 +381,10 @@ class Source:
                     '%s; asking it', self._item.uuid, e)
                 self.resolve()
             except errors.ContainerError as e:
-                # It was restored, or was to be with pages to follow.
+                if not self.lazy:
+                    # It says that it never ran there, and never will.
+                    self.committed = False
+                    raise
                 raise errors.ContainerError(
                     'lost', 'the instance was lost: the destination failed '
                     'after the commit', uuid=self._item.uuid,
