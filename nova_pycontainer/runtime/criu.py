@@ -339,6 +339,9 @@ class Session:
         except TimeoutError as e:
             raise errors.ContainerError(
                 'timeout', 'criu does not answer') from e
+        except OSError as e:
+            raise errors.ContainerError(
+                'criu_failed', 'criu is gone', cause=str(e)) from e
         if not data:
             raise errors.ContainerError(
                 'criu_failed', 'criu ended without an answer')
