@@ -30,10 +30,10 @@ import stat
 import tempfile
 import typing as ty
 
-from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives import serialization
+from cryptography import x509
 from cryptography.x509 import oid
 
 from nova_pycontainer.runtime import errors

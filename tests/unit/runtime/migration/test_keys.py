@@ -19,10 +19,10 @@ import stat
 import tempfile
 from unittest import mock
 
-from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives import serialization
+from cryptography import x509
 from cryptography.x509 import oid
 import fixtures
 import testtools
