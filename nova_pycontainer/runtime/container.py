@@ -37,6 +37,7 @@ from nova_pycontainer.runtime import disk
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import init as initd
 from nova_pycontainer.runtime import keeper_client
+from nova_pycontainer.runtime.migration import announce
 from nova_pycontainer.runtime import network
 from nova_pycontainer.runtime import oci
 from nova_pycontainer.runtime import overlay
@@ -45,7 +46,6 @@ from nova_pycontainer.runtime import revert
 from nova_pycontainer.runtime import spec as rspec
 from nova_pycontainer.runtime import state
 from nova_pycontainer.runtime import syscalls
-from nova_pycontainer.runtime.migration import announce
 
 LOG = logging.getLogger(__name__)
 

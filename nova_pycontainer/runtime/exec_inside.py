@@ -13,8 +13,8 @@
 """Enters a container and becomes a program in it.
 
 Run as a program of its own by :mod:`.execute`, with one JSON document on
-the descriptor that is its argument. Only the standard library, and no threads: the kernel lets only
-a process without them enter a user namespace.
+the descriptor that is its argument. Only the standard library, and no
+threads: the kernel lets only a process without them enter a user namespace.
 
 The container may have come from another host, so nothing here asks the OCI
 runtime: what it enters are the namespaces of the init, what it becomes is

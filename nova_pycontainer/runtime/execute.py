@@ -32,6 +32,7 @@ from nova_pycontainer.runtime import seccomp_bpf
 _INSIDE = pathlib.Path(__file__).with_name('exec_inside.py')
 _END_TIMEOUT = 10.0
 
+
 @dataclasses.dataclass(frozen=True)
 class ExecResult:
     exit_code: int

@@ -41,6 +41,7 @@ from nova_pycontainer.runtime import idmap
 from nova_pycontainer.runtime import imagecheck
 from nova_pycontainer.runtime import keeper_client
 from nova_pycontainer.runtime import layers
+from nova_pycontainer.runtime.migration import protocol
 from nova_pycontainer.runtime import migrations
 from nova_pycontainer.runtime import network
 from nova_pycontainer.runtime import oci
@@ -48,7 +49,6 @@ from nova_pycontainer.runtime import process
 from nova_pycontainer.runtime import spec as rspec
 from nova_pycontainer.runtime import state
 from nova_pycontainer.runtime import watcher
-from nova_pycontainer.runtime.migration import protocol
 
 LOG = logging.getLogger(__name__)
 
@@ -157,7 +157,7 @@ class Host:
                 # One damaged file must not take the others' agent away.
                 LOG.error('instance %s cannot be loaded: %s', uuid, e)
                 continue
-            entry = self._entries[uuid] = Entry(item)
+            self._entries[uuid] = Entry(item)
             pidfd = item.open()
             try:
                 if pidfd is not None:

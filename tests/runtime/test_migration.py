@@ -98,9 +98,7 @@ class SystemdMigrationTestCase(hosts.TwoHostsTestCase):
             source, destination = self.migrate(
                 uuid, here, there, **options)
             here, there = there, here
-            received = stream.received
-            base.wait_for(lambda: stream.received > received + 20,
-                          f'the stream to go on: {stream.error!r}')
+            self._goes_on(stream)
             gaps.append((stream.longest, source['frozen'],
                          source['steps'], destination['steps']))
         stream.finish()
@@ -113,6 +111,11 @@ class SystemdMigrationTestCase(hosts.TwoHostsTestCase):
         self.assertEqual([], there.list())
         base.wait_for(
             lambda: b'moved' in here.console_log(uuid), 'the console')
+
+    def _goes_on(self, stream):
+        received = stream.received
+        base.wait_for(lambda: stream.received > received + 20,
+                      f'the stream to go on: {stream.error!r}')
 
     def test_debian13(self):
         self._there_and_back('debian13', 4)

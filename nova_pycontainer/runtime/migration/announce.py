@@ -98,7 +98,8 @@ def unsolicited_na(mac: bytes, address: ipaddress.IPv6Address) -> bytes:
     # Override flag set; target link-layer address option.
     body = struct.pack('!BBHI', 136, 0, 0, 0x20000000) + address.packed + (
         b'\x02\x01' + mac)
-    pseudo = address.packed + target + struct.pack('!IHBB', len(body), 0, 0, 58)
+    pseudo = address.packed + target + struct.pack(
+        '!IHBB', len(body), 0, 0, 58)
     checksum = _checksum(pseudo + body)
     body = body[:2] + struct.pack('!H', checksum) + body[4:]
     header = struct.pack(

@@ -28,18 +28,18 @@ from nova_pycontainer.runtime import container
 from nova_pycontainer.runtime import criu
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import faults
-from nova_pycontainer.runtime import network
 from nova_pycontainer.runtime.migration import announce
 from nova_pycontainer.runtime.migration import bandwidth
 from nova_pycontainer.runtime.migration import channel
 from nova_pycontainer.runtime.migration import clocks
 from nova_pycontainer.runtime.migration import guest
 from nova_pycontainer.runtime.migration import images
-from nova_pycontainer.runtime.migration import patches
 from nova_pycontainer.runtime.migration import lazy
+from nova_pycontainer.runtime.migration import patches
 from nova_pycontainer.runtime.migration import protocol
 from nova_pycontainer.runtime.migration import relay
 from nova_pycontainer.runtime.migration import sync
+from nova_pycontainer.runtime import network
 
 LOG = logging.getLogger(__name__)
 

@@ -24,9 +24,9 @@ import threading
 import typing as ty
 
 from nova_pycontainer.runtime import errors
-from nova_pycontainer.runtime import syscalls
 from nova_pycontainer.runtime.migration import bandwidth
 from nova_pycontainer.runtime.migration import channel
+from nova_pycontainer.runtime import syscalls
 
 #: name's length, offset, data's length; all ones in the last ends the stream.
 _HEADER = struct.Struct('!HQI')

@@ -27,11 +27,11 @@ from oslo_log import log as logging
 
 from nova_pycontainer.runtime import container
 from nova_pycontainer.runtime import errors
-from nova_pycontainer.runtime import network
 from nova_pycontainer.runtime.migration import announce
 from nova_pycontainer.runtime.migration import channel
 from nova_pycontainer.runtime.migration import keys
 from nova_pycontainer.runtime.migration import protocol
+from nova_pycontainer.runtime import network
 
 LOG = logging.getLogger(__name__)
 
