@@ -184,6 +184,16 @@ agent that Nova has announced.
         help="""
 First and last TCP port for migrations; the first free one is used.
 """),
+    cfg.BoolOpt(
+        'preflight_at_start',
+        default=True,
+        help="""
+Whether the agent checks at its first start, and after changes of kernel or
+CRIU, what this host can do: whether it runs containers and live-migrates them.
+
+It dumps and restores a small container. The traits of the host tell Placement
+of the result. ``pycontainer preflight`` shows it, and checks at any time.
+"""),
     cfg.FloatOpt(
         'oci_timeout',
         default=60,
