@@ -292,6 +292,25 @@ class Client:
         self._call('migration_abort', {
             'migration': migration, 'reason': reason}, 60.0)
 
+    def migration_check_source(self, uuid: str) -> Json:
+        """What of a container has to move, and what cannot.
+
+        :returns: ``facts`` for :meth:`migration_check_destination`,
+            ``problems`` and ``warnings``, each with ``name``, ``process``,
+            ``reason``, ``remedy``
+        """
+        return ty.cast(Json, self._call(
+            'migration_check_source', {'uuid': uuid}, 60.0))
+
+    def migration_check_destination(self, facts: Json) -> Json:
+        """Whether this host could take it: ``problems`` and ``warnings``."""
+        return ty.cast(Json, self._call(
+            'migration_check_destination', {'facts': facts}))
+
+    def preflight(self) -> Json:
+        """Check now what this host can do; takes some seconds."""
+        return ty.cast(Json, self._call('preflight', {}, 300.0))
+
     # In the guest
 
     def exec(

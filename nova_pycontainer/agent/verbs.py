@@ -110,6 +110,11 @@ VERBS: ty.Final[dict[str, Verb]] = {
         'migrations.force_complete', {'migration': _UUID}),
     'migration_abort': Verb('migrations.abort', {
         'migration': _UUID, 'reason': _TEXT}, limit_s=120.0),
+    'migration_check_source': Verb(
+        'checks.source', {'uuid': _UUID}, limit_s=60.0),
+    'migration_check_destination': Verb(
+        'checks.destination', {'facts': _OBJECT}),
+    'preflight': Verb('preflight.run', {}, limit_s=300.0),
     # In the guest
     'exec': Verb('exec', {
         'uuid': _UUID,

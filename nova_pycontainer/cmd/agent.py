@@ -71,6 +71,8 @@ class Agent:
             _raise_open_files()
             host = rhost.Host(self._config)
             host.start()
+            if self._group.preflight_at_start:
+                host.preflight.start()
             try:
                 return self._serve(host)
             finally:

@@ -129,6 +129,22 @@ _LAYERS: ty.Final[dict[str, cabc.Callable[[Json], object]]] = {
     'Created': lambda i: _time(i['created_at']),
 }
 
+_CHECKS: ty.Final[dict[str, cabc.Callable[[Json], object]]] = {
+    'Check': lambda i: i['title'],
+    'Result': lambda i: 'ok' if i['ok'] else (
+        'missing' if i['level'] == 'optional' else 'FAILED'),
+    'Found': lambda i: i['reason'],
+    'Remedy': lambda i: i['remedy'],
+}
+
+_PROBLEMS: ty.Final[dict[str, cabc.Callable[[Json], object]]] = {
+    'Host': lambda i: i['host'],
+    'What': lambda i: i['name'],
+    'Process': lambda i: i['process'],
+    'Reason': lambda i: i['reason'],
+    'Remedy': lambda i: i['remedy'],
+}
+
 
 class Command:
     """What one call of the program does."""
@@ -171,6 +187,44 @@ class Command:
 
     def host(self) -> None:
         self._out.item(self._client.host_info())
+
+    def preflight(self) -> int:
+        result = self._client.preflight()
+        if self._out.form == 'json':
+            self._out.json(result)
+        else:
+            self._out.rows(_CHECKS, result['checks'])
+            print(f'Containers: {_can(result["can_run"])}; live migration: '
+                  f'{_can(result["can_migrate"])}')
+        return 0 if result['can_migrate'] else 1
+
+    def migrate(self) -> int:
+        if not self._args.dry_run:
+            raise Failure('a server is migrated by Nova: openstack server '
+                          'migrate --live-migration. Here is only --dry-run')
+        found = [('source', self._client.migration_check_source(
+            self._uuid()))]
+        if self._args.to:
+            there = agent_client.Client(
+                self._args.to, self._args.agent_timeout)
+            found.append(('destination', there.migration_check_destination(
+                found[0][1]['facts'])))
+        problems = [{'host': host, **p} for host, result in found
+                    for p in result['problems']]
+        if self._out.form == 'json':
+            self._out.json(dict(found))
+            return 1 if problems else 0
+        warnings = [{'host': host, **w} for host, result in found
+                    for w in result['warnings']]
+        if problems or warnings:
+            self._out.rows(_PROBLEMS, problems + warnings)
+        facts = found[0][1]['facts']
+        print(f'{facts["processes"]} processes, '
+              f'{facts["memory_bytes"] / _MIB:.0f} MiB of memory and at most '
+              f'{facts["disk_bytes"] / _MIB:.0f} MiB of files to move. '
+              + ('It cannot be live-migrated' if problems else
+                 'Nothing was found that keeps it from it'))
+        return 1 if problems else 0
 
     def layers(self) -> None:
         if self._args.delete:
@@ -254,6 +308,10 @@ class Command:
         self._out.done({'deleted': uuid})
 
 
+def _can(value: bool) -> str:
+    return 'yes' if value else 'NO'
+
+
 def _write(stream: ty.TextIO, data: bytes) -> None:
     stream.flush()
     stream.buffer.write(data)
@@ -325,6 +383,13 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb('delete', 'Kill a container and delete all of its files')
     sub.add_argument('-y', '--yes', action='store_true',
                      help='do not ask')
+    verb('preflight', 'Check what this host can do: run containers, and '
+         'live-migrate them', container=False)
+    sub = verb('migrate', 'Check whether a container can be live-migrated')
+    sub.add_argument('--dry-run', action='store_true',
+                     help='only check; the container does not notice')
+    sub.add_argument('--to', metavar='SOCKET', help='check too whether the '
+                     'host of this agent\'s socket could take it')
     sub = verb('layers', 'List the unpacked images', container=False)
     sub.add_argument('--delete', metavar='KEY',
                      help='delete one that no container uses')

@@ -33,6 +33,7 @@ from oslo_log import log as logging
 from nova_pycontainer.runtime import cgroup
 from nova_pycontainer.runtime import config as rconfig
 from nova_pycontainer.runtime import container
+from nova_pycontainer.runtime import criu
 from nova_pycontainer.runtime import disk
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import events
@@ -41,6 +42,8 @@ from nova_pycontainer.runtime import idmap
 from nova_pycontainer.runtime import imagecheck
 from nova_pycontainer.runtime import keeper_client
 from nova_pycontainer.runtime import layers
+from nova_pycontainer.runtime.migration import checks
+from nova_pycontainer.runtime.migration import preflight
 from nova_pycontainer.runtime.migration import protocol
 from nova_pycontainer.runtime import migrations
 from nova_pycontainer.runtime import network
@@ -120,6 +123,12 @@ class Host:
             in_use=self._layers_in_use, python=c.python)
         self._layers.recover()
         self._watcher = watcher.Watcher(self._exited)
+        tool = criu.Criu(c.criu_path, self.keeper)
+        self.checks = checks.Checks(self, c, tool)
+        self.preflight = preflight.Preflight(
+            c, tool, self.keeper, self._hierarchies,
+            # Above the range of all containers, and that of unpacking.
+            self._ids.unpack_base + idmap.RANGE)
         self.migrations = migrations.Migrations(self, c)
         self.migrations.start()
         missing = self._hierarchies.missing()
@@ -263,6 +272,7 @@ class Host:
                       for line in f}
         with open('/proc/uptime') as f:
             uptime = float(f.read().split()[0])
+        ready = self.preflight.result()
         return {
             'hostname': socket.gethostname(),
             'architecture': platform.machine(),
@@ -281,6 +291,8 @@ class Host:
                 'missing': self._hierarchies.missing()},
             'disk_limit': self._disk_method,
             'migration': self.migrations.identity(),
+            'preflight': ready,
+            'features': (ready or {}).get('features', {}),
         }
 
     # Layers

@@ -96,6 +96,7 @@ oci_runtime_path = {_tool('crun')}
 criu_path = {_tool('criu')}
 idmap_base = {0x40000000 + number * (1 << 26)}
 idmap_count = 512
+preflight_at_start = false
 """)
         self.client = client.Client(f'{self.run}/agent.sock')
         self._process = None

@@ -82,6 +82,7 @@ class Agent(client.Client):
                 'criu_path': base.tool('criu'),
                 'cgroup_parent': self.cgroup_parent,
                 'migration_address': self.address,
+                'preflight_at_start': False,
                 **options}.items()))
         with self.log.open('ab') as log:
             self.process = subprocess.Popen(

@@ -47,6 +47,7 @@ class AgentTestCase(base.HostTestCase):
                 'oci_runtime_path': self.config.oci_runtime_path,
                 'criu_path': self.config.criu_path,
                 'cgroup_parent': self.config.cgroup_parent,
+                'preflight_at_start': False,
                 'disk_limit': self.config.disk_limit,
             }.items()))
         self.start_agent()

@@ -56,9 +56,10 @@ class WatchTestCase(hosts.TwoHostsTestCase):
             print(source['steps'])
             self.assertNotIn('tried again', here.log.read_text())
             here, there = there, here
-            self.sh(here, uuid, f'echo > /root/watched/file{move}')
-            base.wait_for(lambda: self.sh(
-                here, uuid, 'wc -l < /root/events') != str(move),
+            self.sh(here, uuid, ': > /root/events; '
+                    f'echo > /root/watched/file{move}')
+            base.wait_for(
+                lambda host=here: self.sh(host, uuid, 'cat /root/events'),
                 'the event')
             # systemd watches its units' cgroups in this way.
             self.sh(here, uuid, 'systemctl restart systemd-networkd && '
