@@ -194,6 +194,20 @@ CRIU, what this host can do: whether it runs containers and live-migrates them.
 It dumps and restores a small container. The traits of the host tell Placement
 of the result. ``pycontainer preflight`` shows it, and checks at any time.
 """),
+    *(cfg.StrOpt(
+        f'migration_{name}',
+        help=f"""
+File of {what}, PEM, for migrations.
+
+By default each host makes a key and a certificate of its own and announces
+the latter through Nova, and nothing has to be configured. With all three of
+``migration_ca``, ``migration_cert`` and ``migration_key`` an operator's own
+certificates take their place: a certificate then has to name the host's
+address or host name, and be for use by servers and clients.
+""") for name, what in (
+        ('ca', 'the certificate authority'),
+        ('cert', 'the certificate of this host'),
+        ('key', 'the key of this host'))),
     cfg.FloatOpt(
         'oci_timeout',
         default=60,
@@ -234,8 +248,15 @@ def runtime_config(conf: cfg.ConfigOpts) -> rconfig.Config:
         migration_address=(
             group.migration_address or netutils.get_my_ipv4()),
         migration_listen=group.migration_listen,
+        migration_ca=_path(group.migration_ca),
+        migration_cert=_path(group.migration_cert),
+        migration_key=_path(group.migration_key),
         migration_ports=_port_range(group.migration_ports),
         oci_timeout=group.oci_timeout)
+
+
+def _path(text: str | None) -> pathlib.Path | None:
+    return pathlib.Path(text).absolute() if text else None
 
 
 def _port_range(text: str) -> tuple[int, int]:

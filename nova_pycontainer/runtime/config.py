@@ -57,6 +57,11 @@ class Config:
     migration_listen: str = '0.0.0.0'
     migration_address: str = '127.0.0.1'
     migration_ports: tuple[int, int] = (49352, 49415)
+    #: An operator's own CA, this host's certificate and key; None: the host's
+    #: own, which is announced through Nova.
+    migration_ca: pathlib.Path | None = None
+    migration_cert: pathlib.Path | None = None
+    migration_key: pathlib.Path | None = None
     #: Python that runs the keeper and the unpacker.
     python: str | None = None
 

@@ -71,8 +71,7 @@ class Migrations:
         :raises ContainerError: ``network``: the address is not ours
         """
         c = self._config
-        self._identity = keys.Identity.load_or_create(
-            c.state_dir / 'keys', socket.gethostname())
+        self._identity = self._load_identity()
         self._criu = criu.Criu(c.criu_path, self._host.keeper)
         # Of migrations that another agent began: their connections are gone.
         for directory in (c.run_dir / 'migration').glob('*'):
@@ -81,6 +80,18 @@ class Migrations:
         self._listener = listener.Listener(
             c.migration_listen, c.migration_ports, self._identity,
             self._connected)
+
+    def _load_identity(self) -> keys.Identity:
+        c = self._config
+        files = (c.migration_ca, c.migration_cert, c.migration_key)
+        if not any(files):
+            return keys.Identity.load_or_create(
+                c.state_dir / 'keys', socket.gethostname())
+        if not all(files):
+            raise errors.ContainerError(
+                'invalid', 'migration_ca, migration_cert and migration_key '
+                'go together', remedy='Set all three, or none')
+        return keys.Identity.load_operator(*map(str, files))
 
     def close(self) -> None:
         if self._listener is not None:
@@ -94,6 +105,7 @@ class Migrations:
             'certificate': self._identity.certificate,
             'fingerprint': self._identity.fingerprint(),
             'address': self._config.migration_address,
+            'hostname': socket.gethostname(),
             'port': self._listener.port,
         }
 
@@ -223,9 +235,7 @@ class Migrations:
     def _expect(self, migration: str, uuid: str, source: Info) -> None:
         assert self._listener is not None
         self._listener.expect(
-            migration, uuid, keys.Peer(str(source['certificate']), (
-                str(source.get('address')),)), dst.ROLES,
-            _ANSWER_FOR)
+            migration, uuid, recovery.peer(source), dst.ROLES, _ANSWER_FOR)
 
     def _directory(self, migration: str) -> pathlib.Path:
         return self._config.run_dir / 'migration' / migration

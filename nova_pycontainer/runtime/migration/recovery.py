@@ -47,6 +47,13 @@ _CALL_OFF_TRIES = 300
 QUESTION = 1 << 20
 
 
+def peer(facts: ty.Mapping[str, ty.Any]) -> keys.Peer:
+    """Whom to expect, by what was announced of a host."""
+    return keys.Peer(str(facts['certificate']), tuple(
+        str(facts[name]) for name in ('address', 'hostname')
+        if facts.get(name)))
+
+
 def ask(
     identity: keys.Identity, endpoint: ty.Mapping[str, ty.Any],
     migration: str, uuid: str, phase: Phase,
@@ -60,7 +67,7 @@ def ask(
     """
     connection = channel.connect(
         str(endpoint['address']), int(endpoint['port']), identity,
-        keys.Peer(str(endpoint['certificate']), (str(endpoint['address']),)),
+        peer(endpoint),
         # Never used twice, over restarts too.
         channel.Hello(migration, uuid, 'control', QUESTION + int(
             time.time() * 100) % (1 << 29)), _CONNECT_TIMEOUT)

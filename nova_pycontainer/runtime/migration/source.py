@@ -72,12 +72,14 @@ class Endpoint:
     address: str
     port: int
     certificate: str
+    hostname: str = ''
 
     @classmethod
     def from_dict(cls, data: ty.Mapping[str, ty.Any]) -> 'Endpoint':
         try:
             return cls(str(data['address']), int(data['port']),
-                       str(data['certificate']))
+                       str(data['certificate']),
+                       str(data.get('hostname') or ''))
         except (KeyError, TypeError, ValueError) as e:
             raise errors.ContainerError(
                 'invalid', f'the destination is not well described: {e}',
@@ -199,7 +201,7 @@ class Source:
         self._seq += 1
         return channel.connect(
             self._endpoint.address, self._endpoint.port, self._identity,
-            keys.Peer(self._endpoint.certificate, (self._endpoint.address,)),
+            recovery.peer(dataclasses.asdict(self._endpoint)),
             channel.Hello(
                 self.progress.migration, self._item.uuid, role, self._seq),
             _CONNECT_TIMEOUT)
