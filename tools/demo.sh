@@ -22,8 +22,8 @@
 # It installs what is missing, brings the test cloud up (two compute hosts on
 # this machine, see doc/source/contributor/cloud.rst), builds an image, boots
 # an instance with the command-line client as any user would, logs in through
-# a floating IP, looks at it from inside and from its host, and removes all of
-# it again. It runs on Debian 12 and 13, as root.
+# a floating IP, looks at it from inside and from its host, live-migrates it to
+# the other host and back, and removes all of it again. It runs on Debian 12 and 13, as root.
 
 # shellcheck source=tools/lib/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
@@ -155,6 +155,8 @@ openstack security group create -c name "$name"
 openstack security group rule create --protocol icmp -c protocol "$name"
 openstack security group rule create --protocol tcp --dst-port 22 \
     -c protocol -c port_range_min "$name"
+openstack security group rule create --protocol tcp --dst-port 7 \
+    -c protocol -c port_range_min "$name"
 openstack port create --network private --security-group "$name" \
     -c fixed_ips -c mac_address -c status "$name"
 openstack floating ip create --port "$name" -c floating_ip_address public
@@ -205,9 +207,20 @@ say "$host"
     "$REPO/tools/demo/host.py" "$id" "$scratch/host"
 cat "$scratch/host" >>"$results"
 
+title 'moving it to the other host and back, under a TCP stream and a ping'
+env PYTHONPATH="$REPO" python -c 'from tests import echo; print(echo.SERVICE)' |
+    "${remote[@]}" 'cat > /tmp/echo-service; sudo setsid python3 \
+        /tmp/echo-service </dev/null >/dev/null 2>&1 &'
+eval "$("$REPO/tools/cloud.sh" openrc admin)"
+env PYTHONPATH="$REPO" python "$REPO/tools/demo/migrate.py" "$id" "$address" "$REPO/tools/cloud.sh" \
+    "$scratch/migrations.json" 4
+eval "$("$REPO/tools/cloud.sh" openrc demo)"
+host=$("${remote[@]}" hostname) || die 'no login after the moves'
+say "and a login works as before: $host"
+
 if [ -n "$keep" ]; then
     python "$REPO/tools/demo/report.py" "$results" "$scratch/density.json" \
-        "$json"
+        "$scratch/migrations.json" "$json"
     cat <<TEXT
 
 The instance is up. To use it and the cloud:
@@ -239,5 +252,5 @@ in_cloud=''
 
 title 'how long it took'
 python "$REPO/tools/demo/report.py" "$results" "$scratch/density.json" \
-    "$json"
+    "$scratch/migrations.json" "$json"
 step='taking the cloud down'

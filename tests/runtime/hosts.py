@@ -18,11 +18,9 @@ import os
 import pathlib
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import uuid as uuidlib
 
@@ -139,77 +137,6 @@ class Agent(client.Client):
                         int(entry.name) != self.pid):
                     found.append(int(entry.name))
         return found
-
-
-class Echo:
-    """A client of a TCP echo service, that checks every byte.
-
-    It sends a numbered line every 5 ms and notes the longest time that none
-    came back.
-    """
-
-    def __init__(self, address, port=7):
-        self._sock = base.wait_for(
-            lambda: self._connect(address, port), 'the echo service')
-        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._sock.settimeout(base.PATIENCE)
-        self._stop = threading.Event()
-        self._sent = 0
-        self.received = 0
-        self.longest = 0.0
-        self.error = None
-        self._threads = [
-            threading.Thread(target=f, daemon=True)
-            for f in (self._send, self._receive)]
-        for thread in self._threads:
-            thread.start()
-
-    @staticmethod
-    def _connect(address, port):
-        try:
-            return socket.create_connection((address, port), 10)
-        except OSError:
-            return None
-
-    def _send(self):
-        try:
-            while not self._stop.wait(0.005):
-                self._sock.sendall(b'%015d\n' % self._sent)
-                self._sent += 1
-            self._sock.shutdown(socket.SHUT_WR)
-        except OSError as e:
-            self.error = self.error or e
-
-    def _receive(self):
-        try:
-            with self._sock.makefile('rb') as f:
-                last = time.monotonic()
-                for line in f:
-                    now = time.monotonic()
-                    self.longest = max(self.longest, now - last)
-                    last = now
-                    if line != b'%015d\n' % self.received:
-                        raise AssertionError(f'{line} is not line '
-                                             f'{self.received}')
-                    self.received += 1
-        except (OSError, AssertionError) as e:
-            self.error = self.error or e
-
-    def reset(self):
-        longest, self.longest = self.longest, 0.0
-        return longest
-
-    def finish(self):
-        """End it, and check that all came back."""
-        self._stop.set()
-        for thread in self._threads:
-            thread.join(base.PATIENCE)
-        self._sock.close()
-        if self.error is not None:
-            raise AssertionError(f'the stream broke: {self.error!r}')
-        if self._sent != self.received or not self.received:
-            raise AssertionError(
-                f'{self._sent} lines sent, {self.received} came back')
 
 
 class TwoHostsTestCase(testtools.TestCase):

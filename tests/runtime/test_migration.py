@@ -15,6 +15,7 @@
 import base64
 import time
 
+from tests import echo
 from tests.runtime import base
 from tests.runtime import hosts
 
@@ -39,15 +40,9 @@ class MigrationTestCase(hosts.TwoHostsTestCase):
 
 
 #: A service in the guest, as an administrator would add one.
-ECHO_UNIT = '''
+ECHO_UNIT = f'''
 cat > /usr/local/bin/echo-service <<END
-import socketserver
-class Handler(socketserver.BaseRequestHandler):
-    def handle(self):
-        while data := self.request.recv(65536):
-            self.request.sendall(data)
-socketserver.ThreadingTCPServer.allow_reuse_address = True
-socketserver.ThreadingTCPServer(("", 7), Handler).serve_forever()
+{echo.SERVICE}
 END
 cat > /etc/systemd/system/echo.service <<END
 [Service]
@@ -90,7 +85,7 @@ class SystemdMigrationTestCase(hosts.TwoHostsTestCase):
 
     def _there_and_back(self, name, moves, **options):
         uuid, address = self._boot(name)
-        stream = hosts.Echo(address)
+        stream = echo.Echo(address)
         here, there = self.a, self.b
         gaps = []
         for _ in range(moves):

@@ -12,16 +12,18 @@
 
 """Prints the demo's table of timings, and writes them as JSON.
 
-    report.py RESULTS DENSITY-JSON [JSON-PATH]
+    report.py RESULTS DENSITY-JSON MIGRATIONS-JSON [JSON-PATH]
 
 RESULTS has lines of a key and a number. Times are seconds, sizes bytes.
-DENSITY-JSON is what tests.benchmarks.density wrote.
+DENSITY-JSON is what tests.benchmarks.density wrote, MIGRATIONS-JSON what
+migrate.py did.
 """
 
 import json
 import os
 import pathlib
 import platform
+import statistics
 import sys
 
 import prettytable
@@ -34,6 +36,10 @@ TITLES = {
     'create_command_s': '"openstack server create" returns',
     'create_to_active_s': 'server create to ACTIVE (with the command)',
     'active_to_ssh_s': 'ACTIVE to a login over ssh',
+    'migration_total_median_s': 'live migration, the whole command (median)',
+    'migration_freeze_median_s': 'live migration, guest frozen (median)',
+    'migration_blackout_median_s':
+        'live migration, longest silence of a 5 ms ping (median)',
     'delete_s': 'server delete to gone (with the command)',
     'instance_anonymous_bytes': "guest: its processes' memory",
     'instance_page_cache_bytes': 'guest: page cache (reclaimable)',
@@ -49,6 +55,11 @@ def main(argv):
         results[key] = int(value) if key.endswith('_bytes') else float(value)
     density = json.loads(pathlib.Path(argv[2]).read_text())['density'][0]
     results['instance_overhead_bytes'] = round(density['overhead_bytes'])
+    migrations = json.loads(pathlib.Path(argv[3]).read_text())
+    for key in ('total_s', 'freeze_ms', 'blackout_ms'):
+        scale = 1000 if key.endswith('_ms') else 1
+        results[f'migration_{key.split("_")[0]}_median_s'] = (
+            statistics.median(m[key] for m in migrations) / scale)
     table = prettytable.PrettyTable(['what', 'seconds', 'MiB'])
     table.align = 'r'
     table.align['what'] = 'l'
@@ -57,13 +68,14 @@ def main(argv):
             value = results[key]
             table.add_row([title, '', f'{value / (1 << 20):.2f}']
                           if key.endswith('_bytes')
-                          else [title, f'{value:.1f}', ''])
+                          else [title, f'{value:.2f}', ''])
     print(table)
-    if len(argv) > 3 and argv[3]:
+    results['migrations'] = migrations
+    if len(argv) > 4 and argv[4]:
         results['machine'] = {
             'cpus': os.cpu_count(), 'kernel': platform.release(),
             'load': os.getloadavg()[0]}
-        pathlib.Path(argv[3]).write_text(
+        pathlib.Path(argv[4]).write_text(
             json.dumps(results, indent=2) + '\n')
     return 0
 
