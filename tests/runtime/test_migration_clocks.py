@@ -161,3 +161,30 @@ class WaitingTestCase(hosts.TwoHostsTestCase):
         return [float(n) for n in self.sh(
             host, uuid, 'python3 -c "import time; print('
             'time.clock_gettime(1), time.clock_gettime(7))"').split()]
+
+    def expiry(self):
+        """When the DHCP server's lease ends, in seconds since the epoch."""
+        try:
+            return int((self.top / 'leases').read_text().split()[0])
+        except (OSError, IndexError):
+            return 0
+
+    def test_lease_is_renewed_on_time(self):
+        """systemd-networkd renews after half of a lease's two minutes, by an
+        absolute timer. If that fired early it would never do so.
+        """
+        uuid = self.boot()
+        here, there = self.a, self.b
+        for _ in range(2):
+            address, before = self.lease(), self.expiry()
+            self.migrate(uuid, here, there)
+            here, there = there, here
+            base.wait_for(lambda old=before: self.expiry() > old,
+                          'the renewal')
+            # The new lease began when half of the old one was over.
+            late = self.expiry() - 120 - (before - 60)
+            print('renewed', late, 's late')
+            self.assertLess(late, 10)
+            self.assertEqual(address, self.lease())
+            self.assertIn(address, self.sh(
+                here, uuid, 'networkctl status eth0'))

@@ -121,6 +121,27 @@ class _Process:
         return found
 
 
+def _title(pid: int) -> str:
+    try:
+        return _Process(pid).title
+    except OSError:
+        return 'another process'
+
+
+def _outside(pid: int) -> bool:
+    """Whether it is in the host's PID namespace: what enters a container
+    waits there for its child.
+    """
+    try:
+        with open(f'/proc/{pid}/status') as f:
+            for line in f:
+                if line.startswith('NSpid:'):
+                    return len(line.split()) == 2
+    except OSError:
+        pass
+    return True
+
+
 class Inspection:
     """One look at one container."""
 
@@ -133,10 +154,11 @@ class Inspection:
 
     def run(self) -> None:
         pids = set(clocks.processes(self._group))
+        inside = {p for p in pids if not _outside(p)}
         self._seen_mounts: set[str] = set()
         init = _Process(self._init)
         own = init.namespaces()
-        for pid in sorted(pids, key=lambda p: (p != self._init, p)):
+        for pid in sorted(inside, key=lambda p: (p != self._init, p)):
             if len(self.problems) >= _MAX_PROBLEMS:
                 return
             try:
@@ -145,7 +167,8 @@ class Inspection:
                     continue
                 self.processes += 1
                 self.threads += process.number('Threads')
-                self._tree(process, pids)
+                if not self._tree(process, inside):
+                    continue
                 self._namespaces(process, own)
                 self._mounts(process, own)
                 self._memory(process)
@@ -163,14 +186,16 @@ class Inspection:
 
     # Where it comes from
 
-    def _tree(self, process: _Process, pids: cabc.Set[int]) -> None:
+    def _tree(self, process: _Process, inside: cabc.Set[int]) -> bool:
+        """:returns: whether it is of the guest's own"""
         if process.pid != self._init and (
-                process.number('PPid') not in pids):
+                process.number('PPid') not in inside):
             self._add(
                 'outside-parent', process, 'it was started from the host '
                 '("pycontainer exec") and is not below the guest\'s init, '
                 'so it would not move', 'Let it end')
-        elif process.status.get('NSsid', '1').split()[-1] == '0':
+            return False
+        if process.status.get('NSsid', '1').split()[-1] == '0':
             self._add(
                 'outside-session', process, 'the leader of its session is '
                 'not in the guest', 'Stop it, or start it by the guest\'s '
@@ -178,9 +203,10 @@ class Inspection:
         tracer = process.number('TracerPid')
         if tracer:
             self._add(
-                'traced', process, 'it is being traced by process '
-                f'{tracer}, and CRIU has to trace it itself',
+                'traced', process, 'it is being traced by '
+                f'{_title(tracer)}, and CRIU has to trace it itself',
                 'End strace, gdb or whatever traces it')
+        return True
 
     def _namespaces(
         self, process: _Process, own: cabc.Mapping[str, str]
