@@ -23,6 +23,7 @@ from nova_pycontainer.runtime import cgroup
 from nova_pycontainer.runtime.migration import clocks
 from nova_pycontainer.runtime.migration import dentries
 from nova_pycontainer.runtime.migration import patches
+from nova_pycontainer.runtime.migration import resume
 from nova_pycontainer.runtime.migration import sleepers
 
 #: Seconds to wait for the guest to read.
@@ -52,6 +53,15 @@ class Moment:
             'asleep': self._sleepers.frozen(ahead[time.CLOCK_MONOTONIC]),
             'timers': clocks.save(ahead, self._group),
         }
+
+    def given_up(self, init: int) -> None:
+        """The guest is to go on here. It is frozen, and not traced."""
+        self._names.close()
+        now = (time.clock_gettime_ns(time.CLOCK_MONOTONIC) +
+               clocks.offsets(init)[time.CLOCK_MONOTONIC])
+        resume.resume(
+            [resume.Sleep(*s) for s in self._sleepers.stopped], now, init)
+        self._sleepers.stopped = []
 
     def dumped(self) -> dict[str, ty.Any]:
         """All is dumped, and stopped still.

@@ -77,6 +77,9 @@ class Sleepers:
     def __init__(self, group: cgroup.Cgroup) -> None:
         self._group = group
         self._seen: dict[tuple[str, str], _Sleep] = {}
+        #: Those that :meth:`frozen` has found: thread's directory, where it
+        #: sleeps, its call, what was said of it.
+        self.stopped: list[tuple[str, str, int, dict[str, ty.Any]]] = []
 
     def look(self) -> None:
         """Look at every thread. Before the freeze: it takes its time."""
@@ -118,7 +121,7 @@ class Sleepers:
         :returns: thread's id in the container, its call, since when at least
             it sleeps, and for how long it has asked to, in ns
         """
-        found: list[dict[str, ty.Any]] = []
+        self.stopped = []
         for (thread, where), sleep in self._seen.items():
             try:
                 with open(f'{thread}/syscall') as f:
@@ -135,12 +138,12 @@ class Sleepers:
             # The one switch is CRIU's stop. After more of them it may be
             # another sleep at the same place.
             same = int(switches[1]) - sleep.switches <= 1
-            found.append({
+            self.stopped.append((thread, where, sleep.call, {
                 'tid': int(inner[1]), 'call': sleep.call,
                 'since': (sleep.since + ahead if same and
                           sleep.since is not None else None),
-                'asked': _asked(thread, where, sleep.call)})
-        return found
+                'asked': _asked(thread, where, sleep.call)}))
+        return [facts for *_, facts in self.stopped]
 
 
 def _threads(pid: int) -> cabc.Iterator[str]:
