@@ -58,6 +58,7 @@ _TRANSIENT = (
     'The socket has data to read', "Can't dump that handle",
     'Can\'t lookup mount', 'No such process', 'in-flight', 'inflight',
     'pid: unable to find', 'Unable to seize', 'Task is still busy',
+    'error parsing [inotify',
 )
 _DUMP_TRIES = 8
 _TRY_PAUSE = 0.5
@@ -335,6 +336,9 @@ class Source:
 
     def _thaw(self) -> None:
         """Whatever was tried: the guest is again as it was."""
+        with contextlib.suppress(OSError):
+            self.moment.given_up(int(
+                (self._item.st.run or {})['process']['pid']))
         recovery.thaw(self._item, self._paused)
 
     @property
@@ -512,6 +516,10 @@ class _Dump:
     def notified(self, script: criu.Script) -> None:
         if script.name == 'network-lock':
             self._frozen()
+        elif script.name == 'network-unlock':
+            # It gives up, and lets go of the processes next. They have to
+            # be set right before they run.
+            (self._source.item.cgroup.v2 / 'cgroup.freeze').write_text('1')
         elif script.name == 'post-dump':
             try:
                 self._dumped()
