@@ -38,6 +38,8 @@ from nova_pycontainer.runtime import errors
 
 _MAC = re.compile(r'^([0-9a-f]{2}:){5}[0-9a-f]{2}$')
 _OUTER = re.compile(r'^tap[A-Za-z0-9-]{1,11}$')
+#: Handle 1: of a root queueing discipline.
+_HOLD = 0x10000
 _NAME = re.compile(r'^[A-Za-z0-9._-]{1,15}$')
 
 
@@ -171,12 +173,26 @@ def move_in(nic: Nic, netns: int, position: int) -> None:
                  address=nic.mac)
 
 
-def set_up(nic: Nic, up: bool) -> None:
-    """Let frames pass, or none, by the state of the outer end."""
-    with _netlink(f'setting the state of {nic.devname}') as ipr:
+def hold(nic: Nic, on: bool) -> None:
+    """Keep frames from the guest, or let them pass again; idempotent.
+
+    By a queue of no length at the outer end, so that the link stays as it is:
+    taking it down would cost a second, since the kernel tells carriers no
+    more than once in a second (net/core/link_watch.c).
+    """
+    with _netlink(f'holding {nic.devname}') as ipr:
         index = _index(ipr, nic.devname)
-        if index is not None:
-            ipr.link('set', index=index, state='up' if up else 'down')
+        if index is None:
+            return
+        try:
+            if on:
+                ipr.tc('add', 'pfifo', index, handle=_HOLD, limit=0)
+            else:
+                ipr.tc('del', 'pfifo', index, handle=_HOLD)
+        except nl_exceptions.NetlinkError as e:
+            if e.code not in (errno.EEXIST if on else errno.ENOENT,
+                              errno.EINVAL):
+                raise
 
 
 def parked(nic: Nic) -> bool:

@@ -32,9 +32,11 @@ from nova_pycontainer.runtime.migration import announce
 from nova_pycontainer.runtime.migration import bandwidth
 from nova_pycontainer.runtime.migration import channel
 from nova_pycontainer.runtime.migration import clocks
+from nova_pycontainer.runtime.migration import exe_links
 from nova_pycontainer.runtime.migration import guest
 from nova_pycontainer.runtime.migration import images
 from nova_pycontainer.runtime.migration import lazy
+from nova_pycontainer.runtime.migration import neighbours
 from nova_pycontainer.runtime.migration import patches
 from nova_pycontainer.runtime.migration import protocol
 from nova_pycontainer.runtime.migration import relay
@@ -324,13 +326,14 @@ class Destination:
             patches.Patches(
                 self._memory.path, self._messages,
                 self._moment['asleep'], self._moment['signals']).apply()
+            exe_links.mend(self._memory.path, self._messages)
         item.mount_root(self._layer)
         guest.make_cgroups(
             item.cgroup, dumped['cgroups'], item.st.base_id)
         for nic in item.spec.nics:
             # Everything that a peer sends to it before it runs would be
             # answered by a reset.
-            network.set_up(nic, False)
+            network.hold(nic, True)
         options = self._criu.options(criu.Options(
             images=self._memory.path, root=item.root,
             external=guest.restore_externals(
@@ -426,7 +429,7 @@ class Destination:
             if not self.committed:
                 self.ask()
             for nic in item.spec.nics:
-                network.set_up(nic, True)
+                network.hold(nic, False)
         except BaseException:
             # CRIU does not heed a refusal at this moment.
             item.cgroup.kill()
@@ -515,6 +518,7 @@ class _Restore:
     ) -> None:
         self._destination = destination
         self._ramfs = list(dumped['ramfs'])
+        self._neighbours = list(dumped.get('neighbours') or ())
         self._lazy = bool(dumped.get('lazy'))
         self._pid: int | None = None
         self._master: int | None = None
@@ -540,6 +544,9 @@ class _Restore:
                 # before its commit. Namespaces, mounts and network, which
                 # most failures are about, are made.
                 self._destination.ask()
+        elif script.name == 'post-restore':
+            assert self._pid is not None
+            neighbours.restore(self._pid, self._neighbours)
         elif script.name == 'pre-resume':
             assert self._pid is not None
             self._destination.ready(self._pid, self._master)

@@ -274,7 +274,7 @@ def thaw(item: container.Container, paused: bool) -> None:
 def release(item: container.Container, paused: bool) -> None:
     """Let a restored instance run. What of it is done already stays so."""
     for nic in item.spec.nics:
-        network.set_up(nic, True)
+        network.hold(nic, False)
     thaw(item, paused)
     run = item.st.run
     if run is not None:

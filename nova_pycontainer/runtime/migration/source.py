@@ -33,6 +33,7 @@ from nova_pycontainer.runtime.migration import guest
 from nova_pycontainer.runtime.migration import images
 from nova_pycontainer.runtime.migration import keys
 from nova_pycontainer.runtime.migration import moment
+from nova_pycontainer.runtime.migration import neighbours
 from nova_pycontainer.runtime.migration import protocol
 from nova_pycontainer.runtime.migration import recovery
 from nova_pycontainer.runtime.migration import relay
@@ -501,6 +502,7 @@ class _Dump:
             target=self._copy_files, name='final-pass', daemon=True)
         self._error: BaseException | None = None
         self._ramfs: list[dict[str, ty.Any]] = []
+        self._neighbours = neighbours.save(pid)
         self._frozen_at = 0.0
 
     def lazy_config(self) -> pathlib.Path:
@@ -566,7 +568,8 @@ class _Dump:
             source.final_pass(None)
         source.commit({
             'external': self._external, 'cgroups': cgroups,
-            'ramfs': self._ramfs, 'lazy': self.lazy,
+            'ramfs': self._ramfs, 'neighbours': self._neighbours,
+            'lazy': self.lazy,
             'moment': source.moment.dumped()})
         if self.lazy:
             # It runs only if CRIU goes on from here and serves its pages.
