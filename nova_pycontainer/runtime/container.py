@@ -205,7 +205,8 @@ class Container:
             try:
                 with r.step('guest-files'):
                     if init.kind is initd.Kind.SYSTEMD:
-                        self._write_guest_file(pid, *initd.SYSTEMD_DROP_IN)
+                        for file in initd.SYSTEMD_DROP_INS:
+                            self._write_guest_file(pid, *file)
                 with r.step('console', self._release_console):
                     self._keeper.hold(
                         self.uuid, master, str(self.log),

@@ -61,12 +61,17 @@ _SYSTEMD_MASKED = (
     'systemd-journald-audit.socket',
 )
 
-#: Written to /run/systemd/system.conf.d before systemd starts. The kernel
-#: loses PSI triggers in a restore, and their holders (PID 1, journald,
-#: logind) would spin on a dead descriptor.
-SYSTEMD_DROP_IN = (
-    '/run/systemd/system.conf.d/50-pycontainer.conf',
-    '[Manager]\nDefaultMemoryPressureWatch=off\n',
+#: Written below /run before systemd starts. The kernel loses PSI triggers in
+#: a restore, and their holders (PID 1, journald, logind) would spin on a dead
+#: descriptor. So would a user's own manager, whose unit asks for that, and
+#: the services of it.
+SYSTEMD_DROP_INS = (
+    ('/run/systemd/system.conf.d/50-pycontainer.conf',
+     '[Manager]\nDefaultMemoryPressureWatch=off\n'),
+    ('/run/systemd/system/user@.service.d/50-pycontainer.conf',
+     '[Service]\nMemoryPressureWatch=off\n'),
+    ('/run/systemd/user.conf.d/50-pycontainer.conf',
+     '[Manager]\nDefaultMemoryPressureWatch=off\n'),
 )
 
 _PATH = '/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin'
