@@ -40,12 +40,12 @@ from nova_pycontainer.runtime import criu
 from nova_pycontainer.runtime import disk
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import keeper_client
+from nova_pycontainer.runtime.migration import keys
+from nova_pycontainer.runtime.migration import trial
 from nova_pycontainer.runtime import oci
 from nova_pycontainer.runtime import overlay
 from nova_pycontainer.runtime import process
 from nova_pycontainer.runtime import state
-from nova_pycontainer.runtime.migration import keys
-from nova_pycontainer.runtime.migration import trial
 
 LOG = logging.getLogger(__name__)
 

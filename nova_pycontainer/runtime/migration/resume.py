@@ -28,8 +28,8 @@ import typing as ty
 
 from oslo_log import log as logging
 
-from nova_pycontainer.runtime import syscalls
 from nova_pycontainer.runtime.migration import registers
+from nova_pycontainer.runtime import syscalls
 
 LOG = logging.getLogger(__name__)
 

@@ -251,4 +251,3 @@ class Trial:
         for path in (self._top, self._run):
             if path.exists():
                 container.remove_tree(path)
-
