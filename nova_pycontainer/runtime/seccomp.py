@@ -27,6 +27,7 @@ what is refused, for one of three reasons:
 
 import errno
 import platform
+import socket
 import typing as ty
 
 from nova_pycontainer.runtime import errors
@@ -78,6 +79,8 @@ _SOCKET_FAMILIES = {
     'AF_SMC': 43, 'AF_XDP': 44, 'AF_TIPC': 30, 'AF_RDS': 21,
 }
 
+_IPPROTO_MPTCP = 262
+
 
 def _errno(names: ty.Iterable[str], number: int) -> dict[str, ty.Any]:
     return {'names': sorted(names), 'action': 'SCMP_ACT_ERRNO',
@@ -124,6 +127,14 @@ def profile(*, nesting: bool = False) -> dict[str, ty.Any]:
     for family in _SOCKET_FAMILIES.values():
         rule = _errno(['socket', 'socketpair'], errno.EAFNOSUPPORT)
         rule['args'] = [{'index': 0, 'value': family, 'op': 'SCMP_CMP_EQ'}]
+        syscalls.append(rule)
+    for family in (socket.AF_INET, socket.AF_INET6):
+        # CRIU cannot dump Multipath TCP, which servers in Go use unasked
+        # since 1.24. They fall back to TCP.
+        rule = _errno(['socket'], errno.EPROTONOSUPPORT)
+        rule['args'] = [
+            {'index': 0, 'value': int(family), 'op': 'SCMP_CMP_EQ'},
+            {'index': 2, 'value': _IPPROTO_MPTCP, 'op': 'SCMP_CMP_EQ'}]
         syscalls.append(rule)
     if not nesting:
         syscalls += _namespace_rules()

@@ -42,7 +42,9 @@ elif what == "userfaultfd":
     kept.append(libc.syscall(323, 0))
 elif what == "vsock":
     kept.append(socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM))
-assert all(fd != -1 for fd in kept), ctypes.get_errno()
+elif what == "mptcp":
+    kept.append(socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262))
+assert kept and all(fd != -1 for fd in kept), ctypes.get_errno()
 open(cgroup, "w").write("0")
 libc.setns(os.pidfd_open(int(pid)), 0x20000000 | 0x40000000 | 0x4000000 |
            0x8000000 | 0x20000 | 0x2000000 | 0x10000000)
@@ -189,13 +191,22 @@ class CheckTestCase(hosts.TwoHostsTestCase):
         return uuid
 
     def test_multipath_tcp(self):
-        problem = self.only(self.python(
-            'import socket, signal\n'
-            's = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262)\n'
-            's.listen()\n'
-            'signal.pause()'), 'socket-protocol')
+        uuid = self.run_container()
+        self.intrude(uuid, 'mptcp')
+        problem = self.only(uuid, 'socket-protocol')
         self.assertIn('Multipath TCP', problem['reason'])
         self.assertIn('GODEBUG', problem['remedy'])
+
+    def test_no_multipath_tcp_in_a_guest(self):
+        """Else every server in Go would keep its guest from moving."""
+        uuid = self.run_container('debian13', memory=512, init={
+            'argv': ['/usr/bin/python3', '-c', 'import signal\n'
+                     'signal.pause()']})
+        for family in ('AF_INET', 'AF_INET6'):
+            self.assertEqual('93', self.sh(
+                self.a, uuid, 'python3 -c "import socket\ntry:\n '
+                f'socket.socket(socket.{family}, 1, 262)\n'
+                'except OSError as e: print(e.errno)"'))
 
     def test_deleted_file(self):
         problem = self.only(self.python(
