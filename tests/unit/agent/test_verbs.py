@@ -25,6 +25,8 @@ from nova_pycontainer.agent import verbs
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import host as real_host
 from nova_pycontainer.runtime import migrations
+from nova_pycontainer.runtime.migration import checks
+from nova_pycontainer.runtime.migration import preflight
 from tests.unit.agent import base
 from tests.unit.agent import directory_host
 
@@ -37,6 +39,8 @@ class TestVerbs(base.AgentTestCase):
                 part, _, method = verb.method.rpartition('.')
                 found = [getattr(
                     {'': real_host.Host,
+                     'checks': checks.Checks,
+                     'preflight': preflight.Preflight,
                      'migrations': migrations.Migrations}[part], method)]
                 if not part:
                     found.append(
