@@ -43,8 +43,9 @@ class Moment:
     def before(self, init: int) -> None:
         """The guest still runs, and will be frozen next."""
         self._names.hold(self._group, self._root)
-        _wait_for_netlink(init)
         self._sleepers.look()
+        # The last one: the next message may come at any time.
+        _wait_for_netlink(init)
 
     def frozen(self, init: int) -> None:
         """CRIU has stopped all and not yet run code of its own in it."""

@@ -330,6 +330,7 @@ class Source:
                               response.cr_errmsg)
                     return
                 self._thaw()
+                dump.settle()
                 raise criu.failed(
                     'the instance cannot be dumped', item.uuid, 'dump',
                     self._memory.path / 'criu.log', self._logs, response,
@@ -543,6 +544,13 @@ class _Dump:
             (source.item.cgroup.v2 / 'cgroup.freeze').write_text('0')
         self._files_thread.start()
         self._ramfs = guest.save_ramfs(self._pid)
+
+    def settle(self) -> None:
+        """The dump was given up and may be tried again. A pass that is cut
+        off would end the migration for the destination.
+        """
+        if self._files_thread.ident is not None:
+            self._files_thread.join(_PASS_TIMEOUT)
 
     def _copy_files(self) -> None:
         try:
