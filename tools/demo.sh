@@ -215,8 +215,8 @@ eval "$("$REPO/tools/cloud.sh" openrc admin)"
 env PYTHONPATH="$REPO" python "$REPO/tools/demo/migrate.py" "$id" "$address" "$REPO/tools/cloud.sh" \
     "$scratch/migrations.json" 4
 eval "$("$REPO/tools/cloud.sh" openrc demo)"
-host=$("${remote[@]}" hostname) || die 'no login after the moves'
-say "and a login works as before: $host"
+guest=$("${remote[@]}" hostname) || die 'no login after the moves'
+say "and a login works as before: $guest"
 
 if [ -n "$keep" ]; then
     python "$REPO/tools/demo/report.py" "$results" "$scratch/density.json" \
