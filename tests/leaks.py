@@ -272,8 +272,12 @@ def compare(before: Snapshot, now: Snapshot,
             found.append(f'{kind}: {text}')
 
     for kind, things in now.things.items():
-        for key in sorted(set(things) - set(before.things[kind])):
-            add(kind, things[key])
+        fresh_keys = set(things) - set(before.things[kind])
+        for key in sorted(fresh_keys):
+            # Of a tree of control groups its top says enough.
+            if kind != 'control group' or os.path.dirname(
+                    key) not in fresh_keys:
+                add(kind, things[key])
     old = {process.key for process in before.processes.values()}
     known = {namespace for process in before.processes.values()
              for namespace in process.namespaces.values()}
