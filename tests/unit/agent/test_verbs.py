@@ -25,7 +25,7 @@ from nova_pycontainer.agent import verbs
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import host as real_host
 from nova_pycontainer.runtime import migrations
-from nova_pycontainer.runtime.migration import checks
+from nova_pycontainer.runtime.migration import checks  # noqa: H306
 from nova_pycontainer.runtime.migration import preflight
 from tests.unit.agent import base
 from tests.unit.agent import directory_host
