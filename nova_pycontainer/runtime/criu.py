@@ -193,6 +193,8 @@ class Criu:
             charged to: what CRIU restores is forked by it
         :param fds: descriptors for CRIU, by their number there; from 10 up
         """
+        # Before there is a process: it may not be installed.
+        rpc = self.rpc
         ours, theirs = socket.socketpair(
             socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
@@ -209,7 +211,7 @@ class Criu:
             raise
         finally:
             theirs.close()
-        return Session(self.rpc, ours, pid)
+        return Session(rpc, ours, pid)
 
     def options(self, o: Options) -> ty.Any:
         """The ``criu_opts`` of a request."""

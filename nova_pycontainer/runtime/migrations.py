@@ -224,7 +224,11 @@ class Migrations:
                 on_failed=lambda: self._failed(uuid, migration))
             incoming.prepare()
         except BaseException:
-            self._host.delete(uuid)
+            try:
+                self._host.delete(uuid)
+            except errors.ContainerError as e:
+                # The first error is the one to report.
+                LOG.error('instance %s: %s', uuid, e)
             raise
         entry.migration = incoming
         with self._lock:
