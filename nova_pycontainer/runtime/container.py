@@ -210,7 +210,7 @@ class Container:
                 with r.step('console', self._release_console):
                     self._keeper.hold(
                         self.uuid, master, str(self.log),
-                        c.console_log_bytes)
+                        c.console_log_bytes, fresh=True)
             finally:
                 os.close(master)
             with r.step('network', self.unplug_all):

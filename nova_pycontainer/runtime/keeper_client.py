@@ -291,17 +291,20 @@ class KeeperClient:
 
     def hold(
         self, uuid: str, fd: int, log_path: str | os.PathLike[str],
-        max_bytes: int,
+        max_bytes: int, fresh: bool = False,
     ) -> None:
         """Hand over a pty master; the caller closes its own copy.
 
         Its output goes to ``log_path`` and ``log_path``.1, which together
         never exceed ``max_bytes``. A second call for the same uuid replaces
         the master; log and viewers go on.
+
+        :param fresh: the guest has not run yet, and shall find a terminal
+            that is nobody's, as a machine's console is
         """
         self._call('hold', {
             'uuid': uuid, 'log_path': os.fspath(log_path),
-            'max_bytes': max_bytes}, [fd])
+            'max_bytes': max_bytes, 'fresh': fresh}, [fd])
 
     def attach(
         self, uuid: str, fd: int, mode: ty.Literal['rw', 'ro'] = 'rw'

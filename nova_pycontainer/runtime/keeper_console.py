@@ -42,6 +42,33 @@ RETRY_FIRST: ty.Final = 0.01
 RETRY_MAX: ty.Final = 0.5
 
 
+#: asm-generic/ioctls.h; Python has it from 3.13 on.
+_TIOCGPTPEER: ty.Final = 0x5441
+
+
+def disown(master: int) -> None:
+    """Make a pty the controlling terminal of no session.
+
+    An OCI runtime makes the console the controlling terminal of the
+    container's init. No kernel does that with a machine's console: there a
+    login takes it, which now fails ("TIOCSCTTY: Operation not permitted"),
+    and the interrupt key sends SIGINT to the init, which for most means a
+    reboot. Root may take a terminal away from a session, and a session that
+    gives it up leaves it to nobody. The keeper leads a session of its own in
+    which nothing else runs, and ignores the SIGHUP that comes with it.
+
+    :raises OSError: the caller leads no session, or has a terminal already
+    """
+    slave = fcntl.ioctl(master, _TIOCGPTPEER,
+                        os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        steal = 1
+        fcntl.ioctl(slave, termios.TIOCSCTTY, steal)
+        fcntl.ioctl(slave, termios.TIOCNOTTY)
+    finally:
+        os.close(slave)
+
+
 class LogRing:
     """Two files, ``path`` and ``path``.1, that never exceed ``max_bytes``.
 

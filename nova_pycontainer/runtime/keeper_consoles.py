@@ -56,6 +56,13 @@ class Consoles:
         """
         if not os.isatty(fds[0]):
             raise keeper_params.Refused('invalid', 'not a terminal')
+        if params.get('fresh'):
+            try:
+                keeper_console.disown(fds[0])
+            except OSError as e:
+                # The guest can live with it.
+                self._log(f'{params["uuid"]}: the console stays its init\'s '
+                          f'controlling terminal: {e}')
         self.take(params['uuid'], keeper_memory.Console(
             params['log_path'], params['max_bytes']), fds)
         return {}
