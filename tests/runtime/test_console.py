@@ -51,6 +51,9 @@ class ConsoleTestCase(base.HostTestCase):
         self.socket.sendall(b'\x03')
         self.socket.sendall(b'echo go"es" on\n')
         self.wait_for(b'goes on')
+        # An init that was asked to reboot would say so, and be gone soon.
+        self.sh(self.uuid, 'sleep 3')
+        self.assertNotIn(b'going down', self.host.console_log(self.uuid))
         info = self.host.info(self.uuid)
         self.assertEqual('running', info['state'])
         self.assertEqual(started, info['started_at'])
