@@ -351,12 +351,14 @@ class Container:
             os.close(netns)
 
     def adopt(
-        self, pid: int, run: ty.Mapping[str, ty.Any], master: int | None
+        self, pid: int, run: ty.Mapping[str, ty.Any], master: int | None,
+        unowned: bool = False,
     ) -> None:
         """Take over a restored container as one's own.
 
         :param run: the facts of the run on the host that it comes from
         :param master: of its console's pty; None: no process has it open
+        :param unowned: the console was the terminal of no session
         """
         if master is None:
             master = self._open_console(pid)
@@ -365,7 +367,7 @@ class Container:
         try:
             self._keeper.hold(
                 self.uuid, master, str(self.log),
-                self._config.console_log_bytes)
+                self._config.console_log_bytes, fresh=unowned)
         finally:
             os.close(master)
         self.exit_file.unlink(missing_ok=True)

@@ -10,8 +10,9 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
-"""Guests in which somebody is logged in."""
+"""Guests in which somebody is logged in, or nobody can be."""
 
+from tests.runtime import hosts
 from tests.runtime import test_migration
 
 
@@ -42,3 +43,22 @@ class SessionMigrationTestCase(test_migration.SystemdMigrationTestCase):
         # systemd knows it still as its own.
         self.sh(here, uuid, 'systemctl restart user@$(id -u somebody) && '
                 'pgrep -u somebody -x .sd-pam.')
+
+
+class ConsoleMigrationTestCase(hosts.TwoHostsTestCase):
+
+    def test_console_of_nobody(self):
+        """The init has the console open, and no session has it as terminal.
+
+        See nova_pycontainer.runtime.migration.terminals.
+        """
+        uuid = self.run_container(
+            init={'argv': ['/bin/sleep', '100000']})
+        terminal = 'cut -d" " -f7 /proc/1/stat; readlink /proc/1/fd/1'
+        before = self.sh(self.a, uuid, terminal)
+        self.assertTrue(before.startswith('0\n/dev/'), before)
+        here, there = self.a, self.b
+        for _ in range(2):
+            self.migrate(uuid, here, there)
+            here, there = there, here
+            self.assertEqual(before, self.sh(here, uuid, terminal))

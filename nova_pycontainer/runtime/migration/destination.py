@@ -41,6 +41,7 @@ from nova_pycontainer.runtime.migration import patches
 from nova_pycontainer.runtime.migration import protocol
 from nova_pycontainer.runtime.migration import relay
 from nova_pycontainer.runtime.migration import sync
+from nova_pycontainer.runtime.migration import terminals
 from nova_pycontainer.runtime import network
 
 LOG = logging.getLogger(__name__)
@@ -99,6 +100,8 @@ class Destination:
         self._pages: relay.Relay | None = None
         self._daemon: lazy.Daemon | None = None
         self._images_error: BaseException | None = None
+        #: Whether the console was no session's terminal.
+        self._unowned = False
         self._images_done = threading.Event()
         self._go = threading.Event()
         self._lock = threading.Lock()
@@ -327,6 +330,8 @@ class Destination:
                 self._memory.path, self._messages,
                 self._moment['asleep'], self._moment['signals']).apply()
             exe_links.mend(self._memory.path, self._messages)
+            self._unowned = terminals.mend(
+                self._memory.path, self._messages)
         item.mount_root(self._layer)
         guest.make_cgroups(
             item.cgroup, dumped['cgroups'], item.st.base_id)
@@ -425,7 +430,8 @@ class Destination:
             item.st.arrived = {
                 'migration': self.progress.migration, 'peer': self._peer,
                 'at': time.time()}
-            item.adopt(pid, self._began['run'], master)
+            item.adopt(
+                pid, self._began['run'], master, unowned=self._unowned)
             if not self.committed:
                 self.ask()
             for nic in item.spec.nics:

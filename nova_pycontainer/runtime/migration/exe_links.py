@@ -22,29 +22,13 @@ program (EBADF of PR_SET_MM). So these programs get a record of their own.
 
 import os
 import pathlib
-import struct
 import types
 
 from oslo_log import log as logging
 
+from nova_pycontainer.runtime.migration import imagefile
+
 LOG = logging.getLogger(__name__)
-
-#: Two words of magic before the messages.
-_HEAD = 8
-
-
-def _messages(data: bytes) -> list[bytes]:
-    found = []
-    position = _HEAD
-    while position < len(data):
-        size, = struct.unpack_from('<I', data, position)
-        found.append(data[position + 4:position + 4 + size])
-        position += 4 + size
-    return found
-
-
-def _message(data: bytes) -> bytes:
-    return struct.pack('<I', len(data)) + data
 
 
 def mend(directory: pathlib.Path, messages: types.ModuleType) -> int:
@@ -57,7 +41,7 @@ def mend(directory: pathlib.Path, messages: types.ModuleType) -> int:
     data = files.read_bytes()
     held = {}
     last = 0
-    for message in _messages(data):
+    for message in imagefile.messages(data):
         entry = messages.file_entry()
         entry.ParseFromString(message)
         last = max(last, entry.id)
@@ -70,7 +54,7 @@ def mend(directory: pathlib.Path, messages: types.ModuleType) -> int:
     for path in directory.glob('mm-*.img'):
         image = path.read_bytes()
         mm = messages.mm_entry()
-        mm.ParseFromString(_messages(image)[0])
+        mm.ParseFromString(imagefile.messages(image)[0])
         entry = held.get(mm.exe_file_id)
         if entry is None:
             continue
@@ -82,9 +66,10 @@ def mend(directory: pathlib.Path, messages: types.ModuleType) -> int:
                       mm.exe_file_id)
             entry.id = entry.reg.id = last
             entry.reg.flags = os.O_RDONLY
-            data += _message(entry.SerializeToString())
+            data += imagefile.message(entry.SerializeToString())
         mm.exe_file_id = own[mm.exe_file_id]
-        path.write_bytes(image[:_HEAD] + _message(mm.SerializeToString()))
+        path.write_bytes(
+            imagefile.head(image) + imagefile.message(mm.SerializeToString()))
         changed += 1
     if changed:
         files.write_bytes(data)

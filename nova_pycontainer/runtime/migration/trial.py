@@ -35,6 +35,7 @@ from nova_pycontainer.runtime import criu
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime.migration import guest
 from nova_pycontainer.runtime.migration import images
+from nova_pycontainer.runtime.migration import terminals
 from nova_pycontainer.runtime import process
 from nova_pycontainer.runtime import state
 
@@ -197,6 +198,8 @@ class Trial:
                 raise errors.ContainerError(
                     'criu_failed', 'the trial container did not end')
         guest.make_cgroups(item.cgroup, cgroups, item.st.base_id)
+        # It has no login either.
+        terminals.mend(memory.path, self._criu.messages())
         restored: list[int] = []
 
         def notified(script: criu.Script) -> None:
