@@ -55,6 +55,14 @@ class PreflightTestCase(base.HostTestCase):
             result['checks'],
             self.make_host().host_info()['preflight']['checks'])
 
+    def test_inotify_instances(self):
+        limit = int(pathlib.Path(
+            '/proc/sys/fs/inotify/max_user_instances').read_text())
+        check = next(c for c in self.host.preflight.run()['checks']
+                     if c['name'] == 'inotify')
+        self.assertEqual(limit >= 1024, check['ok'])
+        self.assertTrue(check['reason'].startswith(str(limit)))
+
     def test_a_trial_that_was_cut_off(self):
         config = trial.within(self.config)
         leftover = config.instances_dir / (

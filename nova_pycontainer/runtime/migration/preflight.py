@@ -53,6 +53,10 @@ LOG = logging.getLogger(__name__)
 _RSYNC = (3, 2)
 _MIN_LIFE = datetime.timedelta(days=30)
 _CGROUP = pathlib.Path('/sys/fs/cgroup')
+_INOTIFY = pathlib.Path('/proc/sys/fs/inotify/max_user_instances')
+#: Measured with Debian 13: a guest that nobody is logged in to.
+_INOTIFY_EACH = 8
+_INOTIFY_MIN = 1024
 
 
 class Level:
@@ -201,6 +205,8 @@ class Preflight:
                'an idmapped layer', self._overlay)
         yield ('disk_limit', Level.OPTIONAL, 'limit for a root disk\'s size',
                self._disk_limit)
+        yield ('inotify', Level.OPTIONAL, 'inotify instances for many guests',
+               self._inotify)
         yield ('rsync', Level.MIGRATE, 'rsync', self._rsync)
         yield ('keys', Level.MIGRATE, 'key and certificate of this host',
                self._keys)
@@ -286,6 +292,19 @@ class Preflight:
                 'Mount the file system of the state directory with '
                 'prjquota, or set [pycontainer]disk_limit=auto')
         return method
+
+    def _inotify(self) -> str:
+        # What a container uses is charged to its user namespace's owner, too:
+        # to root, for all of them. Beyond it systemd does not start ("Failed
+        # to allocate manager object: Too many open files").
+        limit = int(_INOTIFY.read_text())
+        guests = limit // _INOTIFY_EACH
+        if limit < _INOTIFY_MIN:
+            raise Failed(
+                f'{limit} for all of this host: {guests} guests with systemd',
+                'Set the sysctl fs.inotify.max_user_instances to 65536, as '
+                'etc/sysctl.d/60-pycontainer.conf does')
+        return f'{limit}: {guests} guests with systemd'
 
     # To migrate them
 
