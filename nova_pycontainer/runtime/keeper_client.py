@@ -304,7 +304,8 @@ class KeeperClient:
         """
         self._call('hold', {
             'uuid': uuid, 'log_path': os.fspath(log_path),
-            'max_bytes': max_bytes, 'fresh': fresh}, [fd])
+            'max_bytes': max_bytes, **({'fresh': True} if fresh else {}),
+        }, [fd])
 
     def attach(
         self, uuid: str, fd: int, mode: ty.Literal['rw', 'ro'] = 'rw'
