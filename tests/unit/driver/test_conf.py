@@ -13,6 +13,7 @@
 from oslo_config import cfg
 import testtools
 
+from nova_pycontainer.agent import options as agent_options
 from nova_pycontainer import conf
 
 
@@ -41,8 +42,12 @@ class ConfTestCase(testtools.TestCase):
                 group='pycontainer')
 
     def test_every_option_is_listed_and_described(self):
-        listed = {option.dest: option for _group, options in conf.list_opts()
-                  for option in options}
+        # The agent's are of the same group; whether they are registered too
+        # depends on the tests before.
+        listed = {
+            option.dest: option for _group, options in (
+                *conf.list_opts(), *agent_options.list_opts())
+            for option in options}
         for name in self.conf.pycontainer:
             self.assertIn(name, listed)
             self.assertTrue(listed[name].help, name)
