@@ -27,7 +27,9 @@ import openstack
 def main(argv):
     name, wanted, limit = argv[1], argv[2], float(argv[3])
     compute = openstack.connect().compute
-    server = compute.find_server(name, ignore_missing=False)
+    server = compute.find_server(name, ignore_missing=wanted == 'gone')
+    if server is None:
+        return 0
     deadline = time.monotonic() + limit
     while True:
         try:
