@@ -135,7 +135,13 @@ def _start_ovsdb(host: str, chassis: str, address: str,
 
 
 def start_ovs(host: str) -> None:
-    """Open vSwitch with its bridges; the host's way into the underlay."""
+    """Open vSwitch with its bridges; the host's way into the underlay.
+
+    Without checks of TCP sequence numbers: a server that comes back to a host
+    finds entries of its connections in that host's tracking, with the numbers
+    of the time when it left, and the router's translation would drop what
+    does not fit them. A kernel datapath has nf_conntrack_tcp_be_liberal.
+    """
     address = layout.UNDERLAY[host]
     _start_ovsdb(host, host, address, ovn_bridge_mappings='public:br-ex',
                  ovn_cms_options='enable-chassis-as-gw')
@@ -148,6 +154,7 @@ def start_ovs(host: str) -> None:
             -- --may-exist add-port br-ex ext \
             -- --may-exist add-br br-int \
             -- set bridge br-int datapath_type=netdev fail_mode=secure
+        ovs-appctl dpctl/ct-disable-tcp-seq-chk
         ip addr replace {address}/24 dev br-phy
         ip link set br-phy up
         ip link set br-ex up
