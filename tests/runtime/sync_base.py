@@ -23,6 +23,7 @@ import socket
 import stat
 import tempfile
 import threading
+import time
 import uuid
 
 import testtools
@@ -108,6 +109,9 @@ class Side:
         self.mounted = False
 
     def mount(self):
+        # A layer is older than what becomes of its files; the clock of files
+        # ticks every 10 ms, or more often.
+        time.sleep(0.02)
         overlay.mount(self.root, layer=self.layer, upper=self.upper,
                       work=self.work, base_id=BASE)
         self.mounted = True

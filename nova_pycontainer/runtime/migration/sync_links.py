@@ -208,7 +208,8 @@ def _link(root: int, upper: int, name: bytes, layer_ctime: int) -> bool:
     try:
         info = os.stat(base, dir_fd=parent, follow_symlinks=False)
         # The layer's own time of change: not copied up. Whatever is copied
-        # is a new inode, so it has a later one.
+        # is a new inode, so it has a later one: a layer is on disk, with all
+        # that syncing takes, before the first container of it starts.
         if info.st_ctime_ns == layer_ctime or stat.S_ISDIR(info.st_mode):
             return False
         _set_atime(parent, base, info.st_atime_ns)
