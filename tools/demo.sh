@@ -92,6 +92,8 @@ clean_up() {
         } >&2
     fi
     if [ -n "$in_cloud" ] && { [ -z "$keep" ] || [ $rc -ne 0 ]; }; then
+        # It may have been the administrator's turn.
+        eval "$("$REPO/tools/cloud.sh" openrc demo)"
         quietly command openstack server delete --wait "$name"
         quietly command openstack floating ip delete "$address"
         quietly command openstack port delete "$name"
