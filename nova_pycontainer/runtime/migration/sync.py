@@ -128,7 +128,10 @@ class Server:
         """Stop serving. Idempotent."""
         if self._process.closed:
             return
-        code = self._process.kill()
+        try:
+            code = self._process.kill()
+        except errors.ContainerError:
+            code = 0  # said by what follows
         if code not in (0, -signal.SIGKILL, sync_rsync.PROTOCOL,
                         *sync_rsync.INCOMPLETE):
             # The destination knows it too, if rsync has come so far.

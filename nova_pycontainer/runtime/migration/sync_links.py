@@ -27,6 +27,7 @@ is to set the time of access to what it is.
 """
 
 import collections
+import contextlib
 import ctypes
 import errno
 import os
@@ -42,6 +43,7 @@ from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import syscalls
 
 _TIMEOUT = 600.0
+_KILL_TIMEOUT = 10.0
 _RESOLVE = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_SYMLINKS
 #: Errors that say "not there" of a name in a tree that a guest changes.
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
@@ -101,7 +103,8 @@ class Finder:
 
     def __exit__(self, *exc: object) -> None:
         self._process.kill()
-        self._process.communicate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.communicate(timeout=_KILL_TIMEOUT)
         self._output.close()
 
     def groups(self, deadline: float) -> ty.Iterator[Group]:

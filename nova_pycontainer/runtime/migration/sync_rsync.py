@@ -101,8 +101,13 @@ class Process:
             self._out.close()
             self._err.close()
             raise
-        self._pidfd = os.pidfd_open(self._child.pid)
         self._lock = threading.Lock()
+        self._pidfd = -1
+        try:
+            self._pidfd = os.pidfd_open(self._child.pid)
+        except OSError:
+            self.close()
+            raise
 
     def wait(self, timeout: float) -> bool:
         """Whether it has ended, after ``timeout`` seconds at most."""
@@ -113,12 +118,18 @@ class Process:
         """End it and all of its children. Idempotent.
 
         :returns: the exit code, negative for a signal
+        :raises ContainerError: ``timeout``: the kernel does not let it go
         """
         with self._lock:
             if self._child.returncode is None:
                 # Not reaped yet, so the number of its group is still its own.
                 os.killpg(self._child.pid, signal.SIGKILL)
-            return self._child.wait(_KILL_TIMEOUT)
+            try:
+                return self._child.wait(_KILL_TIMEOUT)
+            except subprocess.TimeoutExpired:
+                raise errors.ContainerError(
+                    'timeout', f'rsync (pid {self._child.pid}) does not die',
+                    remedy='Look at the disk of this host') from None
 
     def output(self) -> str:
         """The end of what it said on stdout."""
@@ -133,13 +144,16 @@ class Process:
         return self._pidfd < 0
 
     def close(self) -> None:
-        self.kill()
+        try:
+            self.kill()
+        except errors.ContainerError as e:
+            LOG.error('%s', e)
         with self._lock:
             if self._pidfd >= 0:
                 os.close(self._pidfd)
                 self._pidfd = -1
-                self._out.close()
-                self._err.close()
+            self._out.close()
+            self._err.close()
 
 
 def _tail(file: ty.IO[bytes]) -> str:
