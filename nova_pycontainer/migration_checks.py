@@ -30,7 +30,6 @@ from oslo_utils import units
 from nova_pycontainer import errors as driver_errors
 from nova_pycontainer import migration_data
 from nova_pycontainer.runtime import errors
-from nova_pycontainer import spawn
 
 LOG = logging.getLogger(__name__)
 
@@ -88,7 +87,6 @@ class Checks:
                 source_record['cpu_info'],
                 source_record['hypervisor_hostname'])
             free = self._client.host_info()['disk_free_bytes']
-            self._free_range(instance)
         vifs = None
         if self._network_api.has_port_binding_extension(context):
             vifs = instance.get_network_info()
@@ -106,19 +104,6 @@ class Checks:
                   'nova-pycontainer on the older one') %
                 {'theirs': theirs, 'ours': ours})
 
-    def _free_range(self, instance):
-        """A container has the same ids on every host."""
-        base_id = instance.system_metadata.get(spawn.BASE_ID)
-        for info in self._client.list():
-            if info['uuid'] != instance.uuid and (
-                    str(info['base_id']) == base_id):
-                raise refused(
-                    _('the host ids from %(base)s on, which the server has, '
-                      'belong to %(other)s on this host. Give the hosts '
-                      'disjoint ranges in [pycontainer]idmap_base and '
-                      'idmap_count') %
-                    {'base': base_id, 'other': info['uuid']})
-
     def source(self, instance, data, block_device_info):
         """Whether the server can leave this host.
 
@@ -129,14 +114,9 @@ class Checks:
             if (block_device_info or {}).get('block_device_mapping'):
                 raise refused(_('it has volumes, which the container driver '
                                 'cannot migrate yet'))
-            info = self._client.info(instance.uuid)
-            if info['state'] not in ('running', 'paused'):
-                raise refused(_('its container is %s. Only a running or '
-                                'paused server can be live-migrated') %
-                              info['state'])
-            migration_data.put(
-                data, layer=info['layer'], image_id=info['image_id'],
-                disk_used_bytes=info['disk']['used_bytes'] or 0)
+            found = self._client.migration_check_source(instance.uuid)
+            _judge(found, instance)
+            migration_data.put(data, facts=found['facts'])
         return data
 
     def outcome(self, context, instance, data, migration):
@@ -145,24 +125,32 @@ class Checks:
         :returns: the object, which names the migration from now on
         """
         with _refusing(instance):
-            facts = migration_data.get(data)
-            self._obtainable(context, facts['layer'], facts['image_id'])
-            need = facts['disk_used_bytes']
-            free = self._client.host_info()['disk_free_bytes']
-            if need > free:
-                raise refused(
-                    _('the server has written %(need)d bytes to its disk, '
-                      'this host has %(free)d left') %
-                    {'need': need, 'free': free})
+            facts = migration_data.get(data)['facts']
+            found = self._client.migration_check_destination(facts)
+            _judge(found, instance, self._leftover(instance))
+            if not found['facts']['layer_present']:
+                self._obtainable(context, facts['image_id'])
             migration_data.put(data, migration=migration.uuid)
         return data
 
-    def _obtainable(self, context, layer, image_id):
-        """:raises nova.exception.MigrationPreCheckError: the image is
-            neither here nor in Glance
+    def _leftover(self, instance):
+        """Which problem is none.
+
+        What an earlier stay has left here is removed in
+        ``pre_live_migration``.
         """
-        if self._client.layer_present(layer):
-            return
+        try:
+            info = self._client.info(instance.uuid)
+        except errors.ContainerError as e:
+            if e.code != 'not_found':
+                raise
+            return None
+        return None if info['state'] in ('running', 'paused') else 'exists'
+
+    def _obtainable(self, context, image_id):
+        """:raises nova.exception.MigrationPreCheckError: the image is not in
+            Glance
+        """
         try:
             image = self._image_api.get(context, image_id)
         except (exception.ImageNotFound, exception.ImageNotAuthorized):
@@ -172,3 +160,22 @@ class Checks:
                 _('image %s is not on this host, and not in Glance any '
                   'more. Upload it again, or migrate to a host that has '
                   'servers of it') % image_id)
+
+
+def _judge(found, instance, ignored=None):
+    """Refuse for what the agent has found.
+
+    :raises nova.exception.MigrationPreCheckError: there are problems
+    """
+    for warning in found['warnings']:
+        LOG.warning('Live migration: %s', _text(warning), instance=instance)
+    problems = [_text(problem) for problem in found['problems']
+                if problem['name'] != ignored]
+    if problems:
+        raise refused('; '.join(problems))
+
+
+def _text(problem):
+    process = problem.get('process')
+    text = f'{problem["reason"]}. {problem["remedy"]}'
+    return f'{process}: {text}' if process else text

@@ -229,10 +229,11 @@ class FakeAgent(fake_migration.Migrations):
         item = self.containers.get(uuid)
         if item is None:
             return
+        self.abort_of(uuid)
         if item['state'] in ('created', 'running', 'paused'):
             self._end(item, 9)
         if not keep_disk:
-            self.containers.pop(uuid)
+            self.containers.pop(uuid, None)
 
     def _end(self, item, signal):
         started = item['state'] != 'created'

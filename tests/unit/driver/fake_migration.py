@@ -27,6 +27,11 @@ _ENDED = ('completed', 'aborted', 'failed')
 _PATIENCE = 30
 
 
+def problem(name, reason, remedy, process=None):
+    return {'name': name, 'reason': reason, 'remedy': remedy,
+            'process': process}
+
+
 class Migrations:
     """The verbs of migration, for FakeAgent.
 
@@ -54,6 +59,10 @@ class Migrations:
         self.moved = threading.Condition()
         #: Error of the restore on this host.
         self.restore_error = None
+        #: What the checks find, see nova_pycontainer.runtime.migration.checks
+        self.source_problems = []
+        self.destination_problems = []
+        self.warnings = []
 
     def identity(self):
         return {'protocol': 1, 'certificate': self.certificate,
@@ -82,10 +91,34 @@ class Migrations:
 
     def forget_migrations(self):
         """A restart of the agent."""
+        for progress in self._progress.values():
+            progress['phase'] = 'aborted'
         self._progress.clear()
         self._incoming.clear()
 
     # Verbs
+
+    def migration_check_source(self, uuid):
+        self._enter('migration_check_source')
+        item = self._get(uuid, 'running', 'paused')
+        return {'facts': {key: item[key] for key in (
+                    'uuid', 'layer', 'image_id', 'base_id')},
+                'problems': self.source_problems, 'warnings': self.warnings}
+
+    def migration_check_destination(self, facts):
+        self._enter('migration_check_destination')
+        problems = [*self.destination_problems]
+        for item in self.containers.values():
+            if item['uuid'] == facts['uuid']:
+                problems.append(problem(
+                    'exists', 'this host has a container of it already',
+                    'Delete it there first'))
+            elif item['base_id'] == facts['base_id']:
+                problems.append(problem(
+                    'id-range', f'its host ids belong to {item["uuid"]}',
+                    'Give the hosts disjoint ranges'))
+        return {'facts': {'layer_present': facts['layer'] in self.layers},
+                'problems': problems, 'warnings': self.warnings}
 
     def migration_prepare(self, uuid, migration, spec, source, options=None):
         self._enter('migration_prepare')
@@ -109,15 +142,16 @@ class Migrations:
         self._get(uuid, 'running', 'paused')
         self.begun.append((migration, destination, options))
         self._new(migration, uuid, 'source')
+        begun = dict(self._progress[migration])
         threading.Thread(
             target=self._migrate, args=(uuid, migration, destination),
             daemon=True).start()
-        return dict(self._progress[migration])
+        return begun
 
     def _phase(self, migration, phase, **values):
         with self.moved:
-            progress = self._progress[migration]
-            if progress['phase'] in _ENDED:
+            progress = self._progress.get(migration)
+            if progress is None or progress['phase'] in _ENDED:
                 return False
             progress.update(values, phase=phase)
             if phase in _ENDED:
@@ -127,6 +161,7 @@ class Migrations:
 
     def _migrate(self, uuid, migration, destination):
         peer = self.listening[destination['port']]
+        progress = self._progress[migration]
         if destination['certificate'] != peer.certificate:
             self._fail(migration, None, errors.ContainerError(
                 'network', 'the other host has another certificate'))
@@ -141,7 +176,7 @@ class Migrations:
                 return
             if phase == self._hold:
                 while not self._go.wait(0.02):
-                    if self._progress[migration]['phase'] in _ENDED:
+                    if progress['phase'] in _ENDED:
                         break
         item = self.containers[uuid]
         peer.receive(migration, item)
@@ -149,6 +184,13 @@ class Migrations:
         for nic in item['nics']:
             self.links.pop(nic['devname'], None)
         self._phase(migration, 'completed')
+
+    def abort_of(self, uuid):
+        """The container is deleted."""
+        for migration, progress in [*self._progress.items()]:
+            if progress['uuid'] == uuid and progress['phase'] not in (
+                    'committed', 'running', *_ENDED):
+                self.migration_abort(migration, 'the instance is deleted')
 
     def _fail(self, migration, peer, error):
         if peer is not None:
@@ -179,7 +221,7 @@ class Migrations:
         progress = self._known(migration)
         with self.moved:
             self.moved.wait_for(lambda: progress['phase'] in _ENDED, wait_s)
-            return dict(progress)
+            return dict(self._known(migration))
 
     def migration_abort(self, migration, reason):
         self._enter('migration_abort')

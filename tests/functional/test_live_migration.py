@@ -1,0 +1,583 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Live migration through Nova's API, conductor and compute managers.
+
+The agents are in memory: two real ones in one network namespace cannot both
+have the interfaces of a server. With real ones see tests/cloud.
+"""
+
+import sys
+
+import fixtures
+from nova.compute import power_state
+from nova import context as nova_context
+from nova import exception
+from nova import objects
+
+from nova_pycontainer import migration
+from nova_pycontainer.runtime import errors
+from tests.functional import agents
+from tests.functional import base
+from tests.unit.driver import fake_migration
+
+
+class LiveMigrationTest(base.TestCase):
+
+    def setUp(self):
+        self.useFixture(fixtures.MonkeyPatch(
+            'tests.functional.agents.Agents', agents.InMemory))
+        self.plugs = []
+        super().setUp()
+        self.one = self.agents.client('host1')
+        self.two = self.agents.client('host2')
+        self.addCleanup(self.one.proceed)
+        self.addCleanup(self.two.proceed)
+        # So that the certificates are in the database.
+        for host in base.HOSTS:
+            self.periodic('update_available_resource', host)
+
+    def _plug(self, vif, info):
+        self.plugs.append(('plug', vif.vif_name))
+
+    def _unplug(self, vif, info):
+        self.plugs.append(('unplug', vif.vif_name))
+
+    # What many tests do
+
+    def migrate(self, server, host='host2', status=202, **kwargs):
+        return self.api.post_server_action(
+            server['id'], {'os-migrateLive': {
+                'host': host, 'block_migration': 'auto', **kwargs}},
+            check_response_status=[status])
+
+    def record(self, server):
+        """The newest of its migrations, or None.
+
+        Not through the API, which gathers them from all cells: that and the
+        migration itself lock the fixtures' databases against each other.
+        """
+        with nova_context.target_cell(
+                nova_context.get_admin_context(),
+                self.host_mappings['host1'].cell_mapping) as context:
+            found = objects.MigrationList.get_by_filters(
+                context, {'instance_uuid': server['id']})
+        return max(found, key=lambda record: record.id, default=None)
+
+    def wait_for_migration(self, server, *statuses):
+        """Until the last migration has a status and the server is free."""
+        def reached():
+            record = self.record(server)
+            now = self.api.get_server(server['id'])
+            if record is None or now['OS-EXT-STS:task_state'] is not None:
+                return None
+            if record.status in statuses:
+                return now
+            if record.status in ('completed', 'cancelled'):
+                self.fail(f'{record.status}: {self.reason(server)}')
+            return None
+
+        return self.wait_for(reached, f'migration {statuses}')
+
+    def reason(self, server):
+        """What the action of the server says of its failed events."""
+        found = []
+        for action in self.api.get_instance_actions(server['id']):
+            action = self.api.api_get(
+                f'/servers/{server["id"]}/os-instance-actions/'
+                f'{action["request_id"]}').body['instanceAction']
+            found += [event.get('details') for event in action['events']
+                      if event['result'] == 'Error']
+        return '\n'.join(str(text) for text in found)
+
+    def allocations(self, server):
+        """Which hosts hold resources for the server."""
+        uuids = {self._get_provider_uuid_by_host(host): host
+                 for host in base.HOSTS}
+        found = self._get_allocations_by_server_uuid(server['id'])
+        return [uuids[uuid] for uuid in found]
+
+    def bindings(self, server):
+        """Host → status of the bindings of the server's first port."""
+        port = self.info(server, self.host(server))['nics'][0]['id']
+        return {host: binding['status'] for host, binding in
+                self.neutron._port_bindings[port].items()}
+
+    def host(self, server):
+        return self.api.get_server(server['id'])['OS-EXT-SRV-ATTR:host']
+
+    def wait_until_clean(self, host):
+        self.wait_for(lambda: not self.agents.leftovers(host),
+                      f'{host} is clean')
+
+    def assert_at(self, server, host, state='running', status='ACTIVE'):
+        """The server is there, and nowhere else is anything of it."""
+        now = self.api.get_server(server['id'])
+        self.assertEqual((host, status, None), (
+            now['OS-EXT-SRV-ATTR:host'], now['status'],
+            now['OS-EXT-STS:task_state']))
+        self.assertEqual(state, self.info(server, host)['state'])
+        for other in base.HOSTS:
+            if other != host:
+                self.wait_until_clean(other)
+        self.assertEqual([host], self.allocations(server))
+        self.wait_for(lambda: [*self.bindings(server)] == [host],
+                      'bindings of one host')
+        instance = self.instance(server, host)
+        self.assertEqual(
+            str(self.info(server, host)['base_id']),
+            instance.system_metadata['pycontainer_base_id'])
+        for compute in self.computes.values():
+            self.assertEqual(
+                {}, compute.manager._pending_dest_live_migrations)
+
+    # Success
+
+    def test_there_and_back(self):
+        server = self.boot()
+        before = self.info(server)
+        self.migrate(server)
+        now = self.wait_for_migration(server, 'completed')
+        self.assertEqual(power_state.RUNNING, now['OS-EXT-STS:power_state'])
+        self.assert_at(server, 'host2')
+        after = self.info(server, 'host2')
+        for same in ('base_id', 'layer', 'name', 'resources', 'nics'):
+            self.assertEqual(before[same], after[same], same)
+
+        self.migrate(server, 'host1')
+        self.wait_for_migration(server, 'completed')
+        self.assert_at(server, 'host1')
+        # The image's layer was here all the time.
+        self.assertEqual(1, self.agents.imports('host1'))
+        name = before['nics'][0]['devname']
+        self.assertEqual(
+            [('plug', name), ('plug', name), ('unplug', name),
+             ('plug', name), ('unplug', name)], self.plugs)
+        self.delete(server)
+        self.assert_nothing_left('host1')
+        self.assert_nothing_left('host2')
+
+    def test_scheduler_chooses(self):
+        server = self.boot()
+        self.migrate(server, None)
+        self.wait_for_migration(server, 'completed')
+        self.assert_at(server, 'host2')
+
+    def test_block_migration(self):
+        server = self.boot()
+        self.migrate(server, block_migration=True)
+        self.wait_for_migration(server, 'completed')
+        self.assert_at(server, 'host2')
+
+    def test_paused(self):
+        server = self.boot()
+        self.action(server, 'PAUSED', 'pause')
+        self.migrate(server)
+        now = self.wait_for_migration(server, 'completed')
+        self.assertEqual(power_state.PAUSED, now['OS-EXT-STS:power_state'])
+        self.assert_at(server, 'host2', 'paused', 'PAUSED')
+        self.action(server, 'ACTIVE', 'unpause')
+
+    def test_life_goes_on(self):
+        server = self.boot()
+        self.migrate(server)
+        self.wait_for_migration(server, 'completed')
+        self.action(server, 'ACTIVE', 'reboot', {'type': 'HARD'})
+        self.action(server, 'SHUTOFF', 'os-stop')
+        self.action(server, 'ACTIVE', 'os-start')
+        self.assert_at(server, 'host2')
+
+    def test_options_of_the_operator(self):
+        self.flags(group='pycontainer', live_migration_bandwidth=20,
+                   live_migration_downtime=300,
+                   live_migration_permit_post_copy=True)
+        server = self.boot()
+        self.migrate(server)
+        self.wait_for_migration(server, 'completed')
+        wanted = {'bandwidth': 20 << 20, 'max_downtime': 0.3,
+                  'permit_post_copy': True}
+        self.assertEqual(wanted, self.one.begun[0][2])
+        self.assertEqual(wanted, self.two.prepared[0][2])
+
+    def test_each_knows_the_other_by_its_certificate(self):
+        server = self.boot()
+        self.migrate(server)
+        self.wait_for_migration(server, 'completed')
+        (migration_uuid, source, _options), = self.two.prepared
+        self.assertEqual(self.one.certificate, source['certificate'])
+        (same_uuid, endpoint, _options), = self.one.begun
+        self.assertEqual(self.two.certificate, endpoint['certificate'])
+        self.assertEqual(self.two.port, endpoint['port'])
+        self.assertEqual(migration_uuid, same_uuid)
+        self.assertEqual(self.record(server).uuid, migration_uuid)
+
+    def test_leftover_of_an_earlier_stay(self):
+        server = self.boot()
+        self.migrate(server)
+        self.wait_for_migration(server, 'completed')
+        # As if the source's agent had been gone when Nova cleaned up.
+        self.one.containers[server['id']] = {
+            **self.info(server, 'host2'), 'state': 'stopped', 'moved': True}
+        self.migrate(server, 'host1')
+        self.wait_for_migration(server, 'completed')
+        self.assert_at(server, 'host1')
+
+    def test_progress(self):
+        server = self.boot()
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova_pycontainer.migration._SAVE_S', 0.0))
+        self.one.hold('copying')
+        self.migrate(server)
+        self.one.wait_for_phase('copying')
+
+        def shown():
+            running = self.api.api_get(
+                f'/servers/{server["id"]}/migrations').body['migrations']
+            return (running and running[0]['memory_processed_bytes'] and
+                    running[0])
+
+        record = self.wait_for(shown, 'progress')
+        self.assertEqual('running', record['status'])
+        self.assertEqual(64 << 20, record['memory_total_bytes'])
+        self.assertEqual(1 << 20, record['memory_processed_bytes'])
+        self.assertEqual(63 << 20, record['memory_remaining_bytes'])
+        self.assertEqual(1 << 10, record['disk_processed_bytes'])
+        self.assertIsNone(record['disk_total_bytes'])
+        self.wait_for(lambda: self.api.get_server(
+            server['id']).get('progress') == 1, 'progress of the server')
+        self.one.proceed()
+        self.wait_for_migration(server, 'completed')
+
+    # Refusals
+
+    def assert_refused(self, server, words):
+        self.wait_for_migration(server, 'error')
+        self.assertIn(words, self.reason(server))
+        self.assert_at(server, 'host1')
+
+    def test_no_shared_storage(self):
+        server = self.boot()
+        self.migrate(server, block_migration=False)
+        self.assert_refused(server, 'not on shared storage')
+
+    def test_other_protocol(self):
+        server = self.boot()
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova_pycontainer.host.HYPERVISOR_VERSION', 2))
+        self.periodic('update_available_resource', 'host2')
+        self.migrate(server)
+        self.assert_refused(server, 'version')
+
+    def test_ids_in_use(self):
+        server = self.boot()
+        other = self.boot(host='host2')
+        self.two.containers[other['id']]['base_id'] = self.info(
+            server)['base_id']
+        self.migrate(server)
+        self.wait_for_migration(server, 'error')
+        self.assertIn(f'belong to {other["id"]}', self.reason(server))
+
+    def test_source_cannot(self):
+        server = self.boot()
+        self.one.source_problems.append(fake_migration.problem(
+            'ptrace', 'it is traced by a debugger', 'End the debugger',
+            process='gdb (pid 4)'))
+        self.migrate(server)
+        self.assert_refused(
+            server, 'gdb (pid 4): it is traced by a debugger. End the '
+            'debugger')
+
+    def test_destination_cannot(self):
+        server = self.boot()
+        self.two.destination_problems.append(fake_migration.problem(
+            'disk', 'there is no room', 'Free space'))
+        self.migrate(server)
+        self.assert_refused(server, 'there is no room. Free space')
+
+    def test_warnings_do_not_matter(self):
+        server = self.boot()
+        for agent in (self.one, self.two):
+            agent.warnings.append(fake_migration.problem(
+                'kernel', 'it is older', 'Upgrade it'))
+        self.migrate(server)
+        self.wait_for_migration(server, 'completed')
+
+    def test_image_is_gone(self):
+        server = self.boot()
+        self.glance.delete(None, self.image)
+        self.migrate(server)
+        self.assert_refused(server, f'image {self.image} is not on this host')
+
+    def test_image_is_gone_but_the_layer_is_there(self):
+        server = self.boot()
+        self.delete(self.boot(host='host2'))
+        self.glance.delete(None, self.image)
+        self.migrate(server)
+        self.wait_for_migration(server, 'completed')
+        self.assert_at(server, 'host2')
+
+    def test_destination_without_agent(self):
+        server = self.boot()
+        self.two.failures['host_info'] = errors.AgentUnavailable(
+            'agent_unavailable', 'the agent does not answer')
+        self.migrate(server)
+        self.assert_refused(server, 'the agent does not answer')
+
+    def test_destination_that_is_lost(self):
+        server = self.boot()
+        self.two.down = True
+        self.wait_for(lambda: self.service('host2')['status'] == 'disabled',
+                      'host2 is taken out')
+        self.migrate(server)
+        # It is the scheduler's answer.
+        self.assert_refused(server, 'No valid host')
+
+    # Failures
+
+    def test_prepare_fails(self):
+        server = self.boot()
+        self.two.failures['migration_prepare'] = errors.ContainerError(
+            'no_space', 'no space is left', uuid=server['id'],
+            step='define', cause='write: ENOSPC')
+        self.migrate(server)
+        self.wait_for_migration(server, 'error', 'failed')
+        self.assertIn('no space is left', self.reason(server))
+        self.assert_at(server, 'host1')
+        del self.two.failures['migration_prepare']
+        self.migrate(server)
+        self.wait_for_migration(server, 'completed')
+        self.assert_at(server, 'host2')
+
+    def test_plug_fails(self):
+        server = self.boot()
+
+        def fail(vif, info):
+            raise exception.VirtualInterfacePlugException('switch is off')
+
+        with fixtures.MonkeyPatch('os_vif.plug', fail):
+            self.migrate(server)
+            self.wait_for_migration(server, 'error', 'failed')
+        self.assertIn('switch is off', self.reason(server))
+        self.assert_at(server, 'host1')
+
+    def test_begin_fails(self):
+        server = self.boot()
+        self.one.failures['migration_begin'] = errors.ContainerError(
+            'bad_state', 'the source does not want to', uuid=server['id'])
+        self.migrate(server)
+        self.wait_for_migration(server, 'failed')
+        self.assertIn('the source does not want to', self.reason(server))
+        self.assert_at(server, 'host1')
+
+    def test_restore_fails(self):
+        server = self.boot()
+        self.two.restore_error = errors.ContainerError(
+            'criu_failed', 'the instance cannot be restored',
+            uuid=server['id'], step='restore', cause='no such device',
+            remedy='Run "pycontainer preflight" on both hosts')
+        self.migrate(server)
+        self.wait_for_migration(server, 'failed')
+        self.assertIn('the instance cannot be restored: no such device',
+                      self.reason(server))
+        self.assert_at(server, 'host1')
+        self.two.restore_error = None
+        self.migrate(server)
+        self.wait_for_migration(server, 'completed')
+        self.assert_at(server, 'host2')
+
+    def test_foreign_certificate(self):
+        server = self.boot()
+        # Someone else listens where the destination's agent should.
+        self.two.certificate = 'another'
+        self.migrate(server)
+        self.wait_for_migration(server, 'failed')
+        self.assertIn('another certificate', self.reason(server))
+        self.assert_at(server, 'host1')
+
+    def test_never_removed_where_it_runs(self):
+        server = self.boot()
+        self.migrate(server)
+        self.wait_for_migration(server, 'completed')
+        driver = self.computes['host2'].driver
+        instance = self.instance(server, 'host2')
+        for data in (
+                objects.LibvirtLiveMigrateData(),
+                migration.migration_data.create(
+                    None, None, None,
+                    migration=self.record(server).uuid)):
+            self.assertRaises(
+                exception.MigrationError,
+                driver.rollback_live_migration_at_destination, None,
+                instance, [], {}, migrate_data=data)
+        self.assert_at(server, 'host2')
+
+    # Control
+
+    def abort(self, server, status=202):
+        self.api.api_delete(
+            f'/servers/{server["id"]}/migrations/'
+            f'{self.record(server).id}', check_response_status=[status])
+
+    def test_abort(self):
+        server = self.boot()
+        self.one.hold('copying')
+        self.migrate(server)
+        self.one.wait_for_phase('copying')
+        self.abort(server)
+        self.wait_for_migration(server, 'cancelled')
+        self.assertIn('aborted by the operator', self.reason(server))
+        self.assert_at(server, 'host1')
+        self.one.proceed()
+        self.migrate(server)
+        self.wait_for_migration(server, 'completed')
+
+    def test_abort_too_late(self):
+        server = self.boot()
+        self.one.hold('committed')
+        self.migrate(server)
+        self.one.wait_for_phase('committed')
+        self.abort(server)
+        self.wait_for(lambda: 'point of no return' in self.reason(server),
+                      'the refusal')
+        self.one.proceed()
+        self.wait_for_migration(server, 'completed')
+        self.assert_at(server, 'host2')
+
+    def test_force_complete(self):
+        server = self.boot()
+        self.one.hold('copying')
+        self.migrate(server)
+        self.one.wait_for_phase('copying')
+        self.api.force_complete_migration(
+            server['id'], self.record(server).id)
+        self.wait_for_migration(server, 'completed')
+        self.assertIn('migration_force_complete', self.one.calls)
+        self.assert_at(server, 'host2')
+
+    def test_nothing_to_control(self):
+        server = self.boot()
+        driver = self.computes['host1'].driver
+        for method in (driver.live_migration_abort,
+                       driver.live_migration_force_complete):
+            self.assertRaises(exception.NoActiveMigrationForInstance,
+                              method, self.instance(server))
+
+    def test_late_is_aborted(self):
+        server = self.boot()
+        self.one.hold('copying')
+        # 2 GiB of memory at least and 1 GiB of disk.
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova_pycontainer.migration.Source._time_limit',
+            lambda source, instance: 0.5))
+        self.migrate(server)
+        self.wait_for_migration(server, 'cancelled')
+        self.assertIn('has not completed within', self.reason(server))
+        self.assert_at(server, 'host1')
+
+    def test_late_is_forced(self):
+        self.flags(live_migration_timeout_action='force_complete',
+                   group='pycontainer')
+        server = self.boot()
+        self.one.hold('copying')
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova_pycontainer.migration.Source._time_limit',
+            lambda source, instance: 0.5))
+        self.migrate(server)
+        self.wait_for_migration(server, 'completed')
+        self.assert_at(server, 'host2')
+
+    def test_deleted_meanwhile(self):
+        server = self.boot()
+        self.one.hold('copying')
+        self.migrate(server)
+        self.one.wait_for_phase('copying')
+        self.delete(server)
+        for host in base.HOSTS:
+            self.wait_until_clean(host)
+        self.wait_for(
+            lambda: len([kind for kind, _name in self.plugs
+                         if kind == 'unplug']) == 2, 'ports unplugged')
+
+    # Restarts
+
+    def test_nova_compute_restarts_while_it_copies(self):
+        server = self.boot()
+        self.one.hold('copying')
+        self.migrate(server)
+        self.one.wait_for_phase('copying')
+        self.lose('host1')
+        self.restart('host1')
+        self.assertEqual('MIGRATING', self.api.get_server(
+            server['id'])['status'])
+        self.one.proceed()
+        self.wait_for_migration(server, 'completed')
+        self.assert_at(server, 'host2')
+
+    def test_nova_compute_restarts_and_it_has_moved(self):
+        server = self.boot()
+        self.one.hold('copying')
+        self.migrate(server)
+        self.one.wait_for_phase('copying')
+        self.lose('host1')
+        self.one.proceed()
+        self.one.wait_for_phase('completed')
+        self.restart('host1')
+        self.wait_for_migration(server, 'completed')
+        self.assert_at(server, 'host2')
+
+    def test_nova_compute_restarts_and_it_has_failed(self):
+        self.two.restore_error = errors.ContainerError(
+            'criu_failed', 'it cannot be restored')
+        server = self.boot()
+        self.one.hold('copying')
+        self.migrate(server)
+        self.one.wait_for_phase('copying')
+        self.lose('host1')
+        self.one.proceed()
+        self.one.wait_for_phase('failed')
+        self.restart('host1')
+        self.wait_for_migration(server, 'failed')
+        self.assert_at(server, 'host1')
+
+    def test_nova_compute_restarts_and_it_is_aborted(self):
+        server = self.boot()
+        self.one.hold('copying')
+        self.migrate(server)
+        self.one.wait_for_phase('copying')
+        self.lose('host1')
+        self.restart('host1')
+        self.wait_for(lambda: server['id'] in self.computes[
+            'host1'].driver._migration_source._jobs, 'it is followed')
+        self.abort(server)
+        self.wait_for_migration(server, 'cancelled')
+        self.assert_at(server, 'host1')
+
+    def lose(self, host):
+        """End the threads that follow migrations, as the end of their process
+        would: without another word to anybody.
+        """
+        source = self.computes[host].driver._migration_source
+        source._status = lambda job: sys.exit()
+        self.wait_for(lambda: not source._jobs, 'the end of the thread')
+
+    def test_agent_restarts(self):
+        server = self.boot()
+        self.one.hold('copying')
+        self.migrate(server)
+        self.one.wait_for_phase('copying')
+        self.one.down = True
+        self.one.forget_migrations()
+        self.two.forget_migrations()
+        self.one.down = False
+        self.wait_for_migration(server, 'failed')
+        self.assertIn('ended with the agent', self.reason(server))
+        self.assert_at(server, 'host1')
