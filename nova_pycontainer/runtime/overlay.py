@@ -78,6 +78,9 @@ def _mount_overlay(
             # file handles only with both of these.
             ('index', 'on'),
             ('nfs_export', 'on'),
+            # A redirect names a place of the layer, which a copy of the
+            # upper by names does not know of.
+            ('redirect_dir', 'off'),
         ):
             syscalls.fsconfig_string(context, key, value)
         with _without_sys_resource():

@@ -43,6 +43,7 @@ from nova_pycontainer.runtime.migration import relay
 from nova_pycontainer.runtime.migration import sync
 from nova_pycontainer.runtime.migration import terminals
 from nova_pycontainer.runtime import network
+from nova_pycontainer.runtime import unpack_client
 
 LOG = logging.getLogger(__name__)
 
@@ -389,6 +390,8 @@ class Destination:
                 e.uuid = self._item.uuid
                 self._lose(e)
                 raise
+        # The source deletes its copy soon.
+        unpack_client.sync_filesystem(self._item.disk.upper)
         self._filler.close()
         self._memory.unmount()
         self._session.__exit__()
