@@ -266,6 +266,9 @@ def unknown(uuid: str, cause: BaseException) -> errors.ContainerError:
 
 def thaw(item: container.Container, paused: bool) -> None:
     """Let an instance that did not leave run on as it was before."""
+    for nic in item.spec.nics:
+        with contextlib.suppress(errors.ContainerError):
+            network.hold(nic, False)
     with contextlib.suppress(FileNotFoundError):
         pathlib.Path(item.cgroup.v2, 'cgroup.freeze').write_text(
             '1' if paused else '0')

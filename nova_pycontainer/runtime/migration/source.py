@@ -39,6 +39,7 @@ from nova_pycontainer.runtime.migration import recovery
 from nova_pycontainer.runtime.migration import relay
 from nova_pycontainer.runtime.migration import sync
 from nova_pycontainer.runtime.migration import sync_links
+from nova_pycontainer.runtime import network
 
 LOG = logging.getLogger(__name__)
 
@@ -371,6 +372,11 @@ class Source:
         faults.point('source.committed')
         with contextlib.suppress(protocol.PeerGone):
             self._control.send('go')
+        # While the kernel takes the namespace down, its lock goes before its
+        # interfaces; what still comes then would be answered by a reset.
+        for nic in self._item.spec.nics:
+            with contextlib.suppress(errors.ContainerError):
+                network.hold(nic, True)
         faults.point('source.go')
 
     def wait_running(self) -> None:
