@@ -100,6 +100,11 @@ class Power:
                     'resources': flavor.resources(
                         instance.flavor, self._conf.pids_max),
                 }
+            with steps.step('unplug_vifs'):
+                # The switch may still have the ports of the interfaces that
+                # ended: Open vSwitch's userspace datapath does not see that
+                # a new interface has the name of one that is gone.
+                vif.unplug(instance, network_info)
             with steps.step('plug'):
                 self._client.plug(uuid, nics)
             with steps.step('plug_vifs'):
