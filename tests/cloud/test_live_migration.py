@@ -1,0 +1,429 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Live migration as operators and users see it."""
+
+import contextlib
+import json
+import subprocess
+import threading
+import time
+import typing
+
+from openstack import exceptions
+from testtools import content
+
+from tests.cloud import base
+
+#: Ends what hangs; nothing is measured by it.
+PATIENCE = 120.0
+
+
+class Session:
+    """An ssh session into a server, in which numbered lines go to and fro.
+
+    ssh protects every byte by a MAC: a session in which one was lost,
+    repeated or changed is no more.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._process = subprocess.Popen(
+            ['ssh', '-i', str(base.DEMO_KEY), '-o', 'BatchMode=yes',
+             '-o', 'StrictHostKeyChecking=no',
+             '-o', 'UserKnownHostsFile=/dev/null', '-o', 'LogLevel=ERROR',
+             f'debian@{address}', 'cat'],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._stop = threading.Event()
+        self._sent = 0
+        self._received = 0
+        #: The longest time in which nothing came back, in seconds.
+        self.longest = 0.0
+        self._last: float | None = None
+        self._threads = [threading.Thread(target=target, daemon=True)
+                         for target in (self._send, self._receive)]
+        for thread in self._threads:
+            thread.start()
+
+    def _send(self) -> None:
+        with contextlib.suppress(OSError), self._process.stdin as stream:
+            while not self._stop.wait(0.02):
+                stream.write(b'%d\n' % self._sent)
+                stream.flush()
+                self._sent += 1
+
+    def _receive(self) -> None:
+        for line in self._process.stdout:
+            if int(line) != self._received:
+                return
+            self._received += 1
+            now = time.monotonic()
+            if self._last is not None:
+                self.longest = max(self.longest, now - self._last)
+            self._last = now
+
+    def come(self) -> bool:
+        """Whether lines have come since this was asked last."""
+        before = getattr(self, '_seen', 0)
+        self._seen = self._received
+        return self._received > before
+
+    def finish(self) -> str:
+        """End it.
+
+        :returns: what there is to complain of, or ''
+        """
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(PATIENCE)
+        try:
+            code = self._process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            code = self._process.wait()
+        self._process.stdout.close()
+        if code or not self._sent or self._sent != self._received:
+            return (f'{self._sent} lines sent, {self._received} came back, '
+                    f'ssh ended with {code}')
+        return ''
+
+
+class LiveMigrationTest(base.CloudTestCase):
+
+    def debian(self, name: str) -> typing.Any:
+        server = self.create_server('debian13', host='host1', name=name)
+        server.floating = self.floating_ip(server)
+        self.wait_ssh(server.floating, user='debian')
+        return server
+
+    def session(self, server: typing.Any) -> Session:
+        session = Session(server.floating)
+        self.addCleanup(session.finish)
+        base.wait_for(session.come, PATIENCE, 'the session talks')
+        return session
+
+    # Migrations
+
+    def migrations(self, server: typing.Any) -> list[typing.Any]:
+        """All of its migrations, the newest first."""
+        return sorted(
+            self.admin.compute.migrations(instance_uuid=server.id),
+            key=lambda migration: migration.id, reverse=True)
+
+    def wait_migration(self, server: typing.Any, *statuses: str
+                       ) -> typing.Any:
+        def reached():
+            found = self.migrations(server)
+            if not found:
+                return None
+            if found[0].status in statuses:
+                return found[0]
+            if found[0].status in ('completed', 'failed', 'cancelled'):
+                self.fail(f'the migration is {found[0].status}: '
+                          f'{self.reasons(server)}')
+            return None
+
+        return base.wait_for(reached, PATIENCE, f'the migration is {statuses}')
+
+    def reasons(self, server: typing.Any) -> str:
+        """What its actions say of what failed, the newest first."""
+        said = []
+        for action in self.admin.compute.server_actions(server):
+            # Since this version users see why.
+            answer = self.admin.compute.get(
+                f'/servers/{server.id}/os-instance-actions/'
+                f'{action.request_id}', microversion='2.84')
+            said += [str(event['details'])
+                     for event in answer.json()['instanceAction']['events']
+                     if event['result'] == 'Error']
+        return '\n'.join(said)
+
+    def migrate(self, server: typing.Any, *options: str) -> None:
+        self.cli('server', 'migrate', '--live-migration', *options,
+                 server.id, user='admin')
+
+    def move(self, server: typing.Any, *options: str) -> None:
+        """Migrate it, as an operator types it, to the other host."""
+        before = self.host_of(server)
+        after = next(host for host in base.HOSTS if host != before)
+        began = time.monotonic()
+        self.migrate(server, '--wait', *options)
+        took = time.monotonic() - began
+        self.wait_migration(server, 'completed')
+        self.assert_at(server, after)
+        self.addDetail(f'{before} to {after}', content.text_content(
+            f'{took:.1f} s for the command'))
+
+    def assert_at(self, server: typing.Any, host: str,
+                  status: str = 'ACTIVE') -> None:
+        """It is there, whole, and nothing of it is anywhere else."""
+        now = self.wait_server(server.id, status)
+        self.assertEqual(host, now.compute_host)
+        state = 'paused' if status == 'PAUSED' else 'running'
+        self.assertEqual(state, self.containers(host)[server.id]['state'])
+        port = next(self.admin.network.ports(device_id=server.id))
+        self.assertEqual(host, port.binding_host_id)
+        name = f'tap{port.id[:11]}'
+        for other in base.HOSTS:
+            if other == host:
+                self.assertIn(name, self.switch_ports(other))
+                continue
+            base.wait_for(
+                lambda other=other: server.id not in self.containers(other),
+                PATIENCE, f'the container has gone from {other}')
+            base.wait_for(
+                lambda other=other: name not in self.switch_ports(other),
+                PATIENCE, f'the port has gone from {other}')
+            self.assertNotIn(name, self.on_host(
+                other, 'ip', '-brief', 'link'))
+        provider = self.admin.compute.get(
+            f'/os-hypervisors?hypervisor_hostname_pattern={host}',
+            microversion='2.53').json()['hypervisors'][0]['id']
+        allocations = self.admin.placement.get(
+            f'/allocations/{server.id}').json()['allocations']
+        self.assertEqual([provider], [*allocations])
+
+    def switch_ports(self, host: str) -> list[str]:
+        return self.on_host(
+            host, 'ovs-vsctl', 'list-ports', 'br-int').split()
+
+    def slow(self) -> None:
+        """Let migrations from host1 take long enough to be watched."""
+        def set_bandwidth(value):
+            self.on_host(
+                'host1', 'sh', '-c',
+                'sed -i "/^live_migration_bandwidth/d" /etc/nova/nova.conf; '
+                + (f'sed -i "s/^\\[pycontainer\\].*/&\\n'
+                   f'live_migration_bandwidth = {value}/" '
+                   '/etc/nova/nova.conf; '
+                   'grep -q "^live_migration_bandwidth" /etc/nova/nova.conf'
+                   if value else 'true'))
+            self.restart('host1.nova-compute')
+
+        self.addCleanup(set_bandwidth, 0)
+        set_bandwidth(8)
+
+    def fill(self, server: typing.Any, mib: int) -> None:
+        self.ssh(server.floating, 'sudo dd if=/dev/urandom of=/root/filling '
+                 f'bs=1M count={mib} status=none', user='debian')
+
+    # What works
+
+    def test_there_and_back(self):
+        server = self.debian('there-and-back')
+        session = self.session(server)
+        self.ssh(server.floating, 'sudo sh -c "sleep 86421 >&- 2>&- & '
+                 'echo \\$! > /root/pid; echo before > /root/file"',
+                 user='debian')
+        self.move(server)
+        self.move(server, '--host', 'host1')
+        self.ssh(server.floating, 'sudo sh -c "grep before /root/file && '
+                 'grep sleep /proc/\\$(cat /root/pid)/comm"', user='debian')
+        self.assertIn(server.id, self.ssh(
+            server.floating, 'curl -s http://169.254.169.254/openstack/'
+            'latest/meta_data.json', user='debian'))
+        session.come()
+        base.wait_for(session.come, PATIENCE, 'the session still talks')
+        self.assertEqual('', session.finish())
+        self.addDetail('longest silence of the session', content.text_content(
+            f'{session.longest:.3f} s'))
+        # It is a server as any other.
+        self.demo.compute.reboot_server(server.id, 'HARD')
+        self.wait_server(server.id, 'ACTIVE')
+        self.wait_ssh(server.floating, user='debian')
+
+    def test_config_drive(self):
+        server = self.create_server(
+            'debian13', host='host1', name='with-drive', config_drive=True)
+        server.floating = self.floating_ip(server)
+        self.wait_ssh(server.floating, user='debian')
+        self.move(server)
+        self.assertIn(server.id, self.ssh(
+            server.floating, 'sudo cat /config-drive/openstack/latest/'
+            'meta_data.json', user='debian'))
+
+    def test_paused(self):
+        server = self.debian('paused')
+        session = self.session(server)
+        self.demo.compute.pause_server(server.id)
+        self.wait_server(server.id, 'PAUSED')
+        # The client's --wait is for ACTIVE.
+        self.migrate(server)
+        self.wait_migration(server, 'completed')
+        self.assert_at(server, 'host2', 'PAUSED')
+        session.come()
+        self.assertFalse(session.come())
+        self.demo.compute.unpause_server(server.id)
+        self.wait_server(server.id, 'ACTIVE')
+        base.wait_for(session.come, PATIENCE, 'the session goes on')
+        self.assertEqual('', session.finish())
+
+    # Control
+
+    def test_abort(self):
+        self.slow()
+        server = self.debian('abort')
+        session = self.session(server)
+        self.fill(server, 300)
+        self.migrate(server, '--host', 'host2')
+        migration = self.wait_migration(server, 'running')
+        shown = self.running(server)
+        self.assertEqual(migration.id, shown['id'])
+        self.cli('server', 'migration', 'abort', server.id,
+                 str(migration.id), user='admin')
+        self.wait_migration(server, 'cancelled')
+        self.assertIn('aborted by the operator', self.reasons(server))
+        self.assert_at(server, 'host1')
+        session.come()
+        base.wait_for(session.come, PATIENCE, 'the session still talks')
+        self.assertEqual('', session.finish())
+
+    def running(self, server: typing.Any) -> dict[str, typing.Any]:
+        """Its migration with the progress, once there is some."""
+        def found():
+            answer = self.admin.compute.get(
+                f'/servers/{server.id}/migrations', microversion='2.80')
+            for migration in answer.json()['migrations']:
+                if migration['memory_total_bytes']:
+                    return migration
+            return None
+
+        return base.wait_for(found, PATIENCE, 'progress is shown')
+
+    def test_force_complete(self):
+        self.slow()
+        server = self.debian('force-complete')
+        session = self.session(server)
+        self.fill(server, 100)
+        self.migrate(server, '--host', 'host2')
+        migration = self.wait_migration(server, 'running')
+        self.cli('server', 'migration', 'force', 'complete', server.id,
+                 str(migration.id), user='admin')
+        self.wait_migration(server, 'completed')
+        self.assert_at(server, 'host2')
+        self.assertEqual('', session.finish())
+
+    def test_nova_compute_restarts(self):
+        self.slow()
+        server = self.debian('restart')
+        session = self.session(server)
+        self.fill(server, 200)
+        self.migrate(server, '--host', 'host2')
+        self.wait_migration(server, 'running')
+        self.running(server)
+        self.kill('host1.nova-compute')
+        self.restart('host1.nova-compute')
+        self.wait_migration(server, 'completed')
+        self.assert_at(server, 'host2')
+        self.assertEqual('', session.finish())
+
+    def test_deleted_meanwhile(self):
+        self.slow()
+        server = self.debian('deleted')
+        self.fill(server, 200)
+        self.migrate(server, '--host', 'host2')
+        self.wait_migration(server, 'running')
+        self.running(server)
+        self.delete_server(server.id)
+        for host in base.HOSTS:
+            base.wait_for(
+                lambda host=host: server.id not in self.containers(host),
+                PATIENCE, f'the container has gone from {host}')
+
+    # Failures
+
+    def fails(self, server: typing.Any, statuses: tuple[str, ...],
+              *words: str) -> None:
+        """A migration that fails hurts nobody, and says why."""
+        session = self.session(server)
+        self.migrate(server, '--host', 'host2')
+        self.wait_migration(server, *statuses)
+        said = self.reasons(server)
+        for word in words:
+            self.assertIn(word, said)
+        self.addDetail('what it said', content.text_content(said))
+        self.assert_at(server, 'host1')
+        session.come()
+        base.wait_for(session.come, PATIENCE, 'the session still talks')
+        self.assertEqual('', session.finish())
+
+    def test_prepare_fails(self):
+        server = self.debian('prepare-fails')
+        port = next(self.admin.network.ports(device_id=server.id))
+        name = f'tap{port.id[:11]}'
+        # Something else has the name of its interface.
+        self.on_host('host2', 'ip', 'link', 'add', name, 'type', 'dummy')
+        try:
+            self.fails(server, ('error', 'failed'), name)
+        finally:
+            with contextlib.suppress(base.CommandError):
+                self.on_host('host2', 'ip', 'link', 'del', name)
+        self.move(server)
+
+    def test_restore_fails(self):
+        server = self.debian('restore-fails')
+        # Too few for any guest.
+        limit = self.pids_limit('host2')
+        before = self.on_host('host2', 'cat', limit).strip()
+        try:
+            self.on_host('host2', 'sh', '-c', f'echo 3 > {limit}')
+            self.fails(server, ('failed',), 'cannot be restored')
+        finally:
+            self.on_host('host2', 'sh', '-c', f'echo {before} > {limit}')
+        self.move(server)
+
+    def pids_limit(self, host: str) -> str:
+        return self.on_host(
+            host, 'sh', '-c', 'ls /sys/fs/cgroup/pycontainer-*/pids.max '
+            f'/run/cgroup1/*/pycontainer-{host}/pids.max 2>/dev/null | '
+            f'grep {host} | head -n 1').strip()
+
+    def test_no_agent_there(self):
+        server = self.debian('no-agent')
+        self.kill('host2.agent')
+        self.fails_at_once(server, 'agent')
+
+    def fails_at_once(self, server: typing.Any, *words: str) -> None:
+        self.migrate(server, '--host', 'host2')
+        self.wait_migration(server, 'error')
+        said = self.reasons(server)
+        for word in words:
+            self.assertIn(word, said)
+        now = self.wait_server(server.id, 'ACTIVE')
+        self.assertEqual('host1', now.compute_host)
+
+    def test_no_shared_storage(self):
+        server = self.debian('shared-storage')
+        self.migrate(server, '--host', 'host2', '--shared-migration')
+        self.wait_migration(server, 'error')
+        self.assertIn('not on shared storage', self.reasons(server))
+
+    def test_users_may_not(self):
+        server = self.create_server('busybox', 'pyc.tiny')
+        self.assertRaises(
+            exceptions.ForbiddenException,
+            self.demo.compute.live_migrate_server, server.id)
+
+    # The carrier of the certificates
+
+    def test_certificates_are_in_the_database(self):
+        found = {}
+        for host in base.HOSTS:
+            answer = self.admin.compute.get(
+                '/os-hypervisors/detail?hypervisor_hostname_pattern=' + host,
+                microversion='2.53').json()
+            info = answer['hypervisors'][0]['cpu_info']
+            if isinstance(info, str):
+                info = json.loads(info)
+            found[host] = info['migration']['certificate']
+            self.assertIn('BEGIN CERTIFICATE', found[host])
+            self.assertNotIn('PRIVATE', found[host])
+        self.assertEqual(2, len(set(found.values())))
