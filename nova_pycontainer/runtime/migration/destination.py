@@ -332,7 +332,10 @@ class Destination:
                 self._moment['asleep'], self._moment['signals']).apply()
             exe_links.mend(self._memory.path, self._messages)
             self._unowned = terminals.mend(
-                self._memory.path, self._messages)
+                self._memory.path, self._messages,
+                {int(index): (int(session), int(foreground))
+                 for index, session, foreground
+                 in self._moment.get('terminals', ())})
         item.mount_root(self._layer)
         guest.make_cgroups(
             item.cgroup, dumped['cgroups'], item.st.base_id)

@@ -25,6 +25,7 @@ from nova_pycontainer.runtime.migration import dentries
 from nova_pycontainer.runtime.migration import patches
 from nova_pycontainer.runtime.migration import resume
 from nova_pycontainer.runtime.migration import sleepers
+from nova_pycontainer.runtime.migration import terminals
 
 #: Seconds to wait for the guest to read.
 _QUIET = 2.0
@@ -40,8 +41,9 @@ class Moment:
         self._sleepers = sleepers.Sleepers(group)
         self._facts: dict[str, ty.Any] = {}
 
-    def before(self, init: int) -> None:
-        """The guest still runs, and will be frozen next."""
+    def before(self, init: int, paused: bool) -> None:
+        """The guest still runs, or is paused, and will be dumped next."""
+        terminals.release(self._group, paused)
         self._names.hold(self._group, self._root)
         self._sleepers.look()
         # The last one: the next message may come at any time.
@@ -70,7 +72,10 @@ class Moment:
         :returns: the facts, for the destination
         """
         self._names.close()
-        return {**self._facts, 'signals': patches.pending(self._group)}
+        return {**self._facts, 'signals': patches.pending(self._group),
+                'terminals': [
+                    [index, *ids] for index, ids
+                    in terminals.sessions(self._group).items()]}
 
 
 def _wait_for_netlink(init: int) -> None:

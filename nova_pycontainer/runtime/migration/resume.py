@@ -19,40 +19,21 @@ stopped once more, by us, and its registers are corrected.
 """
 
 import collections.abc as cabc
-import ctypes
 import os
-import platform
 import re
-import time
 import typing as ty
 
 from oslo_log import log as logging
 
 from nova_pycontainer.runtime.migration import registers
-from nova_pycontainer.runtime import syscalls
+from nova_pycontainer.runtime.migration import tracer
 
 LOG = logging.getLogger(__name__)
 
-_SEIZE, _INTERRUPT, _DETACH = 0x4206, 0x4207, 17
-_GETREGS, _SETREGS = 12, 13
-_WALL = 0x40000000
-_STOP_TIMEOUT = 2.0
-#: Of a 32-bit program on x86_64.
 _CS_COMPAT = 0x23
 
 _STATUS = re.compile(
     r'^(SigPnd|ShdPnd|SigBlk|SigCgt|Seccomp_filters):\s*(\w+)$', re.M)
-
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-class _UserRegs(ctypes.Structure):
-    """struct user_regs_struct of x86_64, sys/user.h"""
-
-    _fields_ = [(name, ctypes.c_uint64) for name in (
-        'r15', 'r14', 'r13', 'r12', 'bp', 'bx', 'r11', 'r10', 'r9', 'r8',
-        'ax', 'cx', 'dx', 'si', 'di', 'orig_ax', 'ip', 'cs', 'flags', 'sp',
-        'ss', 'fs_base', 'gs_base', 'ds', 'es', 'fs', 'gs')]
 
 
 class Sleep(ty.NamedTuple):
@@ -78,7 +59,7 @@ def resume(
     :param now: the guest's CLOCK_MONOTONIC, in ns
     :param init: pid of the container's init
     """
-    if platform.machine() != 'x86_64':
+    if not tracer.supported():
         # The kernel itself rewinds what it has interrupted.
         return
     usual = _status(f'/proc/{init}').get('Seccomp_filters')
@@ -95,25 +76,14 @@ def _status(thread: str) -> dict[str, str]:
         return dict(_STATUS.findall(f.read()))
 
 
-def _ptrace(request: int, tid: int, data: object = None) -> None:
-    if _libc.ptrace(
-            ctypes.c_long(request), ctypes.c_long(tid), None, data) < 0:
-        raise syscalls.oserror('ptrace')
-
-
 def _resume(sleep: Sleep, now: int, usual: str | None) -> None:
     tid = int(os.path.basename(sleep.thread))
     status = _status(sleep.thread)
     pending, private, blocked, caught = (
         int(status.get(n, '0'), 16)
         for n in ('ShdPnd', 'SigPnd', 'SigBlk', 'SigCgt'))
-    # Only this thread of ours may speak to it.
-    _ptrace(_SEIZE, tid)
-    try:
-        _ptrace(_INTERRUPT, tid)
-        _wait(tid)
-        regs = _UserRegs()
-        _ptrace(_GETREGS, tid, ctypes.byref(regs))
+    with tracer.stopped(tid) as thread:
+        regs = thread.registers()
         pointers = [int(n, 16) for n in sleep.where.split()[-2:]]
         if [regs.sp, regs.ip] != pointers:
             # It has gone on.
@@ -125,20 +95,4 @@ def _resume(sleep: Sleep, now: int, usual: str | None) -> None:
                 now, bool((pending | private) & ~blocked & caught),
                 regs.cs == _CS_COMPAT).patch():
             regs.orig_ax = before
-            _ptrace(_SETREGS, tid, ctypes.byref(regs))
-    finally:
-        _ptrace(_DETACH, tid)
-
-
-def _wait(tid: int) -> None:
-    """:raises TimeoutError: it does not stop"""
-    deadline = time.monotonic() + _STOP_TIMEOUT
-    while True:
-        found, status = os.waitpid(tid, _WALL | os.WNOHANG)
-        if found:
-            if os.WIFSTOPPED(status):
-                return
-            raise ProcessLookupError(tid)
-        if time.monotonic() > deadline:
-            raise TimeoutError(f'thread {tid} does not stop')
-        time.sleep(0.0005)
+            thread.set_registers(regs)

@@ -60,7 +60,7 @@ _TRANSIENT = (
     'The socket has data to read', "Can't dump that handle",
     'Can\'t lookup mount', 'No such process', 'in-flight', 'inflight',
     'pid: unable to find', 'Unable to seize', 'Task is still busy',
-    'error parsing [inotify',
+    'error parsing [inotify', 'ctty inheritance',
 )
 _DUMP_TRIES = 8
 _TRY_PAUSE = 0.5
@@ -311,7 +311,7 @@ class Source:
                 options.lazy_pages = True
                 options.config_file = str(dump.lazy_config())
             dump.start()
-            self.moment.before(pid)
+            self.moment.before(pid, self._paused)
             began = time.monotonic()
             try:
                 response = dump.session.request(

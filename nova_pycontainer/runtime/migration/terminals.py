@@ -10,37 +10,196 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
-"""A correction of CRIU's images: a console that is nobody's terminal.
+"""Terminals whose session CRIU does not see.
 
-CRIU restores a pty whose master is held outside of the container only if it
-is the controlling terminal of some session ("No task found with sid 0"). A
-guest's console is of none until somebody logs in there. So the images say
-that it is the init's, and when the guest is restored it is taken away from
-that again (see :func:`nova_pycontainer.runtime.keeper_console.disown`).
+CRIU asks the first process that has a terminal open for the terminal's
+session, and the kernel tells that only to processes of that session. An init
+that keeps the console open, or a daemon that was started from a shell, hides
+the session of a shell on the same terminal. Then
+
+* the dump fails if the shell has /dev/tty open ("ctty inheritance
+  detected"). So its descriptor becomes one of the terminal itself, which is
+  what /dev/tty stands for: :func:`release`.
+* the shell would lose its controlling terminal. So the source notes the
+  sessions (:func:`sessions`) and the images are corrected: :func:`mend`.
+
+A console that is of no session at all, because nobody has logged in there,
+would not be restored ("No task found with sid 0"): its master is held outside
+of the container. So the images say that it is the init's, and when the guest
+is restored it is taken away from that again (see
+:func:`nova_pycontainer.runtime.keeper_console.disown`).
 """
 
+import collections.abc as cabc
+import contextlib
+import itertools
 import os
 import pathlib
+import re
 import types
 import typing as ty
 
+from oslo_log import log as logging
+
+from nova_pycontainer.runtime import cgroup
+from nova_pycontainer.runtime.migration import clocks
 from nova_pycontainer.runtime.migration import imagefile
+from nova_pycontainer.runtime.migration import tracer
+
+LOG = logging.getLogger(__name__)
 
 #: TtyType in CRIU's tty.proto
 _PTY = 1
 #: linux/major.h: UNIX98_PTY_SLAVE_MAJOR and the seven after it
 _SLAVES = range(136, 144)
+_DEV_TTY = os.makedev(5, 0)
 _INIT = 1
+#: What processes that share an open file would see of each other.
+_SHARED = os.O_ACCMODE | os.O_NONBLOCK | os.O_APPEND | os.O_ASYNC
+#: asm/unistd_64.h
+_DUP3 = 292
+_IDS = re.compile(r'^(NSsid|NSpgid|NSpid):.*?(\d+)$', re.M)
+_FDINFO = re.compile(r'^(flags|mnt_id):\s*(\d+)$', re.M)
+
+#: Number of the terminal in the container → its session, and the process
+#: group in its foreground; ids as the container sees them.
+Sessions = dict[int, tuple[int, int]]
 
 
-def mend(directory: pathlib.Path, messages: types.ModuleType) -> bool:
-    """Give ptys that are of no session, and have no master, to the init.
+class _Process:
+    """:raises OSError: it has ended"""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        with open(f'/proc/{pid}/stat') as f:
+            fields = f.read().rpartition(')')[2].split()
+        # proc_pid_stat(5), from the third field on
+        self.group, self.session, self.terminal, self.foreground = (
+            int(n) for n in fields[2:6])
+
+    def has_terminal(self) -> bool:
+        return self.terminal > 0 and os.major(self.terminal) in _SLAVES
+
+    def terminals(self) -> cabc.Iterator[tuple[int, int, bool]]:
+        """Its descriptors of terminals: number, device, closed on exec."""
+        with open(f'/proc/{self.pid}/mountinfo') as f:
+            kinds = {line.split(None, 1)[0]:
+                     line.partition(' - ')[2].split()[0] for line in f}
+        for fd in os.listdir(f'/proc/{self.pid}/fd'):
+            with contextlib.suppress(OSError, KeyError):
+                with open(f'/proc/{self.pid}/fdinfo/{fd}') as f:
+                    info = dict(_FDINFO.findall(f.read()))
+                # Others may let us wait for a process of the guest's.
+                if kinds.get(info['mnt_id']) in (
+                        'devpts', 'devtmpfs', 'tmpfs'):
+                    device = os.stat(f'/proc/{self.pid}/fd/{fd}').st_rdev
+                    if device:
+                        yield (int(fd), device,
+                               bool(int(info['flags'], 8) & os.O_CLOEXEC))
+
+
+def _processes(group: cgroup.Cgroup) -> list[_Process]:
+    found = []
+    for pid in clocks.processes(group):
+        with contextlib.suppress(OSError):
+            found.append(_Process(pid))
+    return found
+
+
+def release(group: cgroup.Cgroup, frozen: bool) -> None:
+    """Make descriptors of /dev/tty ones of the terminal, where CRIU fails.
+
+    :param frozen: the container is frozen, and stays so
+    """
+    if not tracer.supported():
+        return
+    wanted: list[tuple[_Process, int, int, bool]] = []
+    open_in: dict[int, set[int]] = {}
+    for item in _processes(group):
+        with contextlib.suppress(OSError):
+            held = list(item.terminals())
+            for _, device, _ in held:
+                open_in.setdefault(device, set()).add(item.session)
+            same = [fd for fd, device, _ in held if device == item.terminal]
+            if item.has_terminal() and same:
+                wanted.extend(
+                    (item, fd, same[0], cloexec)
+                    for fd, device, cloexec in held if device == _DEV_TTY)
+    wanted = [w for w in wanted
+              if open_in[w[0].terminal] != {w[0].session}]
+    if not wanted:
+        return
+    with contextlib.ExitStack() as stack:
+        held_still = _held_still(group, stack) if frozen else {}
+        for item, fd, terminal, cloexec in wanted:
+            arguments = (_DUP3, terminal, fd, os.O_CLOEXEC if cloexec else 0)
+            try:
+                if frozen:
+                    result = held_still[item.pid].call(*arguments)
+                else:
+                    with tracer.stopped(item.pid) as thread:
+                        result = thread.call(*arguments)
+                if result != fd:
+                    LOG.info('process %d: dup3: %d', item.pid, result)
+            except (OSError, KeyError) as e:
+                # Then the dump says why it fails.
+                LOG.info('process %d keeps /dev/tty open: %s', item.pid, e)
+
+
+def _held_still(
+    group: cgroup.Cgroup, stack: contextlib.ExitStack
+) -> dict[int, tracer.Thread]:
+    """Hold every thread of a frozen container, and thaw it.
+
+    No system call can be made in a frozen process. At the end of the stack
+    it is frozen first, so that nothing of it runs.
+    """
+    threads: dict[int, tracer.Thread] = {}
+    for pid in clocks.processes(group):
+        with contextlib.suppress(FileNotFoundError):
+            for name in os.listdir(f'/proc/{pid}/task'):
+                threads[int(name)] = stack.enter_context(
+                    tracer.stopped(int(name)))
+    freeze = group.v2 / 'cgroup.freeze'
+    stack.callback(freeze.write_text, '1')
+    freeze.write_text('0')
+    return threads
+
+
+def sessions(group: cgroup.Cgroup) -> Sessions:
+    """The sessions that have a terminal."""
+    inner: dict[int, int] = {}
+    leaders: list[_Process] = []
+    for item in _processes(group):
+        with contextlib.suppress(OSError, KeyError):
+            with open(f'/proc/{item.pid}/status') as f:
+                ids = dict(_IDS.findall(f.read()))
+            inner[item.pid] = int(ids['NSpid'])
+            inner[item.group] = int(ids['NSpgid'])
+            inner[item.session] = int(ids['NSsid'])
+            if item.has_terminal():
+                leaders.append(item)
+    found = {}
+    for item in leaders:
+        session = inner[item.session]
+        if session > 0:
+            found[_index(item.terminal)] = (
+                session, inner.get(item.foreground, session))
+    return found
+
+
+def mend(
+    directory: pathlib.Path, messages: types.ModuleType, known: Sessions
+) -> bool:
+    """Say in the images which session a terminal is of.
 
     :param messages: pycriu's module ``images.pb``
-    :returns: whether there was one, so that it has to be taken away again
+    :param known: what :func:`sessions` has found on the source
+    :returns: whether one was given to the init, so that it has to be taken
+        away again
     """
     path = directory / 'tty-info.img'
-    if not path.exists() or not _leads_a_session(directory, messages):
+    if not path.exists():
         return False
     data = path.read_bytes()
     entries = []
@@ -50,17 +209,73 @@ def mend(directory: pathlib.Path, messages: types.ModuleType) -> bool:
         entries.append(entry)
     masters = {entry.pty.index for entry in entries
                if entry.type == _PTY and not _is_slave(entry)}
-    found = False
+    changed = found = False
     for entry in entries:
-        if (entry.type == _PTY and _is_slave(entry) and not entry.sid and
-                entry.pty.index not in masters):
+        if entry.type != _PTY or not _is_slave(entry) or entry.sid:
+            continue
+        if entry.pty.index in known:
+            entry.sid, entry.pgrp = known[entry.pty.index]
+            changed = True
+            if entry.pty.index not in masters:
+                _unpair(directory, messages, entry.id)
+        elif entry.pty.index not in masters and _leads_a_session(
+                directory, messages):
             entry.sid = entry.pgrp = _INIT
-            found = True
-    if found:
+            changed = found = True
+    if changed:
         path.write_bytes(imagefile.head(data) + b''.join(
             imagefile.message(entry.SerializeToString())
             for entry in entries))
     return found
+
+
+def _unpair(
+    directory: pathlib.Path, messages: types.ModuleType, terminal: int
+) -> None:
+    """Let CRIU find a descriptor to make the controlling terminal with.
+
+    CRIU pairs the open files of a pty in the order in which they come, takes
+    each pair for a master and a slave, and looks for the master to give the
+    terminal to its session. Where there is none, one file has to be without
+    a pair. So two that are open in the same way become one, which is as if a
+    process had inherited its own from the other.
+    """
+    path = directory / 'files.img'
+    data = path.read_bytes()
+    entries = []
+    files: list[ty.Any] = []
+    for message in imagefile.messages(data):
+        entry = messages.file_entry()
+        entry.ParseFromString(message)
+        entries.append(entry)
+        if entry.HasField('tty') and entry.tty.tty_info_id == terminal:
+            files.append(entry)
+    if len(files) % 2:
+        return
+    for one, other in itertools.combinations(files, 2):
+        if one.tty.flags & _SHARED == other.tty.flags & _SHARED:
+            break
+    else:
+        LOG.warning('the session of terminal %#x loses it: the terminal is '
+                    'open in different ways', terminal)
+        return
+    entries.remove(other)
+    path.write_bytes(imagefile.head(data) + b''.join(
+        imagefile.message(entry.SerializeToString()) for entry in entries))
+    for table in directory.glob('fdinfo-*.img'):
+        data = table.read_bytes()
+        body = b''
+        for message in imagefile.messages(data):
+            entry = messages.fdinfo_entry()
+            entry.ParseFromString(message)
+            if entry.id == other.id:
+                entry.id = one.id
+            body += imagefile.message(entry.SerializeToString())
+        table.write_bytes(imagefile.head(data) + body)
+
+
+def _index(device: int) -> int:
+    return (os.major(device) - _SLAVES.start) * 256 + os.minor(device)
 
 
 def _is_slave(entry: ty.Any) -> bool:

@@ -199,7 +199,7 @@ class Trial:
                     'criu_failed', 'the trial container did not end')
         guest.make_cgroups(item.cgroup, cgroups, item.st.base_id)
         # It has no login either.
-        terminals.mend(memory.path, self._criu.messages())
+        terminals.mend(memory.path, self._criu.messages(), {})
         restored: list[int] = []
 
         def notified(script: criu.Script) -> None:
