@@ -89,9 +89,10 @@ class Spawner:
                 files = configdrive.files(
                     instance, injected_files, admin_password, network_info)
             with steps.step('define', lambda: self._undefine(instance, nics)):
-                info = self._client.define(uuid, flavor.specification(
-                    instance, layer=layer, nics=nics, pids_max=pids_max,
-                    config_drive=files))
+                with self._unusable_removed(layer):
+                    info = self._client.define(uuid, flavor.specification(
+                        instance, layer=layer, nics=nics, pids_max=pids_max,
+                        config_drive=files))
                 # The compute manager saves it with the instance.
                 instance.system_metadata[BASE_ID] = str(info['base_id'])
             if power_on:
@@ -102,6 +103,24 @@ class Spawner:
                 with steps.step('start'):
                     self._client.start_container(uuid)
             steps.success()
+
+    @contextlib.contextmanager
+    def _unusable_removed(self, layer):
+        """Keep no layer that nothing can be started from.
+
+        Whether there is an init is known when the layer is there, because
+        the image's properties may name another one.
+        """
+        try:
+            yield
+        except errors.ContainerError as e:
+            if e.code in ('image_no_init', 'image_wrong_arch'):
+                try:
+                    self._client.layer_delete(layer)
+                except errors.ContainerError as failure:
+                    # A server that names its own init may use it.
+                    LOG.info('Layer %s stays: %s', layer, failure)
+            raise
 
     @contextlib.contextmanager
     def _plugged(self, instance, network_info):

@@ -30,8 +30,7 @@ CHUNK: ty.Final = 256 << 10
 #: Size limit of one PAX or GNU header. Attributes and names take a few KiB.
 _HEADER_BYTES: ty.Final = 256 << 10
 REPACK: ty.Final = (
-    'Give Nova a tar archive of the root file system, plain or compressed '
-    'with gzip, xz or zstd')
+    'Upload a tar archive of a root file system (plain, gzip, xz or zstd)')
 
 
 @dataclasses.dataclass(frozen=True)

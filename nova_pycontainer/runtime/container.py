@@ -162,15 +162,25 @@ class Container:
         """Make the directory, the disk and ``state.json``; all or nothing.
         """
         with revert.Reverter(self.uuid) as r:
-            with r.step('instance-directory', self.remove_files):
-                self.directory.mkdir(mode=0o700)
-            with r.step('disk'):
+            with r.step('instance-directory'):
+                self._make_directory()
+            with r.step('disk', self.remove_files):
                 self.disk.create()
             with r.step('config-drive'):
                 self.set_config_drive(config_drive)
             with r.step('state'):
                 self.st.save(self.directory)
             r.success()
+
+    def _make_directory(self) -> None:
+        try:
+            self.directory.mkdir(mode=0o700)
+        except FileExistsError:
+            # Not ours, and not ours to remove.
+            raise errors.ContainerError(
+                'exists', f'{self.directory} is there already',
+                uuid=self.uuid,
+                remedy='Move it away, and try again') from None
 
     def set_config_drive(self, files: ty.Mapping[str, str] | None) -> None:
         if self.config_drive.exists():

@@ -109,6 +109,12 @@ class Extractor:
                 self._entry(member, stored)
             except OSError as e:
                 raise self._oserror(member.name, e) from e
+            except errors.ContainerError as e:
+                # The decompressor does not know whose data it reads.
+                if e.code == 'image_truncated' and ' entry ' not in str(e):
+                    e.cause = (f'in entry {archive.show(member.name)}: '
+                               f'{e.cause}')
+                raise
         if not self._entries:
             raise errors.ContainerError(
                 'image_not_archive', 'the archive has no entries',

@@ -118,10 +118,8 @@ def check_is_tar(head: bytes, packed: str | None) -> None:
     disk = disk_format(head)
     if disk:
         raise errors.ContainerError(
-            'image_is_disk', f'the image is a disk image ({disk}{around}), '
-            f'not an archive of a root file system',
-            remedy=archive.REPACK + ', or boot this image on a hypervisor for '
-            'virtual machines')
+            'image_is_disk', f'the image is a disk image ({disk}{around})',
+            remedy=archive.REPACK)
     if not head.strip(b'\0'):
         what = 'only zero bytes'
     elif compression(head):

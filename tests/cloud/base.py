@@ -16,6 +16,7 @@ The cloud is brought up once through ``tools/cloud.sh up`` (which does
 nothing when it is up) and is left up. All sizes are bytes, times seconds.
 """
 
+import atexit
 import base64
 import json
 import os
@@ -26,6 +27,7 @@ import socket
 import subprocess
 import time
 import typing
+import uuid
 
 from openstack import config
 from openstack import connection
@@ -45,6 +47,11 @@ LOG_BYTES = 32_768
 LOG_LINES = 60
 LOG_WIDTH = 400
 DEMO_KEY = CLOUD / 'keys' / 'demo'
+
+#: ssh without questions, as whoever has the demo user's key.
+SSH = ('ssh', '-i', str(DEMO_KEY), '-o', 'BatchMode=yes',
+       '-o', 'StrictHostKeyChecking=no', '-o', 'UserKnownHostsFile=/dev/null',
+       '-o', 'LogLevel=ERROR', '-o', 'ConnectTimeout=10')
 
 
 class CommandError(Exception):
@@ -113,21 +120,64 @@ def wait_for(call: typing.Callable[[], typing.Any], timeout: float,
         time.sleep(interval)
 
 
+#: One for each process that runs tests: what a class keeps outlives a test.
+_connections: dict[tuple[str, ...], connection.Connection] = {}
+
+
+def connected(name: str, **kwargs: str) -> connection.Connection:
+    key = (name, *sorted(kwargs.values()))
+    if key not in _connections:
+        _connections[key] = connect(name, **kwargs)
+        atexit.register(_connections[key].close)
+    return _connections[key]
+
+
 class CloudTestCase(testtools.TestCase):
     """Gives connections as administrator and as the demo user."""
+
+    #: What the tests of a class share, or why it could not be made.
+    _kept: dict[str, typing.Any]
+    _keeping = False
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls._kept = {}
 
     def setUp(self):
         super().setUp()
         if os.geteuid() != 0:
             self.fail('the test cloud needs root')
         ensure_cloud()
-        self.admin = connect('admin')
-        self.addCleanup(self.admin.close)
-        self.demo = connect('demo')
-        self.addCleanup(self.demo.close)
+        self.admin = connected('admin')
+        self.demo = connected('demo')
         self._log_sizes = {path.name: path.stat().st_size
                            for path in LOGS.glob('*.log')}
         self.addOnException(self._attach_logs)
+
+    def kept(self, name: str, make: typing.Callable[[], typing.Any]
+             ) -> typing.Any:
+        """What make() gives, made once for all tests of the class.
+
+        What it says to addCleanup is done when the class is over.
+        """
+        if name not in self._kept:
+            self._keeping = True
+            try:
+                self._kept[name] = make()
+            except Exception as e:
+                self._kept[name] = e
+                raise
+            finally:
+                self._keeping = False
+        elif isinstance(self._kept[name], Exception):
+            # Every test would wait as long as the first one did.
+            self.fail(f'there is no {name}: {self._kept[name]}')
+        return self._kept[name]
+
+    def addCleanup(self, function, *args, **kwargs):
+        add = (self.addClassCleanup if self._keeping
+               else super().addCleanup)
+        add(function, *args, **kwargs)
 
     def _attach_logs(self, exc_info):
         """What the services wrote since the test began."""
@@ -178,6 +228,17 @@ class CloudTestCase(testtools.TestCase):
                    env={'OS_CLIENT_CONFIG_FILE':
                         str(CLOUD / 'clouds.yaml')})
 
+    def containers(self, host: str) -> dict[str, typing.Any]:
+        """What ``pycontainer list`` shows, by uuid."""
+        return {info['uuid']: info for info in json.loads(
+            self.on_host(host, 'pycontainer', 'list', '-f', 'json'))}
+
+    def container(self, server: typing.Any) -> typing.Any:
+        """What ``pycontainer show`` says on the server's host."""
+        return json.loads(self.on_host(
+            self.host_of(server), 'pycontainer', 'show', server.id,
+            '-f', 'json'))
+
     # Images
 
     def image(self, name: str) -> typing.Any:
@@ -219,7 +280,7 @@ class CloudTestCase(testtools.TestCase):
                 kwargs['user_data'].encode()).decode()
         server = cloud.compute.create_server(
             name=name or self.id().rpartition('.')[2],
-            image_id=self.image(image).id,
+            image_id=kwargs.pop('image_id', None) or self.image(image).id,
             flavor_id=cloud.compute.find_flavor(flavor).id,
             networks=networks, **kwargs)
         self.addCleanup(self.delete_server, server.id)
@@ -227,14 +288,40 @@ class CloudTestCase(testtools.TestCase):
             return server
         return self.wait_server(server.id, 'ACTIVE', timeout)
 
+    def boot(self, name: str, *options: str, image: str = 'debian13',
+             flavor: str = 'pyc.small', wait: bool = True) -> typing.Any:
+        """``openstack server create``, as the demo user types it.
+
+        :param image: a name of tools/images
+        """
+        server_id = self.cli(
+            'server', 'create', '--image', self.image(image).id,
+            '--flavor', flavor, '--network', 'private', '--key-name', 'demo',
+            *options, '-f', 'value', '-c', 'id', name).strip()
+        self.addCleanup(self.delete_server, server_id)
+        if not wait:
+            return self.demo.compute.get_server(server_id)
+        return self.wait_server(server_id, 'ACTIVE')
+
+    def flavor(self, name: str, memory_mb: int, disk_gb: int,
+               **extra_specs: str) -> str:
+        """A public flavor with one CPU, deleted when it is over."""
+        name = f'{name}-{uuid.uuid4().hex[:6]}'
+        flavor = self.admin.compute.create_flavor(
+            name=name, vcpus=1, ram=memory_mb, disk=disk_gb)
+        self.addCleanup(self.admin.compute.delete_flavor, flavor.id)
+        self.admin.compute.create_flavor_extra_specs(
+            flavor, {key.replace('__', ':'): value
+                     for key, value in extra_specs.items()})
+        return name
+
     def as_demo_admin(self) -> connection.Connection:
         """The administrator, acting in the demo project."""
         admin = self.admin.identity.find_user('admin')
         project = self.admin.identity.find_project('demo')
         role = self.admin.identity.find_role('admin')
         self.admin.identity.assign_project_role_to_user(project, admin, role)
-        cloud = connect('admin', project_name='demo')
-        self.addCleanup(cloud.close)
+        cloud = connected('admin', project_name='demo')
         # Key pairs belong to users.
         if cloud.compute.find_keypair('demo') is None:
             cloud.compute.create_keypair(
@@ -264,7 +351,8 @@ class CloudTestCase(testtools.TestCase):
                 server = self.admin.compute.get_server(server_id)
             except exceptions.NotFoundException:
                 return True
-            if server.status == 'ERROR':
+            # While it is being deleted, what it did before may still fail.
+            if server.status == 'ERROR' and server.task_state is None:
                 self.fail(f'server {server_id} cannot be deleted: '
                           f'{server.fault}')
             return False
@@ -297,11 +385,7 @@ class CloudTestCase(testtools.TestCase):
     def ssh(self, address: str, command: str, user: str = 'root',
             timeout: float = 60) -> str:
         """Runs a command in a server through its floating IP."""
-        return run(['ssh', '-i', str(DEMO_KEY), '-o', 'BatchMode=yes',
-                    '-o', 'StrictHostKeyChecking=no',
-                    '-o', 'UserKnownHostsFile=/dev/null',
-                    '-o', 'LogLevel=ERROR', '-o', 'ConnectTimeout=10',
-                    f'{user}@{address}', command], timeout)
+        return run([*SSH, f'{user}@{address}', command], timeout)
 
     def wait_ssh(self, address: str, user: str = 'root',
                  timeout: float = 120) -> None:
