@@ -261,6 +261,13 @@ class Source:
             # It was deleted meanwhile, which ended the migration.
             LOG.info('The server was deleted while it migrated',
                      instance=instance)
+        except exception.UnexpectedDeletingTaskStateError:
+            # It is being deleted. All is cleaned up by now, only that it is
+            # an active server again could not be noted, and should not.
+            LOG.info('The server is deleted while it migrates',
+                     instance=instance)
+            job.migration.status = status.get('migration_status', 'failed')
+            job.migration.save()
 
     def _record(self, context, instance, error):
         """Let the reason be seen by others than readers of the log.

@@ -239,6 +239,25 @@ class CloudTestCase(testtools.TestCase):
             self.host_of(server), 'pycontainer', 'show', server.id,
             '-f', 'json'))
 
+    def migration_status(self, host: str, migration: str) -> typing.Any:
+        """What the agent of its source or destination knows of it."""
+        return json.loads(self.on_host(
+            host, 'env', f'PYTHONPATH={REPO}',
+            str(WORK / 'venv/bin/python'), '-c', 'import json, sys\n'
+            'from nova_pycontainer.agent import client\n'
+            'c = client.Client("/run/pycontainer/agent.sock")\n'
+            'print(json.dumps(c.migration_status(sys.argv[1])))',
+            migration).splitlines()[-1])
+
+    def open_port(self, port: int) -> None:
+        """Let everybody reach a TCP port of the demo project's servers."""
+        group = self.demo.network.find_security_group('default')
+        rule = self.demo.network.create_security_group_rule(
+            security_group_id=group.id, direction='ingress',
+            ether_type='IPv4', protocol='tcp', port_range_min=port,
+            port_range_max=port, remote_ip_prefix='0.0.0.0/0')
+        self.addCleanup(self.demo.network.delete_security_group_rule, rule)
+
     # Images
 
     def image(self, name: str) -> typing.Any:

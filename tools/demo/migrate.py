@@ -20,49 +20,18 @@ command. RESULTS gets a list, one object for each move.
 """
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
-import threading
 import time
 
 import openstack
 import prettytable
 
 from tests import echo
+from tests import ping as pings
 
 _REPO = pathlib.Path(__file__).resolve().parents[2]
-
-
-class Ping:
-    """A ping every 5 ms; notes the longest silence."""
-
-    def __init__(self, address):
-        self._process = subprocess.Popen(
-            ['ping', '-n', '-i', '0.005', address], text=True,
-            stdout=subprocess.PIPE, env={**os.environ, 'LC_ALL': 'C'})
-        self.longest = 0.0
-        self.replies = 0
-        self._last = time.monotonic()
-        self._thread = threading.Thread(target=self._read, daemon=True)
-        self._thread.start()
-
-    def _read(self):
-        for line in self._process.stdout:
-            if ' bytes from ' in line:
-                now = time.monotonic()
-                self.longest = max(self.longest, now - self._last)
-                self._last = now
-                self.replies += 1
-
-    def reset(self):
-        self.longest = 0.0
-
-    def finish(self):
-        self._process.terminate()
-        self._process.wait(10)
-        self._thread.join(10)
 
 
 def agent_status(cloud_sh, host, migration):
@@ -125,7 +94,7 @@ def main(argv):
     compute = openstack.connect(compute_default_microversion='2.90').compute
     server = compute.find_server(
         name, ignore_missing=False, all_projects=True)
-    stream, ping = echo.Echo(address), Ping(address)
+    stream, ping = echo.Echo(address), pings.Ping(address)
     moved = [move(compute, server.id, cloud_sh, stream, ping)
              for _ in range(int(moves))]
     ping.finish()
