@@ -169,6 +169,13 @@ class Images:
                 self._verify_again(context, instance, image_id)
         return key
 
+    def key(self, context, image_id):
+        """Return the key of the layer of what Glance has.
+
+        :raises nova.exception.NovaException: Glance does not have it
+        """
+        return self._key(context, image_id)[0]
+
     def _key(self, context, image_id):
         """Return the layer's key, and the digest that its data must have.
 

@@ -326,7 +326,9 @@ class Source:
         migration.memory_total = total or None
         migration.memory_processed = sent or None
         migration.memory_remaining = total - sent or None
-        migration.disk_processed = status.get('disk_sent') or None
+        migration.disk_processed = (
+            (status.get('disk_sent') or 0) +
+            (status.get('layer_sent') or 0)) or None
         if status['phase'] == 'running' and (
                 status.get('strategy') == 'post-copy'):
             migration.status = POST_COPY

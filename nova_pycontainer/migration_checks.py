@@ -22,7 +22,6 @@ import contextlib
 
 from nova import exception
 from nova.i18n import _
-from nova.image import glance
 from nova.network import neutron
 from oslo_log import log as logging
 from oslo_utils import units
@@ -64,7 +63,6 @@ class Checks:
     def __init__(self, client):
         self._client = client
         self._network_api = neutron.API()
-        self._image_api = glance.API()
 
     def destination(self, context, instance, source_record, record,
                     block_migration, disk_over_commit):
@@ -128,8 +126,6 @@ class Checks:
             facts = migration_data.get(data)['facts']
             found = self._client.migration_check_destination(facts)
             _judge(found, instance, self._leftover(instance))
-            if not found['facts']['layer_present']:
-                self._obtainable(context, facts['image_id'])
             migration_data.put(data, migration=migration.uuid)
         return data
 
@@ -146,20 +142,6 @@ class Checks:
                 raise
             return None
         return None if info['state'] in ('running', 'paused') else 'exists'
-
-    def _obtainable(self, context, image_id):
-        """:raises nova.exception.MigrationPreCheckError: the image is not in
-            Glance
-        """
-        try:
-            image = self._image_api.get(context, image_id)
-        except (exception.ImageNotFound, exception.ImageNotAuthorized):
-            image = None
-        if image is None or image.get('status') != 'active':
-            raise refused(
-                _('image %s is not on this host, and not in Glance any '
-                  'more. Upload it again, or migrate to a host that has '
-                  'servers of it') % image_id)
 
 
 def _judge(found, instance, ignored=None):

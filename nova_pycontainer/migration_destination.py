@@ -30,6 +30,12 @@ _HERE = ('committed', 'running', 'completed')
 
 _ENDED = ('aborted', 'failed')
 
+#: Glance does not have the image any more, or not for this user, or is not
+#: there itself.
+_NOT_FROM_GLANCE = (
+    exception.ImageNotFound, exception.ImageNotAuthorized,
+    exception.CouldNotFetchImage, exception.GlanceConnectionFailed)
+
 _ALIVE = ('running', 'paused')
 
 
@@ -109,27 +115,25 @@ class Destination:
         self._client.delete(instance.uuid)
 
     def _layer(self, context, instance, spec):
-        """Make sure that the image's layer is here.
+        """Have the image's layer here, if Glance still has the image.
 
         Its key names the data, so that a layer of that key is the right one
-        whatever Glance has.
+        whatever Glance has. Otherwise the agent gets it from the source's
+        when that begins.
         """
         if self._client.layer_present(spec['layer']):
             return
         try:
-            key = self._images.ensure(
-                context, instance, objects.ImageMeta.from_instance(instance))
-        except (exception.ImageNotFound,
-                exception.ImageNotAuthorized) as e:
-            raise exception.MigrationError(
-                reason=_('image %s is not on the destination, and not in '
-                         'Glance any more. Upload it again, or migrate to a '
-                         'host that has servers of it') % spec['image_id']
-            ) from e
-        if key != spec['layer']:
-            raise exception.MigrationError(
-                reason=_('image %s has other data in Glance than the server '
-                         'was made of') % spec['image_id'])
+            meta = objects.ImageMeta.from_instance(instance)
+            if self._images.key(context, meta.id) == spec['layer']:
+                self._images.ensure(context, instance, meta)
+                return
+            reason = 'it has other data than the server was made of'
+        except _NOT_FROM_GLANCE as e:
+            reason = e.format_message()
+        LOG.info('Image %s cannot be had from Glance (%s): its layer will '
+                 'come from the source', spec['image_id'], reason,
+                 instance=instance)
 
     def arrived(self, instance):
         """Nova makes the server this host's.

@@ -15,7 +15,10 @@
 ``PYCONTAINER_FAULTS`` in the agent's environment names points and what is to
 happen there, once each::
 
-    source.committed=kill,destination.restore=raise,prepare.network=sleep:5
+    source.committed=kill,destination.restore=raise,prepare.network=sleep:5,
+    source.frozen=wait:/tmp/go
+
+"wait" is until there is a file of that name.
 
 The names are those of the code's own steps: each step of a
 :class:`.revert.Reverter`, and the points of a migration. With
@@ -59,3 +62,6 @@ def point(name: str) -> None:
         raise OSError(5, f'injected at {name}')
     elif action and action.startswith('sleep:'):
         time.sleep(float(action.removeprefix('sleep:')))
+    elif action and action.startswith('wait:'):
+        while not os.path.exists(action.removeprefix('wait:')):
+            time.sleep(0.02)

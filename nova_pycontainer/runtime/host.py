@@ -117,11 +117,11 @@ class Host:
         else:
             keeper_client.ensure_keeper(c.keeper_socket)
         self._events = events.EventLog()
-        self._layers = layers.LayerStore(
+        self.layers = layers.LayerStore(
             c.layers_dir, unpack_base=self._ids.unpack_base,
             max_entries=c.layer_max_entries, max_bytes=c.layer_max_bytes,
             in_use=self._layers_in_use, python=c.python)
-        self._layers.recover()
+        self.layers.recover()
         self._watcher = watcher.Watcher(self._exited)
         tool = criu.Criu(c.criu_path, self.keeper)
         self.checks = checks.Checks(self, c, tool)
@@ -302,7 +302,7 @@ class Host:
             return {e.container.spec.layer for e in self._entries.values()}
 
     def layer_present(self, key: str) -> bool:
-        return self._layers.get(rconfig.check_layer_key(key)) is not None
+        return self.layers.get(rconfig.check_layer_key(key)) is not None
 
     def layer_import(
         self, key: str, stream: ty.BinaryIO | cabc.Iterable[bytes], *,
@@ -310,15 +310,15 @@ class Host:
         digest: tuple[str, str] | None = None,
     ) -> Info:
         """Unpack an image, unless it is there; see :mod:`.layers`."""
-        return self._layers.import_layer(
+        return self.layers.import_layer(
             rconfig.check_layer_key(key), stream, image=image,
             max_bytes=max_bytes, digest=digest).to_dict()
 
     def layer_list(self) -> _Infos:
-        return [layer.to_dict() for layer in self._layers.list()]
+        return [layer.to_dict() for layer in self.layers.list()]
 
     def layer_delete(self, key: str) -> None:
-        self._layers.delete(rconfig.check_layer_key(key))
+        self.layers.delete(rconfig.check_layer_key(key))
 
     # Network
 
@@ -346,9 +346,12 @@ class Host:
 
     # Life
 
-    def define(self, uuid: str, spec: Info) -> Info:
+    def define(
+        self, uuid: str, spec: Info, *, layer_later: bool = False
+    ) -> Info:
         """Make a container's directory and disk.
 
+        :param layer_later: the layer need not be here yet
         :raises ContainerError: ``exists``, ``layer_missing``, ``invalid``,
             ``no_base_id``, ``no_space``
         """
@@ -356,12 +359,16 @@ class Host:
         parsed = rspec.Spec.from_dict(spec)
         drive = spec.get('config_drive')
         kept = {k: v for k, v in spec.items() if k != 'config_drive'}
-        # The layer may not be deleted before it is known to be in use.
-        with self._layers.locked(parsed.layer), self._lock:
-            layer = self._layers.get(parsed.layer)
-            if layer is None:
+        # The layer may not be deleted before it is known to be in use. One
+        # that may come later may just be coming, which takes its time.
+        guard = (contextlib.nullcontext() if layer_later
+                 else self.layers.locked(parsed.layer))
+        with guard, self._lock:
+            layer = self.layers.get(parsed.layer)
+            if layer is not None:
+                imagecheck.check_init(layer.root, parsed.init_argv)
+            elif not layer_later:
                 raise self._layer_missing(uuid, parsed)
-            imagecheck.check_init(layer.root, parsed.init_argv)
             if uuid in self._entries:
                 raise errors.ContainerError(
                     'exists', 'this host has a container of it already',
@@ -445,7 +452,7 @@ class Host:
 
     def layer_root(self, item: container.Container) -> pathlib.Path:
         """:raises ContainerError: ``layer_missing``"""
-        layer = self._layers.get(item.spec.layer)
+        layer = self.layers.get(item.spec.layer)
         if layer is None:
             raise self._layer_missing(item.uuid, item.spec)
         return layer.root

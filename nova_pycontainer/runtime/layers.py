@@ -29,7 +29,6 @@ import json
 import os
 import pathlib
 import secrets
-import stat
 import subprocess
 import sys
 import time
@@ -40,8 +39,8 @@ from oslo_log import log as logging
 from nova_pycontainer.runtime import archive
 from nova_pycontainer.runtime import config
 from nova_pycontainer.runtime import errors
-from nova_pycontainer.runtime import idmap
 from nova_pycontainer.runtime import imagecheck
+from nova_pycontainer.runtime import layer_copy
 from nova_pycontainer.runtime import unpack_client
 from nova_pycontainer.runtime import unpack_job
 
@@ -144,28 +143,6 @@ def _remove(path: pathlib.Path) -> None:
         remedy='Remove it by hand; the next start tries again')
 
 
-def _check_copy(root: pathlib.Path) -> None:
-    """Refuse what no layer has: see :mod:`unpack` for what one may have.
-
-    :raises ContainerError: ``invalid``
-    """
-    for top, directories, files in os.walk(root, onerror=_raise):
-        for name in (*directories, *files, '.'):
-            info = os.lstat(os.path.join(top, name))
-            kind = stat.S_IFMT(info.st_mode)
-            if kind in (stat.S_IFBLK, stat.S_IFCHR) or max(
-                    info.st_uid, info.st_gid) >= idmap.RANGE:
-                raise errors.ContainerError(
-                    'invalid', f'{os.path.join(top, name)!r} cannot be a '
-                    f'file of a layer', cause='it is a device' if kind in (
-                        stat.S_IFBLK, stat.S_IFCHR) else
-                    f'its owner is {info.st_uid}:{info.st_gid}')
-
-
-def _raise(error: OSError) -> ty.NoReturn:
-    raise error
-
-
 def _chunks(
     stream: ty.BinaryIO | cabc.Iterable[bytes]
 ) -> cabc.Iterator[bytes]:
@@ -219,11 +196,13 @@ class LayerStore:
 
     @contextlib.contextmanager
     def locked(
-        self, key: str, *, wait: bool = True
+        self, key: str, *, wait: bool = True,
+        cancelled: cabc.Callable[[], bool] = lambda: False,
     ) -> cabc.Iterator[None]:
         """Hold the one lock on a layer, across threads and processes.
 
-        :raises ContainerError: ``timeout``
+        :param cancelled: whether to wait no longer
+        :raises ContainerError: ``timeout``, ``aborted``
         """
         deadline = time.monotonic() + (self._timeout if wait else 0)
         path = self._dir / _LOCKS / f'{config.check_layer_key(key)}.lock'
@@ -240,6 +219,11 @@ class LayerStore:
                     raise errors.ContainerError(
                         'timeout', f'layer {key} is being changed by '
                         f'somebody else', remedy='Try again later') from None
+                if cancelled():
+                    os.close(fd)
+                    raise errors.ContainerError(
+                        'aborted', 'the wait for a layer was aborted'
+                    ) from None
             except FileNotFoundError:
                 pass
             os.close(fd)
@@ -257,6 +241,18 @@ class LayerStore:
         """
         directory = self._dir / config.check_layer_key(key)
         return LayerInfo.load(directory) if directory.exists() else None
+
+    def require(self, key: str) -> LayerInfo:
+        """Return a layer.
+
+        :raises ContainerError: ``layer_missing``; ``internal``
+        """
+        info = self.get(key)
+        if info is None:
+            raise errors.ContainerError(
+                'layer_missing', f'layer {key} is not on this host',
+                remedy='Import the image again')
+        return info
 
     def list(self) -> cabc.Sequence[LayerInfo]:
         """Return all layers, in the order of their keys."""
@@ -363,17 +359,20 @@ class LayerStore:
         self,
         data: ty.Mapping[str, ty.Any],
         fill: ty.Callable[[pathlib.Path], object],
+        cancelled: cabc.Callable[[], bool] = lambda: False,
     ) -> LayerInfo:
         """Make a layer that another host has, unless it is there already.
 
-        For an image that no image store has any more. What it holds can be
-        checked against nothing: the other host is trusted.
+        For an image that no image store has any more. That it holds what the
+        image held can be checked against nothing: the other host is trusted.
 
         :param data: its description on the other host (``to_dict``)
         :param fill: makes the copy, in the empty root directory that it is
             called with. What it raises goes on to the caller
+        :param cancelled: whether to wait no longer for another who is just
+            making it
         :raises ContainerError: ``invalid``, ``image_wrong_arch``,
-            ``timeout``
+            ``image_too_large``, ``no_space``, ``timeout``, ``aborted``
         """
         try:
             key = config.check_layer_key(data['key'])
@@ -383,17 +382,19 @@ class LayerStore:
                 'invalid', 'this is not the description of a layer',
                 cause=repr(e)) from e
         imagecheck.check_arch(new.arch)
-        with self.locked(key):
+        layer_copy.check_size(new.bytes, new.entries, self._limits)
+        with self.locked(key, cancelled=cancelled):
             info = self.get(key)
             if info is None:
                 self._clean(key)
+                layer_copy.check_room(self._dir, new.bytes, self._limits)
                 staging = self._staging(key)
                 try:
                     staging.mkdir(mode=0o700)
                     root = staging / 'root'
                     root.mkdir(mode=0o755)
                     fill(root)
-                    _check_copy(root)
+                    layer_copy.check(root)
                     self._publish(staging, new)
                     info = new
                 finally:

@@ -212,13 +212,14 @@ class Migrations:
         rconfig.check_uuid(migration)
         opts = protocol.Options.from_dict(options or {})
         assert self._listener is not None
-        self._host.define(uuid, spec)
+        # The layer may come from the source.
+        self._host.define(uuid, spec, layer_later=True)
         progress = protocol.Progress(migration, uuid, 'destination')
         try:
             entry = self._host.entry(uuid)
             item = entry.container
             incoming = dst.Destination(
-                item, self._host.layer_root(item), self._criu, progress,
+                item, self._host.layers, self._criu, progress,
                 self._directory(migration), opts.bandwidth, source,
                 on_running=lambda: self._arrived(uuid, migration),
                 on_failed=lambda: self._failed(uuid, migration))
@@ -300,7 +301,7 @@ class Migrations:
             progress = protocol.Progress(migration, uuid, 'source')
             item = entry.container
             outgoing = src.Source(
-                item, self._host.layer_root(item), self._criu,
+                item, self._host.layers, self._criu,
                 self._identity, src.Endpoint.from_dict(destination), opts,
                 progress, self._directory(migration))
             entry.migration = outgoing

@@ -96,16 +96,19 @@ oci_runtime_path = {_tool('crun')}
 criu_path = {_tool('criu')}
 idmap_base = {0x40000000 + number * (1 << 26)}
 idmap_count = 512
+migration_address = 127.0.0.1
+migration_listen = 127.0.0.1
 preflight_at_start = false
 """)
         self.client = client.Client(f'{self.run}/agent.sock')
         self._process = None
 
-    def start(self):
+    def start(self, faults=''):
         with open(self.log, 'ab') as log:
             self._process = subprocess.Popen(
                 [sys.executable, '-m', 'nova_pycontainer.cmd.agent',
                  '--config-file', str(self._config)],
+                env={**os.environ, 'PYCONTAINER_FAULTS': faults},
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT)
         deadline = time.monotonic() + PATIENCE
         while True:
@@ -195,8 +198,9 @@ class Real:
     def stop(self, host):
         self._agent(host).kill()
 
-    def start(self, host):
-        self._agent(host).start()
+    def start(self, host, faults=''):
+        """:param faults: see nova_pycontainer.runtime.faults"""
+        self._agent(host).start(faults)
 
     def power_off_inside(self, host, uuid):
         agent = self.client(host)
@@ -211,8 +215,14 @@ class Real:
                 raise AssertionError(f'{uuid} does not power off')
             time.sleep(0.05)
 
+    def log(self, host):
+        return self._agent(host).log.read_text()
+
+    def directory(self, host):
+        return self._agent(host).base
+
     def imports(self, host):
-        return self._agent(host).log.read_text().count(' is layer ')
+        return self.log(host).count(' is layer ')
 
     def leftovers(self, host):
         links = subprocess.run(

@@ -20,7 +20,6 @@ import sys
 
 import fixtures
 from nova.compute import power_state
-from nova import context as nova_context
 from nova import exception
 from nova import objects
 
@@ -28,10 +27,11 @@ from nova_pycontainer import migration
 from nova_pycontainer.runtime import errors
 from tests.functional import agents
 from tests.functional import base
+from tests.functional import migration_base
 from tests.unit.driver import fake_migration
 
 
-class LiveMigrationTest(base.TestCase):
+class LiveMigrationTest(migration_base.TestCase):
 
     def setUp(self):
         self.useFixture(fixtures.MonkeyPatch(
@@ -52,72 +52,11 @@ class LiveMigrationTest(base.TestCase):
     def _unplug(self, vif, info):
         self.plugs.append(('unplug', vif.vif_name))
 
-    # What many tests do
-
-    def migrate(self, server, host='host2', status=202, **kwargs):
-        return self.api.post_server_action(
-            server['id'], {'os-migrateLive': {
-                'host': host, 'block_migration': 'auto', **kwargs}},
-            check_response_status=[status])
-
-    def record(self, server):
-        """The newest of its migrations, or None.
-
-        Not through the API, which gathers them from all cells: that and the
-        migration itself lock the fixtures' databases against each other.
-        """
-        with nova_context.target_cell(
-                nova_context.get_admin_context(),
-                self.host_mappings['host1'].cell_mapping) as context:
-            found = objects.MigrationList.get_by_filters(
-                context, {'instance_uuid': server['id']})
-        return max(found, key=lambda record: record.id, default=None)
-
-    def wait_for_migration(self, server, *statuses):
-        """Until the last migration has a status and the server is free."""
-        def reached():
-            record = self.record(server)
-            now = self.api.get_server(server['id'])
-            if record is None or now['OS-EXT-STS:task_state'] is not None:
-                return None
-            if record.status in statuses:
-                return now
-            if record.status in ('completed', 'cancelled'):
-                self.fail(f'{record.status}: {self.reason(server)}')
-            return None
-
-        return self.wait_for(reached, f'migration {statuses}')
-
-    def reason(self, server):
-        """What the action of the server says of its failed events."""
-        found = []
-        for action in self.api.get_instance_actions(server['id']):
-            action = self.api.api_get(
-                f'/servers/{server["id"]}/os-instance-actions/'
-                f'{action["request_id"]}').body['instanceAction']
-            found += [event.get('details') for event in action['events']
-                      if event['result'] == 'Error']
-        return '\n'.join(str(text) for text in found)
-
-    def allocations(self, server):
-        """Which hosts hold resources for the server."""
-        uuids = {self._get_provider_uuid_by_host(host): host
-                 for host in base.HOSTS}
-        found = self._get_allocations_by_server_uuid(server['id'])
-        return [uuids[uuid] for uuid in found]
-
     def bindings(self, server):
         """Host → status of the bindings of the server's first port."""
         port = self.info(server, self.host(server))['nics'][0]['id']
         return {host: binding['status'] for host, binding in
                 self.neutron._port_bindings[port].items()}
-
-    def host(self, server):
-        return self.api.get_server(server['id'])['OS-EXT-SRV-ATTR:host']
-
-    def wait_until_clean(self, host):
-        self.wait_for(lambda: not self.agents.leftovers(host),
-                      f'{host} is clean')
 
     def assert_at(self, server, host, state='running', status='ACTIVE'):
         """The server is there, and nowhere else is anything of it."""
@@ -315,7 +254,9 @@ class LiveMigrationTest(base.TestCase):
         server = self.boot()
         self.glance.delete(None, self.image)
         self.migrate(server)
-        self.assert_refused(server, f'image {self.image} is not on this host')
+        self.wait_for_migration(server, 'completed')
+        self.assert_at(server, 'host2')
+        self.assertEqual(0, self.agents.imports('host2'))
 
     def test_image_is_gone_but_the_layer_is_there(self):
         server = self.boot()

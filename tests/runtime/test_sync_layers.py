@@ -53,7 +53,7 @@ class TestLayers(sync_base.Case):
             try:
                 return sync.fetch_layer(
                     store or self.there,
-                    info.to_dict() if data is None else data, ours,
+                    info.to_dict() if data is None else data, lambda: ours,
                     timeout=sync_base.PATIENCE, **kw)
             finally:
                 server.close()
@@ -96,11 +96,9 @@ class TestLayers(sync_base.Case):
     def test_there_already(self):
         info = self.load()
         first = self.fetch(info)
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            # Nobody serves: nothing is asked for.
-            self.assertEqual(first, sync.fetch_layer(
-                self.there, info.to_dict(), ours, timeout=1.0))
+        # Nobody serves: nothing is asked for.
+        self.assertEqual(first, sync.fetch_layer(
+            self.there, info.to_dict(), None, timeout=1.0))
 
     def test_two_at_once(self):
         info = self.load()
@@ -167,10 +165,41 @@ class TestLayers(sync_base.Case):
         self.addCleanup(small.close)
         store = layers.LayerStore(
             small.upper.parent / 'layers', unpack_base=0x71000000)
+        # It is known before the copy.
         error = self.assertRaises(
             errors.ContainerError, self.fetch, info, store=store)
         self.assertEqual('no_space', error.code, str(error))
+        self.assertIn('MiB are free', str(error))
         self.assert_nothing_there(store)
+        # And where it could not be: another took the room meanwhile.
+        store = layers.LayerStore(
+            small.upper.parent / 'layers', unpack_base=0x71000000,
+            limits=layers.archive.Limits(min_free_bytes=0))
+        error = self.assertRaises(
+            errors.ContainerError, self.fetch, info, store=store)
+        self.assertEqual('no_space', error.code, str(error))
+        self.assertIn('No space left', str(error))
+        self.assert_nothing_there(store)
+
+    def test_too_large(self):
+        info = self.load()
+        for limits in ({'bytes': info.bytes - 1}, {'entries': 2}):
+            store = layers.LayerStore(
+                self.base / 'there', unpack_base=0x71000000,
+                limits=layers.archive.Limits(min_free_bytes=0, **limits))
+            error = self.assertRaises(
+                errors.ContainerError, self.fetch, info, store=store)
+            self.assertEqual('image_too_large', error.code)
+            self.assert_nothing_there(store)
+
+    def test_wait_for_another_is_cancelled(self):
+        info = self.load()
+        with self.there.locked(info.key):
+            error = self.assertRaises(
+                errors.ContainerError, self.fetch, info,
+                cancelled=lambda: True)
+        self.assertEqual('aborted', error.code)
+        self.assert_nothing_there()
 
     def test_cut_off(self):
         info = self.load()
@@ -193,6 +222,6 @@ class TestLayers(sync_base.Case):
         with ours:
             self.assertRaises(
                 errors.ContainerError, sync.fetch_layer, self.there,
-                info.to_dict(), ours, timeout=sync_base.PATIENCE)
+                info.to_dict(), lambda: ours, timeout=sync_base.PATIENCE)
         thread.join()
         self.assert_nothing_there()

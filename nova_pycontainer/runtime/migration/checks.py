@@ -88,6 +88,7 @@ class Checks:
             'state': info['state'],
             'base_id': info['base_id'],
             'layer': info['layer'],
+            'layer_bytes': self._host.layers.require(info['layer']).bytes,
             'image_id': info['image_id'],
             'memory_bytes': info['memory_bytes'],
             # What the file system says, so what a copy needs at most.
@@ -113,9 +114,9 @@ class Checks:
         ours = self.own()
         try:
             problems, warnings = compatibility.compare(facts, ours)
-            problems += self._room(facts)
-            problems += self._ids(str(facts['uuid']), int(facts['base_id']))
             layer = self._host.layer_present(str(facts['layer']))
+            problems += self._room(facts, layer)
+            problems += self._ids(str(facts['uuid']), int(facts['base_id']))
         except (KeyError, TypeError, ValueError) as e:
             raise errors.ContainerError(
                 'invalid', 'the facts of the source are incomplete',
@@ -123,13 +124,19 @@ class Checks:
         ours['layer_present'] = layer
         return _result(ours, problems, warnings)
 
-    def _room(self, facts: cabc.Mapping[str, ty.Any]) -> list[Problem]:
+    def _room(
+        self, facts: cabc.Mapping[str, ty.Any], layer: bool
+    ) -> list[Problem]:
         problems = []
         need = int(facts['disk_bytes']) + _RESERVE
+        what = 'the guest\'s files'
+        if not layer:
+            need += int(facts.get('layer_bytes') or 0)
+            what += ' and its image'
         free = shutil.disk_usage(self._config.state_dir).free
         if need > free:
             problems.append(Problem(
-                'disk', f'the guest\'s files need {need >> 20} MiB, of '
+                'disk', f'{what} need {need >> 20} MiB, of '
                 f'which {free >> 20} MiB are free here',
                 'Free space, or migrate to another host'))
         need = int(facts['memory_bytes']) + _MEMORY_RESERVE

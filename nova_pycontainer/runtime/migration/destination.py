@@ -28,6 +28,7 @@ from nova_pycontainer.runtime import container
 from nova_pycontainer.runtime import criu
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import faults
+from nova_pycontainer.runtime import layers
 from nova_pycontainer.runtime.migration import announce
 from nova_pycontainer.runtime.migration import bandwidth
 from nova_pycontainer.runtime.migration import channel
@@ -35,6 +36,7 @@ from nova_pycontainer.runtime.migration import clocks
 from nova_pycontainer.runtime.migration import exe_links
 from nova_pycontainer.runtime.migration import guest
 from nova_pycontainer.runtime.migration import images
+from nova_pycontainer.runtime.migration import layer_transfer
 from nova_pycontainer.runtime.migration import lazy
 from nova_pycontainer.runtime.migration import neighbours
 from nova_pycontainer.runtime.migration import patches
@@ -49,7 +51,7 @@ LOG = logging.getLogger(__name__)
 
 Phase = protocol.Phase
 
-ROLES = ('control', 'upper', 'images', 'pages')
+ROLES = ('control', 'layer', 'upper', 'images', 'pages')
 _ANSWER_TIMEOUT = 60.0
 _DATA_TIMEOUT = 30.0
 _COPY_TIMEOUT = 3600.0
@@ -69,7 +71,7 @@ class Destination:
     def __init__(
         self,
         item: container.Container,
-        layer: pathlib.Path,
+        store: layers.LayerStore,
         tool: criu.Criu,
         progress: protocol.Progress,
         directory: pathlib.Path,
@@ -81,7 +83,7 @@ class Destination:
         #: What each copied directory knows from earlier passes.
         self._copies: dict[str, sync.Copy] = {}
         self._item = item
-        self._layer = layer
+        self._layers = store
         self._criu = tool
         self._memory = images.Memory(directory)
         self._limiter = bandwidth.Bandwidth(rate)
@@ -97,6 +99,7 @@ class Destination:
         self._control: protocol.Control | None = None
         self._began: dict[str, ty.Any] = {}
         self._paused = False
+        self._pump: relay.Relay | None = None
         self._pages_end: socket.socket | None = None
         self._pages: relay.Relay | None = None
         self._daemon: lazy.Daemon | None = None
@@ -200,6 +203,8 @@ class Destination:
             self._abort.set()
         if self._control is not None:
             self._control.close()
+            if self._pump is not None:
+                self._pump.abort()
         else:
             self._finish(errors.ContainerError(
                 'aborted', 'the migration was aborted', cause=reason))
@@ -263,6 +268,11 @@ class Destination:
                 uuid=self._item.uuid)
         self._paused = bool(self._began['paused'])
         self.progress.strategy = self._began.get('strategy')
+        layer_transfer.take(
+            self._control, self._layers, self._item.spec.layer,
+            self._began.get('layer'),
+            lambda seq, stats: self._connected_socket('layer', seq, stats),
+            self._abort.is_set, self.progress)
         faults.point('destination.prepared')
         self._control.send('prepared')
         while True:
@@ -284,19 +294,31 @@ class Destination:
         directory = {'upper': self._item.disk.upper,
                      'drive': self._item.config_drive}[what]
         directory.mkdir(mode=0o755, exist_ok=True)
-        connection = self._take('upper', seq)
-        ours, theirs = socket.socketpair()
-        with contextlib.ExitStack() as stack:
-            pump = relay.Relay(
-                connection, ours, limiter=self._limiter).start()
-            stack.callback(pump.abort)
-            with theirs:
-                copy = self._copies.setdefault(what, sync.Copy(directory))
-                stats = copy.fetch(theirs, final=final)
+        copy = self._copies.setdefault(what, sync.Copy(directory))
+        with self._connected_socket('upper', seq) as sock:
+            stats = copy.fetch(sock, final=final)
         faults.point('destination.pass')
         self.progress.passes += 1
         self.progress.disk_sent += stats.received
         self._control.send('files', seq=seq, bytes=stats.received)
+
+    @contextlib.contextmanager
+    def _connected_socket(
+        self, role: str, seq: int, stats: relay.Stats | None = None
+    ) -> cabc.Iterator[socket.socket]:
+        """A socket that leads to the source. An abort closes it."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._pump = relay.Relay(
+                self._take(role, seq), ours, limiter=self._limiter,
+                stats=stats).start()
+            try:
+                if self._abort.is_set():
+                    raise errors.ContainerError(
+                        'aborted', 'the migration was aborted')
+                yield theirs
+            finally:
+                self._pump.abort()
 
     def _receive(self, connection: channel.Connection) -> None:
         def progress(total: int) -> None:
@@ -336,7 +358,7 @@ class Destination:
                 {int(index): (int(session), int(foreground))
                  for index, session, foreground
                  in self._moment.get('terminals', ())})
-        item.mount_root(self._layer)
+        item.mount_root(self._layers.require(item.spec.layer).root)
         guest.make_cgroups(
             item.cgroup, dumped['cgroups'], item.st.base_id)
         for nic in item.spec.nics:

@@ -14,7 +14,10 @@
 
 Frames of the control connection (S source, D destination)::
 
-    S  begin     spec, base id, facts of the run, strategy
+    S  begin     spec, base id, facts of the run, strategy, the image's layer
+    D  layer     it does not have that: wanted, False while another migration
+                 is bringing it just now
+    S  layer     it is served: seq
     D  prepared
     S  files     a pass over its files begins: what, seq, final
     D  files     it is done: seq, bytes
@@ -112,6 +115,9 @@ class Progress:
     memory_total: int = 0
     memory_sent: int = 0
     disk_sent: int = 0
+    #: Of the image's layer, where the destination does not have it.
+    layer_total: int = 0
+    layer_sent: int = 0
     passes: int = 0
     began_at: float = dataclasses.field(default_factory=time.time)
     ended_at: float | None = None
@@ -187,6 +193,8 @@ class Control:
             target=self._read, name='control', daemon=True)
         #: Called in the reading thread for frames that cannot wait.
         self.on_abort: ty.Callable[[str], None] | None = None
+        #: The peer has hung up.
+        self.broken = False
         self._thread.start()
 
     def _read(self) -> None:
@@ -196,6 +204,7 @@ class Control:
             except (OSError, errors.ContainerError):
                 frame = None
             if frame is None:
+                self.broken = True
                 self._queue.put(None)
                 return
             if frame.get('type') == 'abort' and self.on_abort:
@@ -244,6 +253,10 @@ class Control:
                 'invalid', f'the other host said {frame.get("type")!r} '
                 f'instead of {kind!r}')
         return frame
+
+    def cancel(self, reason: str) -> None:
+        """Let whoever receives stop waiting, as if the peer had aborted."""
+        self._queue.put({'type': 'abort', 'reason': reason})
 
     def close(self) -> None:
         self._connection.close()

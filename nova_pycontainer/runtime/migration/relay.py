@@ -41,10 +41,16 @@ _ABORT_TIMEOUT: ty.Final = 5.0
 
 
 class Stats:
-    """What relays have carried; one object may serve many of them."""
+    """What relays have carried; one object may serve many of them.
 
-    def __init__(self) -> None:
+    :param carried: called with the bytes of each piece
+    """
+
+    def __init__(
+        self, carried: cabc.Callable[[int], None] = lambda count: None
+    ) -> None:
         self._lock = threading.Lock()
+        self._carried = carried
         self.sent = 0
         self.received = 0
 
@@ -52,6 +58,7 @@ class Stats:
         with self._lock:
             self.sent += sent
             self.received += received
+            self._carried(sent + received)
 
     @property
     def bytes(self) -> int:

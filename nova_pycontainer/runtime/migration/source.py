@@ -27,11 +27,13 @@ from nova_pycontainer.runtime import container
 from nova_pycontainer.runtime import criu
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import faults
+from nova_pycontainer.runtime import layers
 from nova_pycontainer.runtime.migration import bandwidth
 from nova_pycontainer.runtime.migration import channel
 from nova_pycontainer.runtime.migration import guest
 from nova_pycontainer.runtime.migration import images
 from nova_pycontainer.runtime.migration import keys
+from nova_pycontainer.runtime.migration import layer_transfer
 from nova_pycontainer.runtime.migration import moment
 from nova_pycontainer.runtime.migration import neighbours
 from nova_pycontainer.runtime.migration import protocol
@@ -95,7 +97,7 @@ class Source:
     def __init__(
         self,
         item: container.Container,
-        layer: pathlib.Path,
+        store: layers.LayerStore,
         tool: criu.Criu,
         identity: keys.Identity,
         endpoint: Endpoint,
@@ -104,7 +106,7 @@ class Source:
         directory: pathlib.Path,
     ) -> None:
         self._item = item
-        self._layer = layer
+        self._layers = store
         self._criu = tool
         self._identity = identity
         self._endpoint = endpoint
@@ -123,6 +125,8 @@ class Source:
         self._force = threading.Event()
         self.lazy = options.strategy == 'post-copy'
         progress.strategy = 'post-copy' if self.lazy else 'stop-and-copy'
+        #: Guards the moment from which an abort comes too late.
+        self._lock = threading.Lock()
         self._paused = item.status() == 'paused'
         self._control: protocol.Control | None = None
         self._journal = protocol.Journal(item.directory)
@@ -139,12 +143,16 @@ class Source:
 
         :raises ContainerError: ``bad_state``: it is too late
         """
-        if self.committed:
-            raise errors.ContainerError(
-                'bad_state', 'the instance runs on the destination already',
-                uuid=self._item.uuid)
-        self._abort_reason = reason
-        self._abort.set()
+        with self._lock:
+            if self.committed:
+                raise errors.ContainerError(
+                    'bad_state', 'the instance runs on the destination '
+                    'already', uuid=self._item.uuid)
+            self._abort_reason = reason
+            self._abort.set()
+        # What waits for the destination need not wait for its answer.
+        if self._control is not None:
+            self._control.cancel(reason)
 
     def force_complete(self) -> None:
         """Stop waiting for a guest that changes too much: freeze it now; with
@@ -221,9 +229,22 @@ class Source:
             self._control.send(
                 'begin', spec=st.spec, base_id=st.base_id,
                 created_at=st.created_at, run=st.run, paused=self._paused,
-                strategy=self.progress.strategy)
+                strategy=self.progress.strategy, layer=self._layer().to_dict())
             faults.point('source.connected')
-            self._control.expect('prepared', _ANSWER_TIMEOUT)
+            layer_transfer.give(
+                self._control, self._layers, self._item.spec.layer,
+                lambda: self._connect('layer'), self._carry, self.progress)
+
+    def _layer(self) -> layers.LayerInfo:
+        """:raises ContainerError: ``layer_missing``"""
+        return self._layers.require(self._item.spec.layer)
+
+    def _carry(
+        self, connection: channel.Connection, plain: socket.socket,
+        stats: relay.Stats | None = None,
+    ) -> relay.Relay:
+        return relay.Relay(
+            connection, plain, limiter=self._limiter, stats=stats).start()
 
     def copy(self) -> None:
         """Copy the files while the guest runs, until little is left."""
@@ -260,8 +281,7 @@ class Source:
         ours, theirs = socket.socketpair()
         with contextlib.ExitStack() as stack:
             # Both ends are the relay's from now on.
-            pump = relay.Relay(
-                connection, ours, limiter=self._limiter).start()
+            pump = self._carry(connection, ours)
             stack.callback(pump.abort)
             with theirs:
                 server = sync.serve(
@@ -362,13 +382,16 @@ class Source:
             self._control.send('dumped', **dumped)
             self._control.expect('ready', _RESTORE_TIMEOUT)
         faults.point('source.ready')
-        self._check_abort()
-        self._journal.write(
-            Phase.COMMITTED, role='source',
-            migration=self.progress.migration, paused=self._paused,
-            endpoint=dataclasses.asdict(self._endpoint))
-        self.committed = True
-        self.progress.phase = Phase.COMMITTED
+        with self._lock:
+            # An abort that was accepted is obeyed, and none is accepted that
+            # cannot be.
+            self._check_abort()
+            self._journal.write(
+                Phase.COMMITTED, role='source',
+                migration=self.progress.migration, paused=self._paused,
+                endpoint=dataclasses.asdict(self._endpoint))
+            self.committed = True
+            self.progress.phase = Phase.COMMITTED
         faults.point('source.committed')
         with contextlib.suppress(protocol.PeerGone):
             self._control.send('go')
@@ -464,7 +487,7 @@ class Source:
         that they are one file by an index, which does not move.
         """
         sync_links.link_aliases(
-            self._layer, self._item.root, self._item.disk.upper)
+            self._layer().root, self._item.root, self._item.disk.upper)
 
     def session(self, fds: dict[int, int]) -> criu.Session:
         return self._criu.session(fds=fds)

@@ -164,35 +164,38 @@ def serve_layer(
 
     :raises ContainerError: ``layer_missing``
     """
-    info = store.get(key)
-    if info is None:
-        raise errors.ContainerError(
-            'layer_missing', f'layer {key} is not on this host')
-    return Server(info.root, sock, since=None, final=False, steady=True)
+    root = store.require(key).root
+    return Server(root, sock, since=None, final=False, steady=True)
 
 
 def fetch_layer(
     store: layers.LayerStore, data: ty.Mapping[str, ty.Any],
-    sock: socket.socket, *, timeout: float = 3600.0,
-    idle_timeout: float = 60.0,
+    connected: ty.Callable[[], ty.ContextManager[socket.socket]], *,
+    timeout: float = 3600.0, idle_timeout: float = 60.0,
+    cancelled: ty.Callable[[], bool] = lambda: False,
 ) -> layers.LayerInfo:
-    """Copy the layer that is served at ``sock``, unless it is here already.
+    """Copy a layer of another host, unless it is here already.
 
     :param data: its description on the source (``LayerInfo.to_dict``)
+    :param connected: called if it has to be copied: the socket at which it
+        is served
+    :param cancelled: whether to wait no longer for another copy of it that
+        is under way
     :raises ContainerError: see :meth:`Copy.fetch` and
         :meth:`~nova_pycontainer.runtime.layers.LayerStore.adopt`
     """
 
     def fill(root: pathlib.Path) -> None:
-        stats = Copy(root).fetch(
-            sock, timeout=timeout, idle_timeout=idle_timeout,
-            filters=LAYER_FILTERS)
+        with connected() as sock:
+            stats = Copy(root).fetch(
+                sock, timeout=timeout, idle_timeout=idle_timeout,
+                filters=LAYER_FILTERS)
         if not stats.complete:
             raise errors.ContainerError(
                 'internal', 'the layer could not be read as a whole',
                 remedy='See the log of pycontainer-agent on the source')
 
-    return store.adopt(data, fill)
+    return store.adopt(data, fill, cancelled)
 
 
 class Copy:

@@ -164,11 +164,11 @@ class FakeAgent(fake_migration.Migrations):
 
     # Life
 
-    def define(self, uuid, spec):
+    def define(self, uuid, spec, layer_later=False):
         self._enter('define')
         if uuid in self.containers:
             raise _error('exists', 'this host has it already', uuid=uuid)
-        if spec['layer'] not in self.layers:
+        if spec['layer'] not in self.layers and not layer_later:
             raise _error('layer_missing', 'the layer is not on this host',
                          uuid=uuid)
         with self._lock:

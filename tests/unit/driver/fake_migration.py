@@ -122,7 +122,7 @@ class Migrations:
 
     def migration_prepare(self, uuid, migration, spec, source, options=None):
         self._enter('migration_prepare')
-        self.define(uuid, spec)
+        self.define(uuid, spec, layer_later=True)
         for nic in spec['nics']:
             self.links.setdefault(nic['devname'], uuid)
         self.prepared.append((migration, source, options))
@@ -135,6 +135,7 @@ class Migrations:
             'migration': migration, 'uuid': uuid, 'role': role,
             'phase': 'prepared', 'strategy': 'stop-and-copy', 'error': None,
             'memory_total': 0, 'memory_sent': 0, 'disk_sent': 0,
+            'layer_total': 0, 'layer_sent': 0,
             'ended_at': None}
 
     def migration_begin(self, uuid, migration, destination, options=None):
@@ -166,6 +167,10 @@ class Migrations:
             self._fail(migration, None, errors.ContainerError(
                 'network', 'the other host has another certificate'))
             return
+        item = self.containers[uuid]
+        if item['layer'] not in peer.layers:
+            peer.layers[item['layer']] = self.layers[item['layer']]
+            progress['layer_total'] = progress['layer_sent'] = 1 << 11
         for phase in PHASES[1:-1]:
             if phase == 'ready' and peer.restore_error is not None:
                 self._fail(migration, peer, peer.restore_error)
@@ -178,7 +183,6 @@ class Migrations:
                 while not self._go.wait(0.02):
                     if progress['phase'] in _ENDED:
                         break
-        item = self.containers[uuid]
         peer.receive(migration, item)
         item['state'], item['moved'] = 'stopped', True
         for nic in item['nics']:

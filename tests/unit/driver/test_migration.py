@@ -199,9 +199,26 @@ class DestinationTest(driver_base.Base):
         self.assertIn(self.instance.uuid, self.agent.containers)
 
     def test_other_data_of_the_image(self):
-        error = self.assertRaises(
-            exception.MigrationError, self.prepare, layer='sha512-other')
-        self.assertIn('has other data in Glance', str(error))
+        """The layer will come from the source."""
+        self.agent.layers.clear()
+        self.prepare(layer='sha512-other')
+        self.assertEqual({}, self.agent.layers)
+
+    def test_image_that_cannot_be_had(self):
+        self.agent.layers.clear()
+        image_id = self.instance.image_ref
+        images = self.driver._images
+        for error in (
+                exception.ImageNotFound(image_id=image_id),
+                exception.ImageNotAuthorized(image_id=image_id),
+                exception.CouldNotFetchImage(image_id=image_id),
+                exception.GlanceConnectionFailed(
+                    server='glance', reason='it is down')):
+            for method in ('key', 'ensure'):
+                with mock.patch.object(images, method, autospec=True,
+                                       side_effect=error):
+                    self.prepare()
+        self.assertEqual({}, self.agent.layers)
 
     def test_arrived(self):
         self.prepare()

@@ -1,0 +1,137 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Live migration through Nova, of containers as they are.
+
+Both agents are in one network namespace, where the interfaces of a server
+cannot be twice. So these servers have none; see tests/cloud for the others.
+"""
+
+import pathlib
+import shutil
+import subprocess
+import tempfile
+
+from tests.functional import agents
+from tests.functional import base
+from tests.functional import migration_base
+
+#: Leaves its pid 1 and a number that only a running guest changes.
+COUNT = ('setsid sh -c "i=0; while :; do i=\\$((i+1)); echo \\$i > /count; '
+         'sleep 0.05; done" </dev/null >/dev/null 2>&1 &')
+
+
+class RealLiveMigrationTest(migration_base.TestCase):
+
+    def setUp(self):
+        if agents.Agents is not agents.Real:
+            self.skipTest('containers need root; run tools/run_tests.sh')
+        super().setUp()
+        for host in base.HOSTS:
+            self.periodic('update_available_resource', host)
+
+    def boot(self, **values):
+        return super().boot(networks='none', **values)
+
+    def sh(self, server, host, script):
+        done = self.agents.client(host).exec(
+            server['id'], ['/bin/sh', '-c', script])
+        self.assertEqual(0, done['exit_code'], done['stderr'])
+        return done['stdout'].decode().strip()
+
+    def counting(self):
+        """A server that does something all the time."""
+        server = self.boot()
+        self.sh(server, 'host1', COUNT)
+        return server
+
+    def assert_at(self, server, host):
+        """It runs there, and nothing of it is left anywhere else."""
+        now = self.api.get_server(server['id'])
+        self.assertEqual((host, 'ACTIVE', None), (
+            now['OS-EXT-SRV-ATTR:host'], now['status'],
+            now['OS-EXT-STS:task_state']))
+        before = self.sh(server, host, 'cat /count')
+        self.wait_for(
+            lambda: self.sh(server, host, 'cat /count') != before,
+            'the guest to do something')
+        for other in base.HOSTS:
+            if other != host:
+                self.wait_until_clean(other)
+        self.assertEqual([host], self.allocations(server))
+
+    def assert_refused(self, server, words):
+        self.wait_for_migration(server, 'error', 'failed')
+        self.assertIn(words, self.reason(server))
+        self.assert_at(server, 'host1')
+
+    def small(self, host, what, mib):
+        """A file system of that size at a directory of an agent's state."""
+        top = pathlib.Path(tempfile.mkdtemp(prefix='pyc-small-',
+                                            dir=agents.WORK))
+        self.addCleanup(shutil.rmtree, top)
+        # Nobody but the agent gets through it, and the guests to their files.
+        top.chmod(0o711)
+        disk, point = top / 'disk.img', top / 'mount'
+        with open(disk, 'wb') as f:
+            f.truncate(mib << 20)
+        point.mkdir()
+        for argv in (['mkfs.ext4', '-q', '-F', str(disk)],
+                     ['mount', '-o', 'loop', str(disk), str(point)]):
+            subprocess.run(argv, check=True, timeout=60)
+        self.addCleanup(subprocess.run, ['umount', str(point)], check=True,
+                        timeout=60)
+        directory = self.agents.directory(host) / 'state' / what
+        shutil.rmtree(directory)
+        directory.symlink_to(point)
+        self.restart_agent(host)
+
+    def restart_agent(self, host, faults=''):
+        self.agents.stop(host)
+        self.wait_for(lambda: self.service(host)['status'] == 'disabled',
+                      'Nova to miss the agent')
+        self.agents.start(host, faults)
+        self.wait_for(lambda: self.service(host)['status'] == 'enabled',
+                      'Nova to find the agent')
+
+    # The image's layer
+
+    def test_there_and_back(self):
+        server = self.counting()
+        self.migrate(server)
+        self.wait_for_migration(server, 'completed')
+        self.assert_at(server, 'host2')
+        self.migrate(server, 'host1')
+        self.wait_for_migration(server, 'completed')
+        self.assert_at(server, 'host1')
+        self.assertEqual(1, self.agents.imports('host2'))
+
+    def test_image_is_gone(self):
+        server = self.counting()
+        self.glance.delete(None, self.image)
+        self.migrate(server)
+        self.wait_for_migration(server, 'completed')
+        self.assert_at(server, 'host2')
+        self.assertEqual(0, self.agents.imports('host2'))
+        layer = self.info(server, 'host2')['layer']
+        self.assertIn(f'layer {layer} (image {self.image}) came from another '
+                      'host', self.agents.log('host2'))
+        self.action(server, 'ACTIVE', 'reboot', {'type': 'HARD'})
+        self.sh(server, 'host2', 'true')
+
+    def test_image_is_gone_and_there_is_no_room(self):
+        server = self.counting()
+        self.glance.delete(None, self.image)
+        self.small('host2', 'layers', 300)
+        self.migrate(server)
+        self.assert_refused(server, 'the files of the image do not fit on')
+        self.assertEqual([], self.agents.client('host2').layer_list())
