@@ -130,6 +130,11 @@ class Disk:
         self.upper = self.directory / 'upper'
         self.work = self.directory / 'work'
 
+    @property
+    def in_file(self) -> bool:
+        """Whether it is a file system of its own, in a file."""
+        return self._method == 'loop'
+
     def create(self) -> None:
         """Make the disk, empty. Mounting is :meth:`mount`'s."""
         self.directory.mkdir(mode=0o700, exist_ok=True)

@@ -33,6 +33,7 @@ from nova_pycontainer.runtime.migration import keys
 from nova_pycontainer.runtime.migration import listener
 from nova_pycontainer.runtime.migration import protocol
 from nova_pycontainer.runtime.migration import recovery
+from nova_pycontainer.runtime.migration import room
 from nova_pycontainer.runtime.migration import source as src
 
 if ty.TYPE_CHECKING:
@@ -213,7 +214,8 @@ class Migrations:
         opts = protocol.Options.from_dict(options or {})
         assert self._listener is not None
         # The layer may come from the source.
-        self._host.define(uuid, spec, layer_later=True)
+        with room.needed('the disk and the description of the guest'):
+            self._host.define(uuid, spec, layer_later=True)
         progress = protocol.Progress(migration, uuid, 'destination')
         try:
             entry = self._host.entry(uuid)

@@ -90,6 +90,7 @@ class RealLiveMigrationTest(migration_base.TestCase):
             subprocess.run(argv, check=True, timeout=60)
         self.addCleanup(subprocess.run, ['umount', str(point)], check=True,
                         timeout=60)
+        (point / 'lost+found').rmdir()
         directory = self.agents.directory(host) / 'state' / what
         shutil.rmtree(directory)
         directory.symlink_to(point)
@@ -135,3 +136,12 @@ class RealLiveMigrationTest(migration_base.TestCase):
         self.migrate(server)
         self.assert_refused(server, 'the files of the image do not fit on')
         self.assertEqual([], self.agents.client('host2').layer_list())
+
+    # A destination without room
+
+    def test_no_room_for_the_files(self):
+        server = self.counting()
+        self.sh(server, 'host1', 'dd if=/dev/urandom of=/big bs=1M count=200')
+        self.small('host2', 'instances', 128)
+        self.migrate(server)
+        self.assert_refused(server, 'the files of the guest do not fit on')

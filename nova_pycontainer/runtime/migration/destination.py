@@ -42,6 +42,7 @@ from nova_pycontainer.runtime.migration import neighbours
 from nova_pycontainer.runtime.migration import patches
 from nova_pycontainer.runtime.migration import protocol
 from nova_pycontainer.runtime.migration import relay
+from nova_pycontainer.runtime.migration import room
 from nova_pycontainer.runtime.migration import sync
 from nova_pycontainer.runtime.migration import terminals
 from nova_pycontainer.runtime import network
@@ -57,6 +58,7 @@ _DATA_TIMEOUT = 30.0
 _COPY_TIMEOUT = 3600.0
 _CRIU_TIMEOUT = 300.0
 _RETRY = 1.0
+_FILES = 'the files of the guest'
 
 
 class Destination:
@@ -107,6 +109,7 @@ class Destination:
         #: Whether the console was no session's terminal.
         self._unowned = False
         self._images_done = threading.Event()
+        self._writing = room.Writing(_FILES, item.disk, item.directory)
         self._go = threading.Event()
         self._lock = threading.Lock()
         self.progress = progress
@@ -213,7 +216,8 @@ class Destination:
 
     def _run(self) -> None:
         try:
-            self._serve()
+            with room.needed(_FILES, self._item.directory):
+                self._serve()
         except BaseException as e:
             if not isinstance(e, errors.ContainerError):
                 LOG.exception('instance %s: it cannot come', self._item.uuid)
@@ -295,8 +299,14 @@ class Destination:
                      'drive': self._item.config_drive}[what]
         directory.mkdir(mode=0o755, exist_ok=True)
         copy = self._copies.setdefault(what, sync.Copy(directory))
-        with self._connected_socket('upper', seq) as sock:
+        with room.needed(_FILES, self._item.directory), (
+                self._connected_socket('upper', seq)) as sock:
             stats = copy.fetch(sock, final=final)
+        if what == 'upper' and final:
+            # While the rest is dumped and restored.
+            self._writing.start()
+        elif what == 'upper':
+            room.check_written(_FILES, self._item.disk, self._item.directory)
         faults.point('destination.pass')
         self.progress.passes += 1
         self.progress.disk_sent += stats.received
@@ -330,9 +340,15 @@ class Destination:
                 path.unlink()
             self._images_error = None
             self._images_done.clear()
-            images.receive(self._memory.path, connection, progress)
+            with room.needed('the pages of the guest\'s memory'):
+                images.receive(self._memory.path, connection, progress)
         except BaseException as e:
             self._images_error = e
+            if self._control is not None and isinstance(
+                    e, errors.ContainerError):
+                # Who waits for the source tells it why, before it only sees
+                # that a connection broke.
+                self._control.fail(e)
         finally:
             self._images_done.set()
             connection.close()
@@ -478,6 +494,7 @@ class Destination:
         :raises ContainerError: it will never run here
         """
         assert self._control is not None
+        self._writing.result()
         facts = {'role': 'destination', 'paused': self._paused,
                  'migration': self.progress.migration, 'peer': self._peer}
         self._journal.write(Phase.READY, **facts)

@@ -258,5 +258,9 @@ class Control:
         """Let whoever receives stop waiting, as if the peer had aborted."""
         self._queue.put({'type': 'abort', 'reason': reason})
 
+    def fail(self, error: errors.ContainerError) -> None:
+        """Let whoever receives fail with this."""
+        self._queue.put({'type': 'failed', 'error': error.to_dict()})
+
     def close(self) -> None:
         self._connection.close()

@@ -50,6 +50,8 @@ Phase = protocol.Phase
 _CONNECT_TIMEOUT = 20.0
 _ANSWER_TIMEOUT = 60.0
 _PASS_TIMEOUT = 3600.0
+#: The guest stands still meanwhile.
+_REASON_TIMEOUT = 5.0
 #: CRIU works this long between two notifications at most.
 _CRIU_TIMEOUT = 300.0
 _RESTORE_TIMEOUT = 300.0
@@ -461,6 +463,17 @@ class Source:
 
     # For _Dump
 
+    def reason(self, broken: errors.ContainerError) -> errors.ContainerError:
+        """What the destination says after a connection broke; else that."""
+        assert self._control is not None
+        try:
+            self._control.receive(_REASON_TIMEOUT)
+        except protocol.PeerGone:
+            pass
+        except errors.ContainerError as e:
+            return e
+        return broken
+
     def open_final(self) -> tuple[channel.Connection, channel.Connection]:
         """The connections of the freeze, opened before it."""
         files = self._connect('upper')
@@ -595,7 +608,10 @@ class _Dump:
         faults.point('source.dumped')
         cgroups = guest.save_cgroups(source.item.cgroup)
         with source.progress.timed('images'):
-            self._sender.finish()
+            try:
+                self._sender.finish()
+            except errors.ContainerError as e:
+                raise self._reason(e) from e
         source.progress.memory_sent = self._sender.sent
         self._files_thread.join(_PASS_TIMEOUT)
         if self._error is not None:
@@ -617,6 +633,11 @@ class _Dump:
             self._running()
             if self._error is not None:
                 raise self._error
+
+    def _reason(self, broken: errors.ContainerError) -> BaseException:
+        """Why the destination has cut a connection, if it says so."""
+        self._files_thread.join(_ANSWER_TIMEOUT)
+        return self._error or self._source.reason(broken)
 
     def _running(self) -> None:
         try:
