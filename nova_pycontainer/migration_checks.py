@@ -29,6 +29,7 @@ from oslo_utils import units
 from nova_pycontainer import errors as driver_errors
 from nova_pycontainer import migration_data
 from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime.migration import versions
 
 LOG = logging.getLogger(__name__)
 
@@ -93,14 +94,12 @@ class Checks:
 
     @staticmethod
     def _same_version(source_record, record):
-        theirs = source_record['hypervisor_version']
-        ours = record['hypervisor_version']
-        if theirs != ours:
-            raise refused(
-                _('the source speaks version %(theirs)s of the migration '
-                  'protocol, this host speaks %(ours)s. Upgrade '
-                  'nova-pycontainer on the older one') %
-                {'theirs': theirs, 'ours': ours})
+        found = versions.difference(
+            source_record['hypervisor_version'],
+            source_record['hypervisor_hostname'],
+            record['hypervisor_version'], record['hypervisor_hostname'])
+        if found is not None:
+            raise refused('. '.join(found))
 
     def source(self, instance, data, block_device_info):
         """Whether the server can leave this host.

@@ -43,6 +43,7 @@ from nova.objects import migrate_data as nova_migrate_data
 from oslo_serialization import jsonutils
 
 from nova_pycontainer import host
+from nova_pycontainer.runtime.migration import versions
 
 #: Where Nova puts the serial number of a volume. No volume has this one.
 _SERIAL = 'pycontainer'
@@ -63,12 +64,10 @@ def _loads(text):
         raise exception.MigrationError(
             reason=_('what the other host says is not understood: %s') % e
         ) from e
-    if version != host.HYPERVISOR_VERSION:
-        raise exception.MigrationError(
-            reason=_('the other host speaks version %(theirs)s of the '
-                     'migration protocol, this one speaks %(ours)s. Upgrade '
-                     'nova-pycontainer on the older one') %
-            {'theirs': version, 'ours': host.HYPERVISOR_VERSION})
+    found = versions.difference(
+        version, 'the other host', host.HYPERVISOR_VERSION)
+    if found is not None:
+        raise exception.MigrationError(reason='. '.join(found))
     return facts
 
 

@@ -90,7 +90,8 @@ class Destination:
             steps.success()
         data.target_connect_addr = f'{endpoint["address"]}:{endpoint["port"]}'
         migration_data.put(data, migration=migration, endpoint={
-            key: endpoint[key] for key in ('address', 'port', 'fingerprint')})
+            key: endpoint[key]
+            for key in ('address', 'port', 'fingerprint', 'protocol')})
         return data
 
     def _remove_leftovers(self, instance):

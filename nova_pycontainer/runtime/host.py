@@ -375,7 +375,8 @@ class Host:
                     uuid=uuid, remedy='Delete it first')
             base_id = self._ids.allocate(
                 uuid,
-                {e.container.st.base_id for e in self._entries.values()},
+                {*self.reserved_ids(),
+                 *(e.container.st.base_id for e in self._entries.values())},
                 spec.get('base_id'))
             item = self._make(state.State(
                 uuid=uuid, spec=kept, base_id=base_id,
@@ -449,6 +450,11 @@ class Host:
         self.watch(item.uuid)
 
     # For migrations
+
+    def reserved_ids(self) -> dict[int, str]:
+        """Ranges of ids that no container may have, and what they are for."""
+        base = self._ids.unpack_base
+        return {base: 'unpacking images', base + idmap.RANGE: 'preflight'}
 
     def layer_root(self, item: container.Container) -> pathlib.Path:
         """:raises ContainerError: ``layer_missing``"""

@@ -66,8 +66,8 @@ class IdAllocator:
             if wanted in taken:
                 raise errors.ContainerError(
                     'no_base_id',
-                    f'the range of ids that starts at {wanted} belongs to '
-                    f'another instance on this host', uuid=uuid,
+                    f'the range of ids that starts at {wanted} is taken on '
+                    f'this host', uuid=uuid,
                     remedy='Choose another host for this instance')
             if wanted <= 0 or wanted % RANGE:
                 raise errors.ContainerError(

@@ -35,6 +35,7 @@ from nova_pycontainer.runtime.migration import protocol
 from nova_pycontainer.runtime.migration import recovery
 from nova_pycontainer.runtime.migration import room
 from nova_pycontainer.runtime.migration import source as src
+from nova_pycontainer.runtime.migration import versions
 
 if ty.TYPE_CHECKING:
     from nova_pycontainer.runtime import host
@@ -102,11 +103,10 @@ class Migrations:
         """What a source has to know of this host."""
         assert self._listener is not None
         return {
-            'protocol': protocol.VERSION,
+            **versions.own(),
             'certificate': self._identity.certificate,
             'fingerprint': self._identity.fingerprint(),
             'address': self._config.migration_address,
-            'hostname': socket.gethostname(),
             'port': self._listener.port,
         }
 
@@ -211,6 +211,7 @@ class Migrations:
         :returns: where the source has to connect to
         """
         rconfig.check_uuid(migration)
+        versions.check(source, 'source')
         opts = protocol.Options.from_dict(options or {})
         assert self._listener is not None
         # The layer may come from the source.
@@ -292,6 +293,7 @@ class Migrations:
         :param destination: what :meth:`prepare` returned there
         """
         rconfig.check_uuid(migration)
+        versions.check(destination, 'destination')
         opts = protocol.Options.from_dict(options or {})
         entry = self._host.entry(uuid)
         with self._host.locked(uuid):

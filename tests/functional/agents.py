@@ -103,12 +103,12 @@ preflight_at_start = false
         self.client = client.Client(f'{self.run}/agent.sock')
         self._process = None
 
-    def start(self, faults=''):
+    def start(self, **env):
         with open(self.log, 'ab') as log:
             self._process = subprocess.Popen(
                 [sys.executable, '-m', 'nova_pycontainer.cmd.agent',
                  '--config-file', str(self._config)],
-                env={**os.environ, 'PYCONTAINER_FAULTS': faults},
+                env={**os.environ, **env},
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT)
         deadline = time.monotonic() + PATIENCE
         while True:
@@ -198,9 +198,9 @@ class Real:
     def stop(self, host):
         self._agent(host).kill()
 
-    def start(self, host, faults=''):
-        """:param faults: see nova_pycontainer.runtime.faults"""
-        self._agent(host).start(faults)
+    def start(self, host, **env):
+        """:param env: more of its environment"""
+        self._agent(host).start(**env)
 
     def power_off_inside(self, host, uuid):
         agent = self.client(host)

@@ -214,7 +214,9 @@ class LiveMigrationTest(migration_base.TestCase):
             'nova_pycontainer.host.HYPERVISOR_VERSION', 2))
         self.periodic('update_available_resource', 'host2')
         self.migrate(server)
-        self.assert_refused(server, 'version')
+        self.assert_refused(
+            server, 'host1 speaks version 1 of the migration protocol, host2 '
+            'speaks version 2. Upgrade nova-pycontainer on host1')
 
     def test_ids_in_use(self):
         server = self.boot()

@@ -20,6 +20,7 @@ import pathlib
 import shutil
 import subprocess
 import tempfile
+import uuid
 
 from tests.functional import agents
 from tests.functional import base
@@ -96,11 +97,11 @@ class RealLiveMigrationTest(migration_base.TestCase):
         directory.symlink_to(point)
         self.restart_agent(host)
 
-    def restart_agent(self, host, faults=''):
+    def restart_agent(self, host, **env):
         self.agents.stop(host)
         self.wait_for(lambda: self.service(host)['status'] == 'disabled',
                       'Nova to miss the agent')
-        self.agents.start(host, faults)
+        self.agents.start(host, **env)
         self.wait_for(lambda: self.service(host)['status'] == 'enabled',
                       'Nova to find the agent')
 
@@ -145,3 +146,41 @@ class RealLiveMigrationTest(migration_base.TestCase):
         self.small('host2', 'instances', 128)
         self.migrate(server)
         self.assert_refused(server, 'the files of the guest do not fit on')
+
+    # Hosts that do not go together
+
+    def test_ids_in_use(self):
+        server = self.counting()
+        here = self.info(server)
+        there = self.agents.client('host2')
+        # Any server of the image brings its layer.
+        self.delete(self.boot(host='host2'))
+        other = str(uuid.uuid4())
+        there.define(other, {
+            **here['spec'], 'base_id': here['base_id'], 'config_drive': None})
+        self.migrate(server)
+        self.wait_for_migration(server, 'error', 'failed')
+        self.assertIn(f'belong to {other}', self.reason(server))
+        self.assertIn('Migrate to another host', self.reason(server))
+        there.delete(other)
+        self.assert_at(server, 'host1')
+        self.migrate(server)
+        self.wait_for_migration(server, 'completed')
+        self.assert_at(server, 'host2')
+
+    def test_agent_of_another_release(self):
+        server = self.counting()
+        release = self.agents.directory('host2') / 'release'
+        release.mkdir()
+        (release / 'sitecustomize.py').write_text(
+            'from nova_pycontainer.runtime.migration import protocol\n'
+            'protocol.VERSION = 2\n')
+        self.restart_agent('host2', PYTHONPATH=f'{release}:{agents.ROOT}')
+        self.migrate(server)
+        self.assert_refused(server, 'speaks version 2')
+        self.assertIn('Upgrade nova-pycontainer on', self.reason(server))
+        # And after that upgrade.
+        self.restart_agent('host2')
+        self.migrate(server)
+        self.wait_for_migration(server, 'completed')
+        self.assert_at(server, 'host2')

@@ -58,6 +58,8 @@ class Agent(client.Client):
         #: See nova_pycontainer.runtime.faults.
         self.faults = ''
         self.record = ''
+        #: More of the agent's environment.
+        self.env = {}
         super().__init__(f'/proc/{self.pid}/root/run/pyc/agent.sock')
 
     def enter(self, *argv):
@@ -87,7 +89,8 @@ class Agent(client.Client):
                 self.enter(str(BIN / 'pycontainer-agent'), '--config-file',
                            str(conf)),
                 env={**os.environ, 'PYCONTAINER_FAULTS': self.faults,
-                     'PYCONTAINER_FAULT_POINTS': str(self.record)},
+                     'PYCONTAINER_FAULT_POINTS': str(self.record),
+                     **self.env},
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         base.wait_for(self._answers, f'the agent of {self.name}')
 

@@ -265,11 +265,15 @@ class CheckTestCase(hosts.TwoHostsTestCase):
         self.assertEqual(['id-range'], names(
             base_id=self.b.info(other)['base_id']))
         self.assertEqual(['exists'], names(uuid=other))
-        for broken in ({}, {**facts, 'format': 2}, {'format': 1}):
-            error = self.assertRaises(
-                errors.ContainerError,
-                self.b.migration_check_destination, broken)
-            self.assertIn(error.code, ('invalid', 'unsupported'))
+        # Others have what nobody else may.
+        self.assertEqual(['id-range'], names(
+            base_id=0x40000000 + 8192 * 65536))
+        self.assertEqual(['protocol'], names(format=2))
+        self.assertEqual(['protocol'], names(protocol=None))
+        few = {key: facts[key] for key in ('format', 'protocol')}
+        error = self.assertRaises(
+            errors.ContainerError, self.b.migration_check_destination, few)
+        self.assertEqual('invalid', error.code)
 
     def test_what_a_cpu_has(self):
         cpu = compatibility.cpu()

@@ -37,6 +37,7 @@ from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime.migration import bandwidth
 from nova_pycontainer.runtime.migration import keys
 from nova_pycontainer.runtime.migration import tls
+from nova_pycontainer.runtime.migration import versions
 
 #: Of the hello frame.
 VERSION: ty.Final = 1
@@ -78,10 +79,7 @@ class Hello:
     def from_frame(cls, frame: dict[str, ty.Any]) -> 'Hello':
         """:raises ContainerError: ``invalid``, ``unsupported``"""
         if frame.get('v') != VERSION:
-            raise errors.ContainerError(
-                'unsupported', 'the hosts speak different versions of the '
-                f'migration protocol: {_short(frame.get("v"))} and {VERSION}',
-                remedy='Upgrade the older one')
+            raise _other_version(frame, 'the host that connects')
         try:
             hello = cls(**{k: v for k, v in frame.items() if k != 'v'})
         except TypeError as e:
@@ -98,6 +96,16 @@ class Hello:
         if type(hello.seq) is not int or not 0 <= hello.seq < 1 << 31:
             raise _invalid(f'{_short(hello.seq)} is no sequence number')
         return hello
+
+
+def _other_version(
+    frame: dict[str, ty.Any], them: str
+) -> errors.ContainerError:
+    # The agents have compared the versions of their whole protocol before;
+    # this is for those that were upgraded since.
+    reason, remedy = versions.difference(
+        frame.get('v'), them, VERSION) or ('', '')
+    return errors.ContainerError('unsupported', reason, remedy=remedy)
 
 
 def _invalid(message: str) -> errors.ContainerError:
@@ -398,7 +406,7 @@ def _introduce(
     if answer is None:
         raise tls.network_error('the other host has hung up')
     if answer.get('v') != VERSION:
-        Hello.from_frame(answer)
+        raise _other_version(answer, 'the host that accepts')
     if answer.get('ok') is not True:
         error = answer.get('error')
         raise errors.ContainerError.from_dict(

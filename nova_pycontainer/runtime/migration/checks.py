@@ -24,6 +24,7 @@ from nova_pycontainer.runtime import criu
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime.migration import compatibility
 from nova_pycontainer.runtime.migration import inspection
+from nova_pycontainer.runtime.migration import versions
 
 if ty.TYPE_CHECKING:
     from nova_pycontainer.runtime import host
@@ -55,6 +56,7 @@ class Checks:
         """
         return {
             'format': FORMAT,
+            **versions.own(),
             'cpu': compatibility.cpu(),
             'kernel': platform.release(),
             'criu': '.'.join(map(str, self._criu.version())),
@@ -106,12 +108,12 @@ class Checks:
         :returns: ``facts`` of this host, ``problems``, ``warnings``
         :raises ContainerError: ``invalid``
         """
-        if facts.get('format') != FORMAT:
-            raise errors.ContainerError(
-                'unsupported', 'the source speaks format '
-                f'{facts.get("format")} of the checks, this host {FORMAT}',
-                remedy='Upgrade nova-pycontainer on the older host')
+        found = versions.of(facts, 'source') or versions.difference(
+            facts.get('format'), 'the source', FORMAT)
         ours = self.own()
+        if found is not None:
+            # What else it has said may mean anything.
+            return _result(ours, [Problem('protocol', *found)], [])
         try:
             problems, warnings = compatibility.compare(facts, ours)
             layer = self._host.layer_present(str(facts['layer']))
@@ -149,6 +151,13 @@ class Checks:
         return problems
 
     def _ids(self, uuid: str, base_id: int) -> list[Problem]:
+        used = self._host.reserved_ids().get(base_id)
+        if used is not None:
+            return [Problem(
+                'id-range', f'the host ids from {base_id} on, which the '
+                f'guest has, are used for {used} here',
+                'Set [pycontainer]idmap_base and idmap_count to the same '
+                'values on all hosts')]
         for info in self._host.list():
             if info['uuid'] == uuid:
                 return [Problem(
@@ -159,8 +168,8 @@ class Checks:
                 return [Problem(
                     'id-range', f'the host ids from {base_id} on, which the '
                     f'guest has, belong to {info["uuid"]} here',
-                    'Give the hosts disjoint ranges in '
-                    '[pycontainer]idmap_base and idmap_count')]
+                    'Migrate to another host. The larger '
+                    '[pycontainer]idmap_count is, the rarer this is')]
         return []
 
 

@@ -80,7 +80,8 @@ class MigrationDataTest(base.TestCase):
                          lambda: migration_data.load_disk_info(text)):
                 error = self.assertRaises(exception.MigrationError, call)
                 self.assertIn('version 1', str(error))
-                self.assertIn('speaks 2', str(error))
+                self.assertIn('speaks version 2', str(error))
+                self.assertIn('on the other host', str(error))
 
     def test_not_ours(self):
         data = objects.LibvirtLiveMigrateData()
@@ -153,7 +154,7 @@ class DestinationTest(driver_base.Base):
         self.assertEqual(
             {'protocol': 1, 'migration': uuids.migration, 'endpoint': {
                 key: identity[key]
-                for key in ('address', 'port', 'fingerprint')}},
+                for key in ('address', 'port', 'fingerprint', 'protocol')}},
             migration_data.get(data))
         (name, source, _options), = self.agent.prepared
         self.assertEqual(uuids.migration, name)
