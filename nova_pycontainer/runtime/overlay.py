@@ -144,4 +144,6 @@ def unmount(target: pathlib.Path) -> None:
             continue
         while os.path.ismount(path):
             syscalls.umount(str(path), syscalls.UMOUNT_NOFOLLOW)
-        path.rmdir()
+        # An end of the guest, and whoever waits for it, may clean up at once.
+        with contextlib.suppress(FileNotFoundError):
+            path.rmdir()

@@ -184,3 +184,78 @@ class RealLiveMigrationTest(migration_base.TestCase):
         self.migrate(server)
         self.wait_for_migration(server, 'completed')
         self.assert_at(server, 'host2')
+
+    # Abort and force
+
+    def hold(self, server, point):
+        """Migrate up to a point of the source's agent.
+
+        :returns: the file that lets it go on
+        """
+        top = self.agents.directory('host1')
+        go, record = top / 'go', top / 'points'
+        go.unlink(missing_ok=True)
+        self.restart_agent('host1', PYCONTAINER_FAULTS=f'{point}=wait:{go}',
+                           PYCONTAINER_FAULT_POINTS=str(record))
+        record.unlink(missing_ok=True)
+        self.migrate(server)
+        self.wait_for(lambda: record.exists() and
+                      point in record.read_text().split(), point)
+        return go
+
+    def abort(self, server):
+        self.api.api_delete(
+            f'/servers/{server["id"]}/migrations/{self.record(server).id}',
+            check_response_status=[202])
+
+    def aborted(self, server):
+        source = self.computes['host1'].driver._migration_source
+        job = source._jobs.get(server['id'])
+        return job is None or job.aborted
+
+    def test_abort(self):
+        server = self.counting()
+        for point in ('source.connected', 'source.pass', 'source.frozen',
+                      'source.dumped', 'source.ready'):
+            go = self.hold(server, point)
+            self.abort(server)
+            self.wait_for(
+                lambda: self.aborted(server), 'the abort to be asked for')
+            go.touch()
+            self.wait_for_migration(server, 'cancelled')
+            self.assertIn('aborted by the operator', self.reason(server))
+            self.assert_at(server, 'host1')
+        self.migrate(server)
+        self.wait_for_migration(server, 'completed')
+        self.assert_at(server, 'host2')
+
+    def test_abort_too_late(self):
+        server = self.counting()
+        go = self.hold(server, 'source.committed')
+        self.abort(server)
+        self.wait_for(lambda: 'point of no return' in self.reason(server),
+                      'the refusal')
+        go.touch()
+        self.wait_for_migration(server, 'completed')
+        self.assert_at(server, 'host2')
+
+    def test_force_complete_into_post_copy(self):
+        self.flags(group='pycontainer', live_migration_bandwidth=2,
+                   live_migration_permit_post_copy=True)
+        server = self.counting()
+        self.sh(server, 'host1', 'setsid sh -c "while :; do '
+                'for n in 1 2 3 4; do dd if=/dev/urandom of=/endless\\$n '
+                'bs=1M count=2 conv=notrunc; done; done" '
+                '</dev/null >/dev/null 2>&1 &')
+        self.migrate(server)
+        one = self.agents.client('host1')
+        self.wait_for(
+            lambda: getattr(self.record(server), 'status', '') == 'running' and
+            one.migration_status(self.record(server).uuid)['phase'] ==
+            'copying', 'the first pass')
+        self.api.force_complete_migration(
+            server['id'], self.record(server).id)
+        self.wait_for_migration(server, 'completed')
+        self.assertEqual('post-copy', self.agents.client(
+            'host2').migration_status(self.record(server).uuid)['strategy'])
+        self.assert_at(server, 'host2')

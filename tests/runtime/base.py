@@ -48,6 +48,14 @@ def wait_for(condition, what, timeout=PATIENCE):
     raise AssertionError(f'waited {timeout:g} s in vain for {what}')
 
 
+def ping(address):
+    """Wait until a guest on the test's own network answers."""
+    wait_for(lambda: subprocess.run(
+        ['ping', '-c', '1', '-W', '1', address], stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, timeout=30).returncode == 0,
+        f'an answer of {address}')
+
+
 def image(name):
     """Path of the root tarball of one of tools/images' systems."""
     done = subprocess.run(

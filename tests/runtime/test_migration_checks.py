@@ -123,6 +123,14 @@ class CheckTestCase(hosts.TwoHostsTestCase):
             errors.ContainerError, self.check, uuid)
         self.assertEqual('bad_state', error.code)
 
+    def test_processes_that_come_and_go(self):
+        uuid = self.run_container()
+        self.background(
+            uuid, 'while :; do for n in 1 2 3 4; do /bin/busybox dd '
+            'if=/dev/zero of=/dev/null count=1 & done; wait; done')
+        for _ in range(200):
+            self.assertEqual([], self.check(uuid)['problems'])
+
     # What cannot
 
     def test_nested_namespaces(self):

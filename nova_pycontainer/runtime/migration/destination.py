@@ -389,6 +389,8 @@ class Destination:
             cgroup='/' + item.cgroup.path, log='restore.log'))
         options.rst_sibling = True
         if dumped.get('lazy'):
+            # It may have been stop-and-copy in the beginning.
+            self.progress.strategy = 'post-copy'
             if self._pages_end is None:
                 raise errors.ContainerError(
                     'invalid', 'the source has no connection for pages')

@@ -21,6 +21,7 @@ guest goes on.
 
 import collections.abc as cabc
 import dataclasses
+import errno
 import os
 import re
 import socket
@@ -173,9 +174,12 @@ class Inspection:
                 self._mounts(process, own)
                 self._memory(process)
                 self._files(process)
-            except (FileNotFoundError, ProcessLookupError):
-                # It has ended meanwhile.
-                continue
+            except OSError as e:
+                # It has ended meanwhile. That its mounts cannot be told then
+                # is EINVAL (fs/proc_namespace.c, mounts_open_common).
+                if e.errno not in (
+                        errno.ENOENT, errno.ESRCH, errno.EINVAL):
+                    raise
 
     def _add(self, name: str, process: _Process | None, reason: str,
              remedy: str) -> None:

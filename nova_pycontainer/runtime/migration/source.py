@@ -50,6 +50,7 @@ Phase = protocol.Phase
 _CONNECT_TIMEOUT = 20.0
 _ANSWER_TIMEOUT = 60.0
 _PASS_TIMEOUT = 3600.0
+_DRAIN_TIMEOUT = 60.0
 #: The guest stands still meanwhile.
 _REASON_TIMEOUT = 5.0
 #: CRIU works this long between two notifications at most.
@@ -344,6 +345,8 @@ class Source:
                 if not self.committed:
                     self._thaw()
                 raise
+            if dump.lazy and response.success:
+                self.drain_pages()
             dump.wait_running()
             self.progress.steps['dump'] = time.monotonic() - began
             if not response.success:
@@ -487,6 +490,14 @@ class Source:
             self._connect('pages'), ours, limiter=self._limiter,
             idle_s=_PASS_TIMEOUT).start()
         return theirs
+
+    def drain_pages(self) -> None:
+        """CRIU has sent its last word. The destination has lost the guest if
+        it does not come, and what is limited in speed comes late.
+        """
+        if self._pages is not None and not self._pages.wait(_DRAIN_TIMEOUT):
+            LOG.warning('instance %s: the destination does not close its '
+                        'connection for pages', self._item.uuid)
 
     def close_pages(self) -> None:
         if self._pages is not None:

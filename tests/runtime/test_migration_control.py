@@ -1,0 +1,180 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Abort in each phase, and force-complete.
+
+The agent stops at a point of a migration until a file appears, so that each
+abort comes at a known moment.
+"""
+
+import threading
+
+from nova_pycontainer.runtime import errors
+from tests.runtime import base
+from tests.runtime import test_migration_faults as faults
+
+#: Where an abort comes in time: all of the source's points before its commit,
+#: and the destination's, which has to be heard of its answer.
+IN_TIME = (
+    *(('a', point) for point in faults.SOURCE_BEFORE),
+    *(('b', point) for point in faults.DESTINATION_BEFORE))
+TOO_LATE = tuple(('a', point) for point in faults.SOURCE_AFTER)
+
+
+class ControlTestCase(faults.FaultsTestCase):
+
+    # Inherited for its helpers; its tests run where they are.
+    test_abort_while_copying_and_delete_while_migrating = None
+    test_all_points_are_covered = test_failures_before_the_commit = None
+    test_source_dies_before_its_commit = None
+    test_source_dies_after_its_commit = None
+    test_destination_dies_before_the_commit = None
+    test_destination_dies_after_the_commit = None
+
+    def wait_at(self, name, point):
+        """A migration that waits at a point.
+
+        :returns: the instance, the migration, and the file that lets it go on
+        """
+        host = getattr(self, name)
+        go, host.record = self.top / f'go-{point}', self.top / 'points'
+        host.record.unlink(missing_ok=True)
+        self._restart(host, f'{point}=wait:{go}')
+        uuid = self._boot()
+        host.record.unlink(missing_ok=True)
+        migration = self.prepare_migration(uuid, self.a, self.b)
+        base.wait_for(
+            lambda: host.record.exists() and
+            point in host.record.read_text().split(), point)
+        return uuid, migration, go
+
+    def abort(self, migration, go):
+        """Abort from another thread, for what is aborted waits here."""
+        failure = []
+
+        def run():
+            try:
+                self.a.migration_abort(migration, 'changed my mind')
+            except errors.ContainerError as e:
+                failure.append(e)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        # The abort is on its way, or over already.
+        thread.join(0.5)
+        go.touch()
+        thread.join(base.PATIENCE)
+        return failure[0] if failure else None
+
+    def test_abort_in_time(self):
+        for name, point in IN_TIME:
+            uuid, migration, go = self.wait_at(name, point)
+            before = self.a.info(uuid)
+            self.assertIsNone(self.abort(migration, go), point)
+            status = self.a.migration_status(migration)
+            self.assertEqual('aborted', status['phase'], point)
+            self.assertEqual('aborted', status['error']['code'], point)
+            self.assertIn('changed my mind', str(status['error']), point)
+            # It is as if nothing had happened.
+            self._settled(uuid, ['a'])
+            after = self.a.info(uuid)
+            for same in ('pid', 'base_id', 'spec', 'started_at'):
+                self.assertEqual(before[same], after[same], point)
+            self.assertIsNone(after['migration'])
+            journal = (self.a.directory / 'state/instances' / uuid /
+                       'journal.json')
+            self.assertFalse(journal.exists(), point)
+            self._check_clean(self.b, uuid)
+            base.wait_for(lambda: not self.b.list(), 'the clean-up')
+            # The network answers, and the next try succeeds.
+            base.ping('203.0.113.10')
+            self.migrate(uuid, self.a, self.b)
+            self._settled(uuid, ['b'])
+            base.ping('203.0.113.10')
+            self.b.delete(uuid)
+
+    def test_abort_too_late(self):
+        for name, point in TOO_LATE:
+            uuid, migration, go = self.wait_at(name, point)
+            error = self.abort(migration, go)
+            self.assertIsNotNone(error, point)
+            self.assertEqual('bad_state', error.code, point)
+            status = base.wait_for(
+                lambda m=migration: self._ended(self.a, m), 'the end')
+            self.assertEqual('completed', status['phase'], point)
+            self._settled(uuid, ['b'])
+            self.assertEqual('stopped', self.a.info(uuid)['state'])
+            self.a.delete(uuid)
+            self.b.delete(uuid)
+
+    def test_abort_does_not_wait_for_a_pass(self):
+        """Which may take hours."""
+        uuid = self._boot()
+        self.sh(self.a, uuid, 'dd if=/dev/urandom of=/big bs=1M count=100')
+        migration = self.prepare_migration(
+            uuid, self.a, self.b, bandwidth=1 << 20)
+        base.wait_for(
+            lambda: self.b.migration_status(migration)['phase'] == 'copying',
+            'the first pass')
+        self.a.migration_abort(migration, 'changed my mind')
+        self.assertEqual(
+            'aborted', self.a.migration_status(migration)['phase'])
+        self.assertEqual(0, self.a.migration_status(migration)['passes'])
+        self._settled(uuid, ['a'])
+        self._check_clean(self.b, uuid)
+
+    # Force-complete
+
+    def endless(self):
+        """A guest that writes faster than its files can be copied."""
+        uuid = self._boot()
+        self.sh(self.a, uuid, 'setsid sh -c "while :; do '
+                'for n in 1 2 3 4 5 6; do dd if=/dev/urandom of=/endless\\$n '
+                'bs=1M count=4 conv=notrunc; done; done" '
+                '</dev/null >/dev/null 2>&1 &')
+        return uuid
+
+    def begin_endless(self, uuid, **options):
+        migration = self.prepare_migration(
+            uuid, self.a, self.b, bandwidth=16 << 20, max_passes=100000,
+            **options)
+        base.wait_for(
+            lambda: self.a.migration_status(migration)['passes'] > 2,
+            'some passes')
+        status = self.a.migration_status(migration)
+        self.assertEqual('copying', status['phase'])
+        self.assertEqual('stop-and-copy', status['strategy'])
+        return migration
+
+    def test_force_complete(self):
+        uuid = self.endless()
+        migration = self.begin_endless(uuid)
+        self.a.migration_force_complete(migration)
+        there, _here = self.finish_migration(uuid, migration, self.a, self.b)
+        self.assertEqual('stop-and-copy', there['strategy'])
+        self._settled(uuid, ['b'])
+
+    def test_force_complete_into_post_copy(self):
+        uuid = self.endless()
+        migration = self.begin_endless(uuid, permit_post_copy=True)
+        self.a.migration_force_complete(migration)
+        there, here = self.finish_migration(uuid, migration, self.a, self.b)
+        self.assertEqual('post-copy', there['strategy'])
+        self.assertEqual('completed', here['phase'])
+        self._settled(uuid, ['b'])
+        # It writes on.
+        path = str(self.b.directory / 'state/instances' / uuid /
+                   'disk/upper/endless1')
+        sums = {self.b.run('md5sum', path).stdout for _ in range(5)}
+        base.wait_for(
+            lambda: sums.add(self.b.run('md5sum', path).stdout) or
+            len(sums) > 2, 'the guest to write')
