@@ -228,7 +228,7 @@ class Container:
                 self._allow_ping(pid)
             with r.step('watch'):
                 self.exit_file.unlink(missing_ok=True)
-                self._keeper.watch(self.uuid, pid, str(self.exit_file))
+                self._watch(pid)
             with r.step('record'):
                 self.st.run = {
                     'process': process.ProcessId.of(pid).to_dict(),
@@ -243,6 +243,16 @@ class Container:
                 self.st.save(self.directory)
                 self._set_cgroup()
             r.success()
+
+    def _watch(self, pid: int) -> None:
+        """Have the end of the init written down."""
+        try:
+            start_time = process.ProcessId.of(pid).start_time
+        except ProcessLookupError:
+            # It has ended already, and the keeper knows how.
+            start_time = None
+        self._keeper.watch(
+            self.uuid, pid, str(self.exit_file), start_time)
 
     def mount_root(self, layer: pathlib.Path) -> None:
         self.root.parent.mkdir(mode=0o711, exist_ok=True)
@@ -381,7 +391,7 @@ class Container:
         finally:
             os.close(master)
         self.exit_file.unlink(missing_ok=True)
-        self._keeper.watch(self.uuid, pid, str(self.exit_file))
+        self._watch(pid)
         self.st.run = {
             'process': process.ProcessId.of(pid).to_dict(),
             'cgroup': self.cgroup.path,

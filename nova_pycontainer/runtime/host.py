@@ -24,6 +24,7 @@ import platform
 import shutil
 import signal
 import socket
+import sys
 import threading
 import time
 import typing as ty
@@ -111,11 +112,10 @@ class Host:
         self._hierarchies = cgroup.Hierarchies()
         self._oci = oci.OciRuntime(c)
         self._disk_method = disk.choose_method(c.disk_limit, c.state_dir)
-        self.keeper = keeper_client.KeeperClient(c.keeper_socket)
-        if c.python:
-            keeper_client.ensure_keeper(c.keeper_socket, c.python)
-        else:
-            keeper_client.ensure_keeper(c.keeper_socket)
+        python = c.python or sys.executable
+        keeper_client.ensure_keeper(c.keeper_socket, python)
+        self.keeper = keeper_client.KeeperClient(
+            c.keeper_socket, python=python)
         self._events = events.EventLog()
         self.layers = layers.LayerStore(
             c.layers_dir, unpack_base=self._ids.unpack_base,

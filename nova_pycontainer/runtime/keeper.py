@@ -243,7 +243,8 @@ class Keeper:
     ) -> None:
         match verb:
             case 'ping':
-                answer({'version': VERSION, 'pid': os.getpid()})
+                answer({'version': VERSION, 'pid': os.getpid(),
+                        'features': keeper_params.features()})
             case 'run':
                 self._children.run(params, fds, answer)
             case 'spawn':

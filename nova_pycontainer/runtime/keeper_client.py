@@ -17,14 +17,27 @@ import fcntl
 import json
 import os
 import pathlib
+import resource
 import socket
 import subprocess
 import sys
+import threading
+import time
 import types
 import typing as ty
 
+from oslo_log import log as logging
+
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import keeper
+
+LOG = logging.getLogger(__name__)
+
+#: Seconds in which an init system has restarted a keeper that it started.
+_RESTART_TIMEOUT: ty.Final = 3.0
+#: Of processes, as this one was started with. Later it may have more, which a
+#: keeper must not hand on to containers.
+_OPEN_FILES: ty.Final = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 #: Seconds for an answer that does not depend on a command.
 ANSWER_TIMEOUT: ty.Final = 10.0
@@ -190,22 +203,67 @@ class KeeperClient:
 
     def __init__(
         self, socket_path: str | os.PathLike[str],
-        timeout_s: float = ANSWER_TIMEOUT,
+        timeout_s: float = ANSWER_TIMEOUT, *,
+        python: str | None = None,
     ) -> None:
+        """
+        :param python: interpreter that a new keeper is started with where
+            the old one has gone; None: whoever calls has to see to it
+        """
         self._path = os.fspath(socket_path)
         self._timeout_s = timeout_s
+        self._python = python
+        self._reviving = threading.Lock()
 
     def _call(
         self, verb: str, params: dict[str, ty.Any] | None = None,
         fds: ty.Sequence[int] = (), timeout_s: float | None = None,
     ) -> dict[str, ty.Any]:
-        with _Connection(self._path, self._timeout_s) as connection:
+        with self._connect() as connection:
             return connection.call(
                 verb, params or {}, fds, timeout_s or self._timeout_s)
 
-    def ping(self) -> dict[str, int]:
-        """``{"version", "pid"}``."""
+    def _connect(self) -> _Connection:
+        try:
+            return _Connection(self._path, self._timeout_s)
+        except errors.ContainerError:
+            if self._python is None:
+                raise
+        # Nothing has been asked for yet, so asking a new one is safe.
+        with self._reviving:
+            self._revive(self._python)
+        return _Connection(self._path, self._timeout_s)
+
+    def _revive(self, python: str) -> None:
+        """Start a keeper in place of one that was killed.
+
+        It takes up what the old one has written down. One of an init system
+        has kept the consoles there too, so that has a moment to restart it.
+        """
+        end = time.monotonic() + (
+            _RESTART_TIMEOUT if 'INVOCATION_ID' in os.environ else 0.0)
+        while time.monotonic() < end:
+            with contextlib.suppress(errors.ContainerError):
+                _Connection(self._path, self._timeout_s).close()
+                return
+            time.sleep(0.1)
+        LOG.warning('The keeper at %s is gone; starting another', self._path)
+        ensure_keeper(self._path, python)
+
+    def ping(self) -> dict[str, ty.Any]:
+        """``{"version", "pid", "features"}``; older ones have no features.
+        """
         return self._call('ping')
+
+    def _has(self, feature: str) -> bool:
+        """Whether the keeper that is there now knows a parameter."""
+        found = feature in self.ping().get('features', ())
+        if not found:
+            LOG.warning(
+                'The keeper at %s is older than this agent and does not know '
+                '%s; doing without. Restart it when no container runs here',
+                self._path, feature)
+        return found
 
     def run(
         self,
@@ -304,7 +362,8 @@ class KeeperClient:
         """
         self._call('hold', {
             'uuid': uuid, 'log_path': os.fspath(log_path),
-            'max_bytes': max_bytes, **({'fresh': True} if fresh else {}),
+            'max_bytes': max_bytes,
+            **({'fresh': True} if fresh and self._has('hold.fresh') else {}),
         }, [fd])
 
     def attach(
@@ -344,7 +403,7 @@ class KeeperClient:
 
     def subscribe(self) -> Subscription:
         """All exits from now on."""
-        connection = _Connection(self._path, self._timeout_s)
+        connection = self._connect()
         try:
             connection.call('subscribe', {}, (), self._timeout_s)
         except BaseException:
@@ -371,6 +430,11 @@ def command(
     )
 
 
+def _open_files() -> str:
+    return ('unlimited' if _OPEN_FILES == resource.RLIM_INFINITY
+            else str(_OPEN_FILES))
+
+
 def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
@@ -378,7 +442,7 @@ def _private(path: str, flags: int) -> int:
 def ensure_keeper(
     socket_path: str | os.PathLike[str], python: str = sys.executable,
     timeout_s: float = ANSWER_TIMEOUT,
-) -> dict[str, int]:
+) -> dict[str, ty.Any]:
     """Start a keeper unless one answers; returns what it says to a ping.
 
     It gets a session of its own and survives the caller. Its log is
@@ -411,7 +475,8 @@ def ensure_keeper(
         with open(f'{path}.log', 'ab', opener=_private) as log:
             try:
                 subprocess.run(
-                    [*argv, '--detach'], env=env, cwd='/', check=True,
+                    ['prlimit', f'--nofile={_open_files()}:', *argv,
+                     '--detach'], env=env, cwd='/', check=True,
                     stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                     timeout=timeout_s)
             except (OSError, subprocess.SubprocessError) as e:

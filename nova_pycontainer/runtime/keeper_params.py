@@ -180,6 +180,18 @@ VERBS: ty.Final[dict[str, Checks]] = {
     'subscribe': {},
 }
 
+
+def features() -> list[str]:
+    """Parameters that not every keeper of this version has known.
+
+    A client that finds one missing does without it: the keeper is older than
+    the agent for as long as any container runs.
+    """
+    return sorted(
+        f'{verb}.{name.rstrip("?")}' for verb, checks in VERBS.items()
+        for name in checks if name.endswith('?'))
+
+
 #: How many descriptors must come with a request; else as many as "fds" names.
 _FDS: ty.Final = {'hold': 1, 'attach': 1}
 
