@@ -16,7 +16,6 @@
 import collections
 import contextlib
 import pathlib
-import socket
 import threading
 import time
 import typing as ty
@@ -28,8 +27,8 @@ from nova_pycontainer.runtime import criu
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime.migration import channel
 from nova_pycontainer.runtime.migration import destination as dst
+from nova_pycontainer.runtime.migration import identity
 from nova_pycontainer.runtime.migration import images
-from nova_pycontainer.runtime.migration import keys
 from nova_pycontainer.runtime.migration import listener
 from nova_pycontainer.runtime.migration import protocol
 from nova_pycontainer.runtime.migration import recovery
@@ -73,7 +72,7 @@ class Migrations:
         :raises ContainerError: ``network``: the address is not ours
         """
         c = self._config
-        self._identity = self._load_identity()
+        self._identity = identity.load(c)
         self._criu = criu.Criu(c.criu_path, self._host.keeper)
         # Of migrations that another agent began: their connections are gone.
         for directory in (c.run_dir / 'migration').glob('*'):
@@ -82,18 +81,6 @@ class Migrations:
         self._listener = listener.Listener(
             c.migration_listen, c.migration_ports, self._identity,
             self._connected)
-
-    def _load_identity(self) -> keys.Identity:
-        c = self._config
-        files = (c.migration_ca, c.migration_cert, c.migration_key)
-        if not any(files):
-            return keys.Identity.load_or_create(
-                c.state_dir / 'keys', socket.gethostname())
-        if not all(files):
-            raise errors.ContainerError(
-                'invalid', 'migration_ca, migration_cert and migration_key '
-                'go together', remedy='Set all three, or none')
-        return keys.Identity.load_operator(*map(str, files))
 
     def close(self) -> None:
         if self._listener is not None:
@@ -269,17 +256,26 @@ class Migrations:
         self._end(migration)
 
     def _end(self, migration: str) -> None:
+        assert self._listener is not None
         with self._lock:
             incoming = self._destinations.get(migration)
-        if incoming is not None:
-            self._remember(incoming.progress)
+        if incoming is None:
+            return
+        if incoming.asked:
+            # A source that has committed may not have heard how it ended.
+            self._listener.restrict(migration, ('control',))
+        else:
+            self._listener.forget(migration)
+        self._remember(incoming.progress)
 
     def _remember(self, progress: protocol.Progress) -> None:
         with self._changed:
             self._ended[progress.migration] = progress
             while len(self._ended) > _KEEP:
                 old, _ = self._ended.popitem(last=False)
-                self._destinations.pop(old, None)
+                if self._destinations.pop(old, None) is not None:
+                    assert self._listener is not None
+                    self._listener.forget(old)
             self._changed.notify_all()
 
     # Source

@@ -30,15 +30,7 @@ IN_TIME = (
 TOO_LATE = tuple(('a', point) for point in faults.SOURCE_AFTER)
 
 
-class ControlTestCase(faults.FaultsTestCase):
-
-    # Inherited for its helpers; its tests run where they are.
-    test_abort_while_copying_and_delete_while_migrating = None
-    test_all_points_are_covered = test_failures_before_the_commit = None
-    test_source_dies_before_its_commit = None
-    test_source_dies_after_its_commit = None
-    test_destination_dies_before_the_commit = None
-    test_destination_dies_after_the_commit = None
+class ControlTestCase(faults.Helpers):
 
     def wait_at(self, name, point):
         """A migration that waits at a point.

@@ -41,7 +41,7 @@ DESTINATION_AFTER = (
     'destination.running')
 
 
-class FaultsTestCase(hosts.TwoHostsTestCase):
+class Helpers(hosts.TwoHostsTestCase):
 
     def _restart(self, host, faults=''):
         if host.process.poll() is None:
@@ -100,6 +100,9 @@ class FaultsTestCase(hosts.TwoHostsTestCase):
             raise AssertionError(f'{e}: {infos()}\n{self.logs()}') from None
         for line in host.run('cat', '/proc/mounts').stdout.splitlines():
             self.assertNotIn('pycontainer-images', line)
+
+
+class FaultsTestCase(Helpers):
 
     # One agent dies; it comes back.
 

@@ -18,6 +18,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
@@ -26,6 +27,7 @@ from nova_pycontainer.runtime import host as rhost
 from nova_pycontainer.runtime.migration import trial
 from tests.runtime import base
 from tests.runtime import hosts
+from tests.unit.runtime.migration import test_keys
 
 
 class PreflightTestCase(base.HostTestCase):
@@ -131,3 +133,34 @@ class CommandTestCase(hosts.TwoHostsTestCase):
         self.assertEqual([], json.loads(done.stdout)['source']['problems'])
         done = self.command('migrate', uuid)
         self.assertEqual(1, done.returncode)
+
+
+class OperatorTestCase(base.HostTestCase):
+
+    def test_certificate_of_an_operator(self):
+        """It is that which is checked, and not one of our own."""
+        self.host.close()
+        authority = test_keys.Authority(self.config.run_dir)
+        own = self.config
+        for name, days, reason in (
+                (socket.gethostname(), 60, None),
+                ('another-host', 60, "for ['another-host']"),
+                (socket.gethostname(), 3, 'valid from')):
+            ca, cert, key = authority.issue(name, days=days)
+            self.config = dataclasses.replace(
+                own, migration_ca=pathlib.Path(ca),
+                migration_cert=pathlib.Path(cert),
+                migration_key=pathlib.Path(key))
+            made = self.make_host()
+            check = next(c for c in made.preflight.run()['checks']
+                         if c['name'] == 'keys')
+            made.close()
+            self.assertEqual(reason is None, check['ok'], check)
+            if reason is None:
+                self.assertEqual(
+                    made.migrations.identity()['fingerprint'],
+                    check['reason'])
+            else:
+                self.assertIn(reason, check['reason'])
+                self.assertTrue(check['remedy'])
+        self.host = made

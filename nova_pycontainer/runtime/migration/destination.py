@@ -113,6 +113,8 @@ class Destination:
         self._go = threading.Event()
         self._lock = threading.Lock()
         self.progress = progress
+        #: The source has been, or is just being, told that it can run here.
+        self.asked = False
         #: It may run here: the source has committed.
         self.committed = False
         self._resumed = False
@@ -310,7 +312,8 @@ class Destination:
         faults.point('destination.pass')
         self.progress.passes += 1
         self.progress.disk_sent += stats.received
-        self._control.send('files', seq=seq, bytes=stats.received)
+        self._control.send(
+            'files', seq=seq, bytes=stats.received, complete=stats.complete)
 
     @contextlib.contextmanager
     def _connected_socket(
@@ -502,6 +505,7 @@ class Destination:
         self._journal.write(Phase.READY, **facts)
         self.progress.phase = Phase.READY
         faults.point('destination.ready')
+        self.asked = True
         self._control.send('ready')
         faults.point('destination.asked')
         self._wait_for_go()

@@ -76,6 +76,11 @@ def fingerprint(der: bytes) -> str:
     return hashlib.sha256(der).hexdigest()
 
 
+def der(pem: str) -> bytes:
+    """One certificate in its other form."""
+    return _der(parse(pem))
+
+
 def _der(certificate: x509.Certificate) -> bytes:
     return certificate.public_bytes(serialization.Encoding.DER)
 

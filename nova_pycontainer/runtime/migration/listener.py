@@ -155,6 +155,15 @@ class Listener:
                     'not_found', f'migration {migration} is not expected')
             self._expected[migration].expires = time.monotonic() + expires_s
 
+    def restrict(
+        self, migration: str, roles: cabc.Iterable[str]
+    ) -> None:
+        """From now on accept its connections for these roles only."""
+        with self._lock:
+            expected = self._expected.get(migration)
+            if expected is not None:
+                expected.roles = frozenset(roles)
+
     def forget(self, migration: str) -> None:
         """Accept no more of its connections. Idempotent."""
         with self._lock:

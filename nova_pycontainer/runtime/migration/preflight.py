@@ -23,7 +23,6 @@ import pathlib
 import platform
 import re
 import shutil
-import socket
 import subprocess
 import tempfile
 import threading
@@ -40,7 +39,7 @@ from nova_pycontainer.runtime import criu
 from nova_pycontainer.runtime import disk
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import keeper_client
-from nova_pycontainer.runtime.migration import keys
+from nova_pycontainer.runtime.migration import identity
 from nova_pycontainer.runtime.migration import trial
 from nova_pycontainer.runtime import oci
 from nova_pycontainer.runtime import overlay
@@ -320,10 +319,9 @@ class Preflight:
         return found[0].removeprefix('version ')
 
     def _keys(self) -> str:
-        identity = keys.Identity.load_or_create(
-            self._config.state_dir / 'keys', socket.gethostname())
+        found = identity.load(self._config)
         certificate = x509.load_pem_x509_certificate(
-            identity.certificate.encode())
+            found.certificate.encode())
         now = datetime.datetime.now(datetime.UTC)
         end = certificate.not_valid_after_utc
         if certificate.not_valid_before_utc > now or end < now + _MIN_LIFE:
@@ -331,7 +329,11 @@ class Preflight:
                 'the certificate is valid from '
                 f'{certificate.not_valid_before_utc:%Y-%m-%d} to '
                 f'{end:%Y-%m-%d}', 'Renew it, and look at the clock')
-        return identity.fingerprint()
+        reason = identity.unnamed(self._config, found)
+        if reason is not None:
+            raise Failed(reason, 'Have the CA issue one with the host\'s '
+                         'name, or with [pycontainer]migration_address')
+        return found.fingerprint()
 
     def _criu_version(self) -> str:
         version = self._criu.version()

@@ -20,7 +20,7 @@ Frames of the control connection (S source, D destination)::
     S  layer     it is served: seq
     D  prepared
     S  files     a pass over its files begins: what, seq, final
-    D  files     it is done: seq, bytes
+    D  files     it is done: seq, bytes, whether it was complete
     S  dumped    what the restore needs beside the images
     D  ready     everything is restored, and frozen
     S  go        after it wrote down that it will never thaw

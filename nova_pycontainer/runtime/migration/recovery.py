@@ -161,6 +161,8 @@ class DestinationQuestion:
     It waits for the source, which asks as soon as it can.
     """
 
+    asked = True
+
     def __init__(
         self, item: container.Container, journal_facts: ty.Mapping[
             str, ty.Any],
@@ -235,6 +237,8 @@ class DestinationQuestion:
 
 class Answer:
     """For a source that did not hear that its instance runs here."""
+
+    asked = True
 
     def __init__(self, progress: protocol.Progress) -> None:
         progress.phase = Phase.COMPLETED

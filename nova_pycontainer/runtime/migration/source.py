@@ -67,6 +67,9 @@ _TRANSIENT = (
     'pid: unable to find', 'Unable to seize', 'Task is still busy',
     'error parsing [inotify', 'ctty inheritance',
 )
+#: So many more if the last one was not complete: what it has left out would
+#: be copied while the guest stands still.
+_MORE_PASSES = 2
 _DUMP_TRIES = 8
 _TRY_PAUSE = 0.5
 #: The number that CRIU finds its connection for pages at.
@@ -121,6 +124,8 @@ class Source:
         self._pages: relay.Relay | None = None
         #: The destination has all that it needs to run the instance.
         self._restorable = False
+        #: Whether the pass before has copied all that it was to copy.
+        self._complete = True
         #: When the pass before began.
         self._mark: sync.Mark | None = None
         self._abort = threading.Event()
@@ -255,13 +260,16 @@ class Source:
         if self._item.config_drive.exists():
             self._serve('drive', self._item.config_drive, None, True)
         self.link_aliases()
-        for _ in range(self._options.max_passes):
+        for number in range(self._options.max_passes + _MORE_PASSES):
             self._check_abort()
             if self._force.is_set() and self._mark is not None:
                 break
+            if number >= self._options.max_passes and self._complete:
+                break
             began = time.monotonic()
             self._pass(final=False)
-            if time.monotonic() - began < _SHORT_PASS:
+            # One that did not come to its end says nothing of the next.
+            if self._complete and time.monotonic() - began < _SHORT_PASS:
                 break
 
     def _pass(self, final: bool,
@@ -293,6 +301,7 @@ class Source:
             self._control.send('files', what=what, seq=seq, final=final)
             done = self._control.expect('files', _PASS_TIMEOUT)
         self.progress.disk_sent += int(done.get('bytes') or 0)
+        self._complete = bool(done.get('complete', True))
         return server.mark
 
     def hand_over(self) -> None:
