@@ -338,6 +338,8 @@ class Migrations:
             entry.migration = None
             with self._lock:
                 self._sources.pop(migration, None)
+            # After the phase, for those who look at it to know the end.
+            progress.ended_at = time.time()
             self._remember(progress)
 
     def _gone(self, uuid: str, migration: str) -> None:

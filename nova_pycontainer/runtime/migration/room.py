@@ -31,13 +31,15 @@ _TIMEOUT = 120.0
 _REMEDY = 'Free space there, or migrate to another host'
 
 
-class Full(errors.ContainerError):
-    """It is said already what does not fit."""
+def _said() -> str:
+    return f'do not fit on {socket.gethostname()}'
 
 
-def _full(what: str, cause: str, remedy: str | None = None) -> Full:
-    return Full(
-        'no_space', f'{what} do not fit on {socket.gethostname()}',
+def _full(
+    what: str, cause: str, remedy: str | None = None
+) -> errors.ContainerError:
+    return errors.ContainerError(
+        'no_space', f'{what} {_said()}',
         cause=cause, remedy=remedy or _REMEDY)
 
 
@@ -54,9 +56,10 @@ def needed(
     """
     try:
         yield
-    except Full:
-        raise
     except (OSError, errors.ContainerError) as e:
+        if isinstance(e, errors.ContainerError) and _said() in e.message:
+            # By another thread, about what did not fit there.
+            raise
         cause, remedy, code = str(e), None, None
         if isinstance(e, errors.ContainerError):
             cause, remedy = e.cause or e.message, e.remedy

@@ -193,8 +193,6 @@ class Source:
             if not self.committed:
                 self._fail(e)
             raise
-        finally:
-            self.progress.ended_at = time.time()
 
     def _fail(self, error: BaseException) -> None:
         self._stack.close()

@@ -445,7 +445,7 @@ class TestConnect(base.ChannelTestCase):
         error = self.refused(
             self.dial_fake, self.fake_tls(self.frame({'v': 9, 'ok': True})),
             code='unsupported')
-        self.assertIn('9 and 1', str(error))
+        self.assertIn('speaks version 9', str(error))
 
     def test_an_oversized_answer(self):
         self.refused(self.dial_fake, self.fake_tls(b'\x7f' * 100),

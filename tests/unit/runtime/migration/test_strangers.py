@@ -61,8 +61,8 @@ class TestBadHellos(base.ChannelTestCase):
     def test_version(self):
         error = self.change(v=2)
         self.assertEqual('unsupported', error.code)
-        self.assertIn('2 and 1', str(error))
-        self.assertLogged('2 and 1')
+        self.assertIn('speaks version 2', str(error))
+        self.assertLogged('speaks version 2')
 
     def test_no_version(self):
         self.assertEqual('unsupported', self.say({}).code)
