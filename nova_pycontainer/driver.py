@@ -256,6 +256,8 @@ class PyContainerDriver(driver.ComputeDriver):
 
     def destroy(self, context, instance, network_info, block_device_info=None,
                 destroy_disks=True, destroy_secrets=True):
+        if destroy_disks:
+            self._migration_source.deleted(instance)
         self.cleanup(context, instance, network_info, block_device_info,
                      destroy_disks)
 

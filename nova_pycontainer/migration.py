@@ -51,6 +51,10 @@ _ROOM = 235
 EVENT = 'compute_live_migration_transfer'
 
 
+#: For a deletion to wait, in seconds. Nova's RPC to the destination is in it.
+_ROLL_BACK_TIMEOUT = 120
+
+
 class Job:
     """One server on its way.
 
@@ -62,6 +66,8 @@ class Job:
         self.migration = migration
         #: Its end was asked for, and the reason.
         self.aborted = None
+        #: What failed is undone, on the destination and in Nova's records.
+        self.over = threading.Event()
 
 
 class Source:
@@ -116,18 +122,29 @@ class Source:
         with self._lock:
             self._jobs[instance.uuid] = job
         try:
-            error = None
-            if begin:
-                error = self._begun(context, job, dest, data)
-            if error is None:
-                error = self.watch(job)
+            self._moved(context, job, dest, post_method, recover_method,
+                        block_migration, data, begin)
         finally:
-            with self._lock:
-                self._jobs.pop(instance.uuid, None)
+            self._forget(job)
+            job.over.set()
+
+    def _moved(self, context, job, dest, post_method, recover_method,
+               block_migration, data, begin):
+        error = None
+        if begin:
+            error = self._begun(context, job, dest, data)
         if error is None:
-            post_method(context, instance, dest, block_migration, data)
+            error = self.watch(job)
+        if error is None:
+            # What this does with the server here must not wait for itself.
+            self._forget(job)
+            post_method(context, job.instance, dest, block_migration, data)
         else:
             self._recover(context, job, dest, recover_method, data, error)
+
+    def _forget(self, job):
+        with self._lock:
+            self._jobs.pop(job.instance.uuid, None)
 
     def _begun(self, context, job, dest, data):
         """Have the agent begin.
@@ -357,6 +374,30 @@ class Source:
         with driver_errors.translated(
                 instance, failure=exception.MigrationError):
             self._client.migration_force_complete(job.migration.uuid)
+
+    def deleted(self, instance):
+        """The server is deleted: end its migration first, if there is one.
+
+        Nova's roll-back gives back what it holds on the destination. Were the
+        server's allocations deleted meanwhile, it would fail before that.
+        """
+        with self._lock:
+            job = self._jobs.get(instance.uuid)
+        if job is None:
+            return
+        try:
+            self._client.migration_abort(
+                job.migration.uuid, 'the instance is deleted')
+        except errors.ContainerError as e:
+            # It is too late, or there is nobody to ask: the agent settles
+            # that when it deletes the container.
+            LOG.info('The migration cannot be aborted: %s', e,
+                     instance=instance)
+            return
+        if not job.over.wait(_ROLL_BACK_TIMEOUT):
+            LOG.warning('The migration of the deleted server is not rolled '
+                        'back after %d s', _ROLL_BACK_TIMEOUT,
+                        instance=instance)
 
     def abort(self, instance):
         """End the migration; returns when the agent has ended it.

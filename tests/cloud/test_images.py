@@ -147,10 +147,12 @@ class BadImagesTest(base.CloudTestCase):
         self._refused('qcow2', 'qcow2', 'Upload a tar')
 
     def test_entry_upwards(self):
-        self._refused('upwards', r"'\.\./evil'", 'upwards', 'Build the image again')
+        self._refused('upwards', r"'\.\./evil'", 'upwards',
+                      'Build the image again')
 
     def test_symlink_escape(self):
-        self._refused('symlink', "'out/evil'", 'leads out', 'Build the image again')
+        self._refused('symlink', "'out/evil'", 'leads out',
+                      'Build the image again')
 
     def test_device(self):
         self._refused('device', "'etc/sda'", '8:0', 'Build the image again')

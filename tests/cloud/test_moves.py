@@ -138,13 +138,7 @@ class MovesTest(base.CloudTestCase):
             total = time.monotonic() - began
             now = self.wait_server(server.id, 'ACTIVE')
             self.assertNotEqual(source, now.compute_host, f'move {number}')
-            # A silence that is not over yet is one, too.
-            received, replies = stream.received, pings.replies
-            base.wait_for(
-                lambda: stream.error or (
-                    stream.received > received + 20 and
-                    pings.replies > replies + 20), 60,
-                f'answers after move {number}')
+            self._wait_answers(stream, pings)
             self.assertIsNone(stream.error, f'move {number}')
             newest = max(self.admin.compute.migrations(
                 instance_uuid=server.id), key=lambda m: m.id)
@@ -159,6 +153,14 @@ class MovesTest(base.CloudTestCase):
                 'bytes': status['memory_sent'] + status['disk_sent']})
         stream.finish()
         self._report(name, moved)
+
+    def _wait_answers(self, stream, pings):
+        """A silence that is not over yet is one, too."""
+        received, replies = stream.received, pings.replies
+        base.wait_for(
+            lambda: stream.error or (stream.received > received + 20 and
+                                     pings.replies > replies + 20),
+            60, 'answers after a move')
 
     def _report(self, name, moved):
         with open(_FIGURES, 'a') as f:
