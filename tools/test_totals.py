@@ -28,6 +28,10 @@ import subunit
 import testtools
 
 
+#: Characters of a failure's reason that fit beside its name.
+_LAST_WORDS = 300
+
+
 class _Totals(testtools.StreamResult):
     """Counts the last status of each test of a stream."""
 
@@ -35,6 +39,7 @@ class _Totals(testtools.StreamResult):
         super().__init__()
         self.status_of = {}
         self.reasons = {}
+        self.tracebacks = {}
 
     def status(self, test_id=None, test_status=None, test_tags=None,
                runnable=True, file_name=None, file_bytes=None, eof=False,
@@ -46,6 +51,15 @@ class _Totals(testtools.StreamResult):
         if file_name == 'reason' and file_bytes:
             self.reasons[test_id] = (
                 self.reasons.get(test_id, b'') + bytes(file_bytes))
+        if file_name == 'traceback' and file_bytes:
+            self.tracebacks[test_id] = (
+                self.tracebacks.get(test_id, b'') + bytes(file_bytes))
+
+    def last_words(self, test_id):
+        """The last line of its traceback, or what there is of it."""
+        text = self.tracebacks.get(test_id, b'').decode(errors='replace')
+        lines = text.strip().splitlines() or ['']
+        return lines[-1][:_LAST_WORDS]
 
 
 def _read(path):
@@ -82,7 +96,8 @@ def main(argv):
             else:
                 # A test that began and never ended ("inprogress") among them.
                 counts['failed'] += 1
-                lines.append(f'FAILED {test} ({status})')
+                lines.append(f'FAILED {test} ({status}) '
+                             f'{totals.last_words(test)}'.rstrip())
         if not ran:
             counts['failed'] += 1
             lines.append(f'FAILED {group}: no test ran')
