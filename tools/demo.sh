@@ -214,7 +214,7 @@ env PYTHONPATH="$REPO" python -c 'from tests import echo; print(echo.SERVICE)' |
     "${remote[@]}" 'cat > /tmp/echo-service; sudo setsid python3 \
         /tmp/echo-service </dev/null >/dev/null 2>&1 &'
 eval "$("$REPO/tools/cloud.sh" openrc admin)"
-env PYTHONPATH="$REPO" python "$REPO/tools/demo/migrate.py" "$id" "$address" "$REPO/tools/cloud.sh" \
+env PYTHONPATH="$REPO" python "$REPO/tools/demo/migrate.py" "$id" "$address" \
     "$scratch/migrations.json" 4
 eval "$("$REPO/tools/cloud.sh" openrc demo)"
 guest=$("${remote[@]}" hostname) || die 'no login after the moves'

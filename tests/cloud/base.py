@@ -239,16 +239,6 @@ class CloudTestCase(testtools.TestCase):
             self.host_of(server), 'pycontainer', 'show', server.id,
             '-f', 'json'))
 
-    def migration_status(self, host: str, migration: str) -> typing.Any:
-        """What the agent of its source or destination knows of it."""
-        return json.loads(self.on_host(
-            host, 'env', f'PYTHONPATH={REPO}',
-            str(WORK / 'venv/bin/python'), '-c', 'import json, sys\n'
-            'from nova_pycontainer.agent import client\n'
-            'c = client.Client("/run/pycontainer/agent.sock")\n'
-            'print(json.dumps(c.migration_status(sys.argv[1])))',
-            migration).splitlines()[-1])
-
     def open_port(self, port: int) -> None:
         """Let everybody reach a TCP port of the demo project's servers."""
         group = self.demo.network.find_security_group('default')

@@ -114,12 +114,17 @@ class LiveMigrationTest(base.CloudTestCase):
                 PATIENCE, f'the port has gone from {other}')
             self.assertNotIn(name, self.on_host(
                 other, 'ip', '-brief', 'link'))
-        provider = self.admin.compute.get(
-            f'/os-hypervisors?hypervisor_hostname_pattern={host}',
-            microversion='2.53').json()['hypervisors'][0]['id']
+        provider = self.hypervisor(host)
         allocations = self.admin.placement.get(
             f'/allocations/{server.id}').json()['allocations']
         self.assertEqual([provider], [*allocations])
+
+    def hypervisor(self, host: str) -> str:
+        """Its id, which is its resource provider's too."""
+        found, = self.admin.compute.get(
+            f'/os-hypervisors?hypervisor_hostname_pattern={host}',
+            microversion='2.53').json()['hypervisors']
+        return found['id']
 
     def switch_ports(self, host: str) -> list[str]:
         return self.on_host(
@@ -147,14 +152,12 @@ class LiveMigrationTest(base.CloudTestCase):
         Nova puts a server into ERROR that is being built while it starts.
         """
         self.restart(f'{host}.nova-compute')
-        hypervisor, = self.admin.compute.get(
-            f'/os-hypervisors?hypervisor_hostname_pattern={host}',
-            microversion='2.53').json()['hypervisors']
+        hypervisor = self.hypervisor(host)
 
         def answers():
             # nova-compute itself is asked, which answers when it has begun.
             return self.admin.compute.get(
-                f'/os-hypervisors/{hypervisor["id"]}/uptime',
+                f'/os-hypervisors/{hypervisor}/uptime',
                 microversion='2.53').status_code == 200
 
         base.wait_for(answers, PATIENCE, f'nova-compute of {host} is ready')

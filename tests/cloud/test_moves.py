@@ -28,6 +28,7 @@ from tests.cloud import base
 from tests.cloud import sessions
 from tests import echo
 from tests import ping
+from tests import progress
 
 _MOVES = int(os.environ.get('PYCONTAINER_TEST_MOVES', '4'))
 _FIGURES = base.LOGS.parent / 'moves.json'
@@ -143,7 +144,7 @@ class MovesTest(base.CloudTestCase):
             newest = max(self.admin.compute.migrations(
                 instance_uuid=server.id), key=lambda m: m.id)
             self.assertEqual('completed', newest.status)
-            status = self.migration_status(source, newest.uuid)
+            status = progress.of(source, newest.uuid)
             moved.append({
                 'image': name, 'from': source, 'to': now.compute_host,
                 'strategy': status['strategy'], 'total_s': total,

@@ -110,13 +110,24 @@ class Agent(client.Client):
         self.process.kill()
         self.process.wait(base.PATIENCE)
 
+    def stop_agent(self):
+        """As a service manager does; one that has ended is no error."""
+        if self.process.poll() is None:
+            self.process.terminate()
+        self.process.wait(base.PATIENCE)
+
+    def restart_agent(self, faults='', **options):
+        """:param faults: see nova_pycontainer.runtime.faults"""
+        self.stop_agent()
+        self.faults = faults
+        self.start_agent(**options)
+
     def stop(self):
         if self.process is not None and self.process.poll() is None:
             for info in self.list():
                 with contextlib.suppress(errors.ContainerError):
                     self.delete(info['uuid'])
-            self.process.terminate()
-            self.process.wait(base.PATIENCE)
+            self.stop_agent()
         for pid in self.pids():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

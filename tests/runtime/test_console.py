@@ -12,10 +12,10 @@
 
 """The console as a terminal that a login can have."""
 
-import select
 import time
 
 from tests.runtime import base
+from tests.runtime import terminal
 
 
 class ConsoleTestCase(base.HostTestCase):
@@ -25,32 +25,24 @@ class ConsoleTestCase(base.HostTestCase):
         self.uuid = self.run_container()
         # A shell waits there, started by the image's init.
         self.wait_console(self.uuid, 'Start-up done')
-        self.socket = self.host.console_attach(self.uuid)
-        self.addCleanup(self.socket.close)
-        self.output = b''
-
-    def wait_for(self, text):
-        end = time.monotonic() + base.PATIENCE
-        while text not in self.output:
-            left = end - time.monotonic()
-            if left <= 0 or not select.select([self.socket], [], [], left)[0]:
-                raise AssertionError(f'no {text!r} in {self.output!r}')
-            self.output += self.socket.recv(65536)
+        self.terminal = terminal.Terminal(self.host, self.uuid)
+        self.addCleanup(self.terminal.close)
 
     def test_the_shell_has_a_terminal_of_its_own(self):
-        self.socket.sendall(b'echo "options:$-:"; tty\n')
-        self.wait_for(b'\n/dev/')
+        self.terminal.type(b'echo "options:$-:"; tty\n')
+        self.terminal.wait_for(b'\n/dev/')
         # "m": job control.
-        self.assertRegex(self.output.decode(), r'options:[a-z]*m[a-z]*:')
+        self.assertRegex(self.terminal.output.decode(),
+                         r'options:[a-z]*m[a-z]*:')
 
     def test_the_interrupt_key_ends_a_command_and_no_machine(self):
         started = self.host.info(self.uuid)['started_at']
-        self.socket.sendall(b'echo be"gi"n; sleep 1000; echo en"de"d $?\n')
-        self.wait_for(b'begin')
+        self.terminal.type(b'echo be"gi"n; sleep 1000; echo en"de"d $?\n')
+        self.terminal.wait_for(b'begin')
         time.sleep(0.5)
-        self.socket.sendall(b'\x03')
-        self.socket.sendall(b'echo go"es" on\n')
-        self.wait_for(b'goes on')
+        self.terminal.type(b'\x03')
+        self.terminal.type(b'echo go"es" on\n')
+        self.terminal.wait_for(b'goes on')
         # An init that was asked to reboot would say so, and be gone soon.
         self.sh(self.uuid, 'sleep 3')
         self.assertNotIn(b'going down', self.host.console_log(self.uuid))

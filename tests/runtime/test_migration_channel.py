@@ -137,9 +137,7 @@ class OperatorsCaTestCase(hosts.TwoHostsTestCase):
 
     def test_certificates_of_an_operator(self):
         for host in (self.a, self.b):
-            host.process.terminate()
-            host.process.wait(base.PATIENCE)
-            host.start_agent(**self._issue(host.name, host.address))
+            host.restart_agent(**self._issue(host.name, host.address))
         uuid = self.run_container()
         self.migrate(uuid, self.a, self.b)
         self.assertEqual('0', self.sh(self.b, uuid, 'id -u'))

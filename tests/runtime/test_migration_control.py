@@ -40,7 +40,7 @@ class ControlTestCase(faults.Helpers):
         host = getattr(self, name)
         go, host.record = self.top / f'go-{point}', self.top / 'points'
         host.record.unlink(missing_ok=True)
-        self._restart(host, f'{point}=wait:{go}')
+        host.restart_agent(f'{point}=wait:{go}')
         uuid = self._boot()
         host.record.unlink(missing_ok=True)
         migration = self.prepare_migration(uuid, self.a, self.b)

@@ -51,7 +51,7 @@ class EndsTestCase(faults.Helpers):
             migration, uuid, role).stdout.strip()
 
     def test_none_after_a_failure(self):
-        self._restart(self.a, 'source.pass=raise')
+        self.a.restart_agent('source.pass=raise')
         uuid = self._boot()
         migration = self.prepare_migration(uuid, self.a, self.b)
         base.wait_for(lambda: self._ended(self.a, migration), 'the end')
@@ -60,7 +60,7 @@ class EndsTestCase(faults.Helpers):
             self.assertEqual('forbidden', self.dial(migration, uuid, role))
 
     def test_none_after_an_abort(self):
-        self._restart(self.a, 'source.pass=sleep:1')
+        self.a.restart_agent('source.pass=sleep:1')
         uuid = self._boot()
         migration = self.prepare_migration(uuid, self.a, self.b)
         self.b.migration_abort(migration, 'rolled back')

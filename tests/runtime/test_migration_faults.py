@@ -43,13 +43,6 @@ DESTINATION_AFTER = (
 
 class Helpers(hosts.TwoHostsTestCase):
 
-    def _restart(self, host, faults=''):
-        if host.process.poll() is None:
-            host.process.terminate()
-        host.process.wait(base.PATIENCE)
-        host.faults = faults
-        host.start_agent()
-
     def _boot(self):
         uuid = self.run_container(address='203.0.113.10')
         self.sh(self.a, uuid, COUNTER)
@@ -115,13 +108,13 @@ class FaultsTestCase(Helpers):
         self.assertEqual(-signal.SIGKILL, code)
 
     def _kill_source(self, point):
-        self._restart(self.a, f'{point}=kill')
+        self.a.restart_agent(f'{point}=kill')
         uuid = self._boot()
         self._try(uuid)
         self._died(self.a)
         # At most one, whatever is the case.
         self.assertLessEqual(len(self._where(uuid)), 1)
-        self._restart(self.a)
+        self.a.restart_agent()
         return uuid
 
     def test_source_dies_before_its_commit(self):
@@ -147,12 +140,12 @@ class FaultsTestCase(Helpers):
             self.b.delete(uuid)
 
     def _kill_destination(self, point):
-        self._restart(self.b, f'{point}=kill')
+        self.b.restart_agent(f'{point}=kill')
         uuid = self._boot()
         self._try(uuid)
         self._died(self.b)
         self.assertLessEqual(len(self._where(uuid)), 1)
-        self._restart(self.b)
+        self.b.restart_agent()
         return uuid
 
     def test_destination_dies_before_the_commit(self):
@@ -182,7 +175,7 @@ class FaultsTestCase(Helpers):
         for host, points in ((self.a, SOURCE_BEFORE),
                              (self.b, DESTINATION_BEFORE)):
             for point in points:
-                self._restart(host, f'{point}=raise')
+                host.restart_agent(f'{point}=raise')
                 uuid = self._boot()
                 migration = self._try(uuid)
                 status = base.wait_for(
@@ -193,10 +186,10 @@ class FaultsTestCase(Helpers):
                 self._settled(uuid, ['a'])
                 self._check_clean(self.b, uuid)
                 self.a.delete(uuid)
-            self._restart(host)
+            host.restart_agent()
 
     def test_abort_while_copying_and_delete_while_migrating(self):
-        self._restart(self.a, 'source.pass=sleep:3')
+        self.a.restart_agent('source.pass=sleep:3')
         uuid = self._boot()
         migration = self.prepare_migration(uuid, self.a, self.b)
         self.a.migration_abort(migration, 'changed my mind')
@@ -204,7 +197,7 @@ class FaultsTestCase(Helpers):
             'aborted', self.a.migration_status(migration)['phase'])
         self._settled(uuid, ['a'])
         self._check_clean(self.b, uuid)
-        self._restart(self.a, 'source.pass=sleep:3')
+        self.a.restart_agent('source.pass=sleep:3')
         self.prepare_migration(uuid, self.a, self.b)
         self.a.delete(uuid)
         self.assertEqual([], self.a.list())
@@ -215,7 +208,7 @@ class FaultsTestCase(Helpers):
         record = pathlib.Path(self.top / 'points')
         for host in (self.a, self.b):
             host.record = record
-            self._restart(host)
+            host.restart_agent()
         uuid = self._boot()
         record.unlink()
         self.migrate(uuid, self.a, self.b)

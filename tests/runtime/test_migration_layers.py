@@ -43,13 +43,6 @@ class LayerMigrationTestCase(hosts.TwoHostsTestCase):
         return self.run_container('debian13', memory=512, init={
             'argv': ['/bin/sleep', '100000']})
 
-    def restart(self, host, faults=''):
-        if host.process.poll() is None:
-            host.process.terminate()
-        host.process.wait(base.PATIENCE)
-        host.faults = faults
-        host.start_agent()
-
     def begin(self, uuid, *faults, **options):
         """Begin, and wait until the layer is on its way."""
         migration = self.prepare_migration(uuid, self.a, self.b, **options)
@@ -105,7 +98,7 @@ class LayerMigrationTestCase(hosts.TwoHostsTestCase):
 
     def test_two_at_once(self):
         go = self.top / 'go'
-        self.restart(self.b, f'layer.fetching=wait:{go}')
+        self.b.restart_agent(f'layer.fetching=wait:{go}')
         uuids = [self.run_container() for _ in range(2)]
         migrations = [self.prepare_migration(uuid, self.a, self.b)
                       for uuid in uuids]
@@ -178,8 +171,7 @@ class LayerMigrationTestCase(hosts.TwoHostsTestCase):
 
     def small_store(self, mib):
         """A file system of that size for the layers of the destination."""
-        self.b.process.terminate()
-        self.b.process.wait(base.PATIENCE)
+        self.b.stop_agent()
         disk = self.top / 'disk.img'
         disk.touch()
         os.truncate(disk, mib << 20)
@@ -205,7 +197,7 @@ class LayerMigrationTestCase(hosts.TwoHostsTestCase):
     def test_disk_fills_meanwhile(self):
         self.small_store(1000)
         go = self.top / 'go'
-        self.restart(self.b, f'layer.fetching=wait:{go}')
+        self.b.restart_agent(f'layer.fetching=wait:{go}')
         uuid = self.debian()
         migration = self.prepare_migration(uuid, self.a, self.b)
         base.wait_for(lambda: any(

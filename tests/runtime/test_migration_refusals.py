@@ -38,9 +38,7 @@ class RefusalsTestCase(hosts.TwoHostsTestCase):
         self.restart(self.a)
 
     def restart(self, host, **versions):
-        if host.process.poll() is None:
-            host.process.terminate()
-        host.process.wait(base.PATIENCE)
+        host.stop_agent()
         if versions:
             directory = self.top / f'release-{host.name}'
             directory.mkdir(exist_ok=True)

@@ -103,10 +103,7 @@ class RoomTestCase(hosts.TwoHostsTestCase):
         """What came last is checked before the right to run is given."""
         self.small_instances(192)
         go = self.top / 'go'
-        self.a.process.terminate()
-        self.a.process.wait(base.PATIENCE)
-        self.a.faults = f'source.pass=wait:{go}'
-        self.a.start_agent()
+        self.a.restart_agent(f'source.pass=wait:{go}')
         uuid = self.counting()
         migration = self.begin(uuid)
         base.wait_for(lambda: self.b.migration_status(migration)['passes'],

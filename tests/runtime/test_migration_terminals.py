@@ -12,32 +12,9 @@
 
 """A shell on the console goes with the guest, and keeps its terminal."""
 
-import select
-import time
-
 from tests.runtime import base
 from tests.runtime import hosts
-
-
-class Terminal:
-    """What somebody at a console sees and types."""
-
-    def __init__(self, host, uuid):
-        self._socket = host.console_attach(uuid)
-        self.close = self._socket.close
-        self._output = b''
-
-    def type(self, text):
-        self._socket.sendall(text)
-
-    def wait_for(self, text):
-        end = time.monotonic() + base.PATIENCE
-        while text not in self._output:
-            left = end - time.monotonic()
-            if left <= 0 or not select.select(
-                    [self._socket], [], [], left)[0]:
-                raise AssertionError(f'no {text!r} in {self._output!r}')
-            self._output += self._socket.recv(65536)
+from tests.runtime import terminal
 
 
 class MigrationTerminalsTestCase(hosts.TwoHostsTestCase):
@@ -50,9 +27,9 @@ class MigrationTerminalsTestCase(hosts.TwoHostsTestCase):
         base.wait_for(lambda: self.tty_of_the_shell(self.a), 'the shell')
 
     def console(self, host):
-        terminal = Terminal(host, self.uuid)
-        self.addCleanup(terminal.close)
-        return terminal
+        found = terminal.Terminal(host, self.uuid)
+        self.addCleanup(found.close)
+        return found
 
     def tty_of_the_shell(self, host):
         """Its controlling terminal and the session, of /proc/PID/stat."""
@@ -71,10 +48,10 @@ class MigrationTerminalsTestCase(hosts.TwoHostsTestCase):
             self.migrate(self.uuid, here, there)
             here, there = there, here
             self.assertEqual(before, self.tty_of_the_shell(here))
-        terminal = self.console(here)
-        terminal.type(b'\x03')
-        terminal.type(b'echo go"es" on\n')
-        terminal.wait_for(b'goes on')
+        there = self.console(here)
+        there.type(b'\x03')
+        there.type(b'echo go"es" on\n')
+        there.wait_for(b'goes on')
         self.assertNotIn('sleep', self.sh(here, self.uuid, 'ps'))
 
     def test_a_paused_guest(self):
@@ -84,9 +61,9 @@ class MigrationTerminalsTestCase(hosts.TwoHostsTestCase):
         self.assertEqual('paused', self.b.info(self.uuid)['state'])
         self.b.unpause(self.uuid)
         self.assertEqual(before, self.tty_of_the_shell(self.b))
-        terminal = self.console(self.b)
-        terminal.type(b'echo he"re" $(tty)\n')
-        terminal.wait_for(b'here /dev/')
+        there = self.console(self.b)
+        there.type(b'echo he"re" $(tty)\n')
+        there.wait_for(b'here /dev/')
 
     def test_a_daemon_of_another_session_has_it_open(self):
         self.terminal.type(b'setsid sleep 1000 & echo star"te"d\n')

@@ -12,7 +12,7 @@
 
 """Live-migrates a server there and back under load, and says what it saw.
 
-    migrate.py SERVER ADDRESS CLOUD.SH RESULTS MOVES
+    migrate.py SERVER ADDRESS RESULTS MOVES
 
 An echo service has to answer at port 7 of ADDRESS. The credentials of an
 administrator come from the environment; the moves are made by the openstack
@@ -30,23 +30,10 @@ import prettytable
 
 from tests import echo
 from tests import ping as pings
-
-_REPO = pathlib.Path(__file__).resolve().parents[2]
-
-
-def agent_status(cloud_sh, host, migration):
-    """What the source's agent knows of a migration."""
-    done = subprocess.run(
-        [cloud_sh, 'run', host, 'env', f'PYTHONPATH={_REPO}', sys.executable,
-         '-c', 'import json, sys\n'
-         'from nova_pycontainer.agent import client\n'
-         'c = client.Client("/run/pycontainer/agent.sock")\n'
-         'print(json.dumps(c.migration_status(sys.argv[1])))', migration],
-        check=True, text=True, stdout=subprocess.PIPE, timeout=120)
-    return json.loads(done.stdout.splitlines()[-1])
+from tests import progress
 
 
-def move(compute, server_id, cloud_sh, stream, ping):
+def move(compute, server_id, stream, ping):
     admin = compute.get_server(server_id)
     source = admin.compute_host
     stream.reset()
@@ -75,7 +62,7 @@ def move(compute, server_id, cloud_sh, stream, ping):
     newest = max(migrations, key=lambda m: m.id)
     if newest.status != 'completed':
         raise SystemExit(f'the migration is {newest.status}')
-    status = agent_status(cloud_sh, source, newest.uuid)
+    status = progress.of(source, newest.uuid)
     return {
         'from': source, 'to': server.compute_host,
         'strategy': status['strategy'],
@@ -90,12 +77,12 @@ def move(compute, server_id, cloud_sh, stream, ping):
 
 
 def main(argv):
-    name, address, cloud_sh, results, moves = argv[1:6]
+    name, address, results, moves = argv[1:5]
     compute = openstack.connect(compute_default_microversion='2.90').compute
     server = compute.find_server(
         name, ignore_missing=False, all_projects=True)
     stream, ping = echo.Echo(address), pings.Ping(address)
-    moved = [move(compute, server.id, cloud_sh, stream, ping)
+    moved = [move(compute, server.id, stream, ping)
              for _ in range(int(moves))]
     ping.finish()
     # Raises if a byte was lost, repeated or changed.

@@ -38,23 +38,19 @@ def mend(directory: pathlib.Path, messages: types.ModuleType) -> int:
     :returns: how many processes run such a program
     """
     files = directory / 'files.img'
-    data = files.read_bytes()
     held = {}
     last = 0
-    for message in imagefile.messages(data):
-        entry = messages.file_entry()
-        entry.ParseFromString(message)
+    for entry in imagefile.read(files, messages.file_entry):
         last = max(last, entry.id)
         if entry.HasField('reg') and entry.reg.flags & os.O_PATH:
             held[entry.id] = entry
     if not held:
         return 0
     own: dict[int, int] = {}
+    added = []
     changed = 0
     for path in directory.glob('mm-*.img'):
-        image = path.read_bytes()
-        mm = messages.mm_entry()
-        mm.ParseFromString(imagefile.messages(image)[0])
+        mm = imagefile.read(path, messages.mm_entry)[0]
         entry = held.get(mm.exe_file_id)
         if entry is None:
             continue
@@ -66,11 +62,9 @@ def mend(directory: pathlib.Path, messages: types.ModuleType) -> int:
                       mm.exe_file_id)
             entry.id = entry.reg.id = last
             entry.reg.flags = os.O_RDONLY
-            data += imagefile.message(entry.SerializeToString())
+            added.append(entry)
         mm.exe_file_id = own[mm.exe_file_id]
-        path.write_bytes(
-            imagefile.head(image) + imagefile.message(mm.SerializeToString()))
+        imagefile.write(path, [mm])
         changed += 1
-    if changed:
-        files.write_bytes(data)
+    imagefile.append(files, added)
     return changed

@@ -15,24 +15,46 @@
 Each message is its size, in 32 bits, and a protobuf.
 """
 
+import collections.abc as cabc
+import pathlib
 import struct
+import typing as ty
 
 _HEAD = 8
 
 
-def head(data: bytes) -> bytes:
-    return data[:_HEAD]
+def read(path: pathlib.Path, kind: cabc.Callable[[], ty.Any]) -> list[ty.Any]:
+    """All messages of an image.
 
-
-def messages(data: bytes) -> list[bytes]:
+    :param kind: their class, of pycriu's module ``images.pb``
+    """
+    data = path.read_bytes()
     found = []
     position = _HEAD
     while position < len(data):
         size, = struct.unpack_from('<I', data, position)
-        found.append(data[position + 4:position + 4 + size])
-        position += 4 + size
+        position += 4
+        entry = kind()
+        entry.ParseFromString(data[position:position + size])
+        found.append(entry)
+        position += size
     return found
 
 
-def message(data: bytes) -> bytes:
+def write(path: pathlib.Path, entries: cabc.Iterable[ty.Any]) -> None:
+    """Put messages in the place of those of an image that is there."""
+    with path.open('r+b') as f:
+        f.seek(_HEAD)
+        f.truncate()
+        f.writelines(map(_message, entries))
+
+
+def append(path: pathlib.Path, entries: cabc.Iterable[ty.Any]) -> None:
+    """Add messages to an image."""
+    with path.open('ab') as f:
+        f.writelines(map(_message, entries))
+
+
+def _message(entry: ty.Any) -> bytes:
+    data: bytes = entry.SerializeToString()
     return struct.pack('<I', len(data)) + data

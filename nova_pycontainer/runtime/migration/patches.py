@@ -35,13 +35,13 @@ from oslo_log import log as logging
 
 from nova_pycontainer.runtime import cgroup
 from nova_pycontainer.runtime.migration import clocks
+from nova_pycontainer.runtime.migration import imagefile
 from nova_pycontainer.runtime.migration import registers
 
 LOG = logging.getLogger(__name__)
 
 Facts = cabc.Mapping[str, ty.Any]
 
-_MAGIC = 8
 _MODE_FILTER = 2
 _X86_64 = 1
 _COMPAT = 2
@@ -77,33 +77,19 @@ def pending(group: cgroup.Cgroup) -> list[dict[str, ty.Any]]:
     return found
 
 
-def _messages(data: bytes) -> cabc.Iterator[bytes]:
-    """The messages of an image: two words of magic, then size and message.
-    """
-    position = _MAGIC
-    while position < len(data):
-        size, = struct.unpack_from('<I', data, position)
-        position += 4
-        yield data[position:position + size]
-        position += size
-
-
 class _Core:
     """core-<tid>.img of a thread; of a process too, if it is the first."""
 
-    def __init__(self, path: pathlib.Path, entry: ty.Any) -> None:
+    def __init__(
+        self, path: pathlib.Path, kind: cabc.Callable[[], ty.Any]
+    ) -> None:
         self._path = path
-        data = path.read_bytes()
-        self._head = data[:_MAGIC]
-        entry.ParseFromString(next(_messages(data)))
-        self.entry = entry
+        self.entry = imagefile.read(path, kind)[0]
         self.changed = False
 
     def save(self) -> None:
         if self.changed:
-            data = self.entry.SerializeToString()
-            self._path.write_bytes(
-                self._head + struct.pack('<I', len(data)) + data)
+            imagefile.write(self._path, [self.entry])
 
 
 class Patches:
@@ -158,13 +144,11 @@ class Patches:
     @functools.cached_property
     def _seccomp(self) -> list[ty.Any]:
         try:
-            data = (self._directory / 'seccomp.img').read_bytes()
+            entries = imagefile.read(self._directory / 'seccomp.img',
+                                     self._messages.seccomp_entry)
         except FileNotFoundError:
             return []
-        entry = self._messages.seccomp_entry()
-        for message in _messages(data):
-            entry.ParseFromString(message)
-        return list(entry.seccomp_filters)
+        return list(entries[-1].seccomp_filters) if entries else []
 
     def _filters(self, core: _Core, leader: _Core) -> tuple[bytes, ...]:
         """The programs that filter a thread's calls, the last one first.
@@ -190,25 +174,21 @@ class Patches:
     def _now(self) -> int | None:
         """The guest's CLOCK_MONOTONIC at the dump, in ns."""
         for path in self._directory.glob('timens-*.img'):
-            for message in _messages(path.read_bytes()):
-                entry = self._messages.timens_entry()
-                entry.ParseFromString(message)
+            for entry in imagefile.read(path, self._messages.timens_entry):
                 return int(entry.monotonic.tv_sec * 10 ** 9 +
                            entry.monotonic.tv_nsec)
         return None
 
     def _processes(self) -> cabc.Iterator[list[int]]:
-        data = (self._directory / 'pstree.img').read_bytes()
-        for message in _messages(data):
-            entry = self._messages.pstree_entry()
-            entry.ParseFromString(message)
+        for entry in imagefile.read(self._directory / 'pstree.img',
+                                    self._messages.pstree_entry):
             # The first thread's number is the process's.
             yield sorted(entry.threads, key=lambda t: t != entry.pid)
 
     def _core(self, tid: int) -> _Core | None:
         try:
             core = _Core(self._directory / f'core-{tid}.img',
-                         self._messages.core_entry())
+                         self._messages.core_entry)
         except FileNotFoundError:
             return None
         return core

@@ -30,8 +30,6 @@ from nova_pycontainer.runtime.migration import tracer
 
 LOG = logging.getLogger(__name__)
 
-_CS_COMPAT = 0x23
-
 _STATUS = re.compile(
     r'^(SigPnd|ShdPnd|SigBlk|SigCgt|Seccomp_filters):\s*(\w+)$', re.M)
 
@@ -93,6 +91,6 @@ def _resume(sleep: Sleep, now: int, usual: str | None) -> None:
         if registers.Registers(
                 regs, sleep.facts, status.get('Seccomp_filters') == usual,
                 now, bool((pending | private) & ~blocked & caught),
-                regs.cs == _CS_COMPAT).patch():
+                regs.compat).patch():
             regs.orig_ax = before
             thread.set_registers(regs)

@@ -43,6 +43,7 @@ from oslo_log import log as logging
 
 from nova_pycontainer.runtime import cgroup
 from nova_pycontainer.runtime.migration import clocks
+from nova_pycontainer.runtime.migration import guest
 from nova_pycontainer.runtime.migration import imagefile
 from nova_pycontainer.runtime.migration import tracer
 
@@ -58,7 +59,7 @@ _INIT = 1
 _SHARED = os.O_ACCMODE | os.O_NONBLOCK | os.O_APPEND | os.O_ASYNC
 #: asm/unistd_64.h
 _DUP3 = 292
-_IDS = re.compile(r'^(NSsid|NSpgid|NSpid):.*?(\d+)$', re.M)
+_IDS = re.compile(r'^(NSsid|NSpgid):.*?(\d+)$', re.M)
 _FDINFO = re.compile(r'^(flags|mnt_id):\s*(\d+)$', re.M)
 
 #: Number of the terminal in the container → its session, and the process
@@ -82,15 +83,13 @@ class _Process:
 
     def terminals(self) -> cabc.Iterator[tuple[int, int, bool]]:
         """Its descriptors of terminals: number, device, closed on exec."""
-        with open(f'/proc/{self.pid}/mountinfo') as f:
-            kinds = {line.split(None, 1)[0]:
-                     line.partition(' - ')[2].split()[0] for line in f}
+        kinds = {mount.id: mount.fstype for mount in guest.mounts(self.pid)}
         for fd in os.listdir(f'/proc/{self.pid}/fd'):
             with contextlib.suppress(OSError, KeyError):
                 with open(f'/proc/{self.pid}/fdinfo/{fd}') as f:
                     info = dict(_FDINFO.findall(f.read()))
                 # Others may let us wait for a process of the guest's.
-                if kinds.get(info['mnt_id']) in (
+                if kinds.get(int(info['mnt_id'])) in (
                         'devpts', 'devtmpfs', 'tmpfs'):
                     device = os.stat(f'/proc/{self.pid}/fd/{fd}').st_rdev
                     if device:
@@ -170,11 +169,12 @@ def sessions(group: cgroup.Cgroup) -> Sessions:
     """The sessions that have a terminal."""
     inner: dict[int, int] = {}
     leaders: list[_Process] = []
+    # Of all processes: after a restore only the leader of a session has the
+    # terminal, and the group in its foreground is of others.
     for item in _processes(group):
         with contextlib.suppress(OSError, KeyError):
             with open(f'/proc/{item.pid}/status') as f:
                 ids = dict(_IDS.findall(f.read()))
-            inner[item.pid] = int(ids['NSpid'])
             inner[item.group] = int(ids['NSpgid'])
             inner[item.session] = int(ids['NSsid'])
             if item.has_terminal():
@@ -201,12 +201,7 @@ def mend(
     path = directory / 'tty-info.img'
     if not path.exists():
         return False
-    data = path.read_bytes()
-    entries = []
-    for message in imagefile.messages(data):
-        entry = messages.tty_info_entry()
-        entry.ParseFromString(message)
-        entries.append(entry)
+    entries = imagefile.read(path, messages.tty_info_entry)
     masters = {entry.pty.index for entry in entries
                if entry.type == _PTY and not _is_slave(entry)}
     changed = found = False
@@ -223,9 +218,7 @@ def mend(
             entry.sid = entry.pgrp = _INIT
             changed = found = True
     if changed:
-        path.write_bytes(imagefile.head(data) + b''.join(
-            imagefile.message(entry.SerializeToString())
-            for entry in entries))
+        imagefile.write(path, entries)
     return found
 
 
@@ -241,15 +234,9 @@ def _unpair(
     process had inherited its own from the other.
     """
     path = directory / 'files.img'
-    data = path.read_bytes()
-    entries = []
-    files: list[ty.Any] = []
-    for message in imagefile.messages(data):
-        entry = messages.file_entry()
-        entry.ParseFromString(message)
-        entries.append(entry)
-        if entry.HasField('tty') and entry.tty.tty_info_id == terminal:
-            files.append(entry)
+    entries = imagefile.read(path, messages.file_entry)
+    files = [entry for entry in entries if entry.HasField('tty') and
+             entry.tty.tty_info_id == terminal]
     if len(files) % 2:
         return
     for one, other in itertools.combinations(files, 2):
@@ -260,18 +247,15 @@ def _unpair(
                     'open in different ways', terminal)
         return
     entries.remove(other)
-    path.write_bytes(imagefile.head(data) + b''.join(
-        imagefile.message(entry.SerializeToString()) for entry in entries))
+    imagefile.write(path, entries)
     for table in directory.glob('fdinfo-*.img'):
-        data = table.read_bytes()
-        body = b''
-        for message in imagefile.messages(data):
-            entry = messages.fdinfo_entry()
-            entry.ParseFromString(message)
+        descriptors = imagefile.read(table, messages.fdinfo_entry)
+        if other.id not in (entry.id for entry in descriptors):
+            continue
+        for entry in descriptors:
             if entry.id == other.id:
                 entry.id = one.id
-            body += imagefile.message(entry.SerializeToString())
-        table.write_bytes(imagefile.head(data) + body)
+        imagefile.write(table, descriptors)
 
 
 def _index(device: int) -> int:
@@ -285,10 +269,8 @@ def _is_slave(entry: ty.Any) -> bool:
 def _leads_a_session(
     directory: pathlib.Path, messages: types.ModuleType
 ) -> bool:
-    for message in imagefile.messages(
-            (directory / 'pstree.img').read_bytes()):
-        entry = messages.pstree_entry()
-        entry.ParseFromString(message)
+    for entry in imagefile.read(directory / 'pstree.img',
+                                messages.pstree_entry):
         if entry.pid == _INIT:
             return bool(entry.sid == _INIT)
     return False

@@ -48,6 +48,11 @@ class UserRegs(ctypes.Structure):
         'ax', 'cx', 'dx', 'si', 'di', 'orig_ax', 'ip', 'cs', 'flags', 'sp',
         'ss', 'fs_base', 'gs_base', 'ds', 'es', 'fs', 'gs')]
 
+    @property
+    def compat(self) -> bool:
+        """Whether they are of a thread that runs 32-bit code."""
+        return bool(self.cs == _CS_COMPAT)
+
 
 class Interrupted(OSError):
     """A signal has come in the place of what was waited for."""
@@ -109,7 +114,7 @@ class Thread:
         :raises OSError: it cannot be done with this thread
         """
         before = self.registers()
-        if before.cs == _CS_COMPAT:
+        if before.compat:
             raise OSError('a 32-bit process')
         regs = UserRegs.from_buffer_copy(before)
         regs.ip = self._instruction(before.ip)
