@@ -217,7 +217,7 @@ class FailuresTest(base.TestCase):
     def test_image_that_is_no_archive(self):
         message = self.fault(b'MZ' + b'x' * 4096)
         self.assertIn('not an archive', message)
-        self.assertIn('Give Nova a tar archive', message)
+        self.assertIn('Upload a tar archive', message)
 
     def test_image_that_says_to_be_a_disk(self):
         message = self.fault(self.image_data(), disk_format='qcow2')

@@ -94,6 +94,10 @@ class PausedTestCase(hosts.TwoHostsTestCase):
         uuid = self.run_container()
         self.sh(self.a, uuid, 'setsid sh -c "while :; do echo x >> /ticks; '
                 'sleep 0.05; done" </dev/null >/dev/null 2>&1 &')
+        # The command goes on in the background: a guest that is paused
+        # before its first write has no file to look at afterwards.
+        base.wait_for(lambda: self.sh(self.a, uuid, 'wc -c < /ticks || :'),
+                      'the first tick')
         self.a.pause(uuid)
         self.migrate(uuid, self.a, self.b)
         self.assertEqual('paused', self.b.info(uuid)['state'])

@@ -135,7 +135,7 @@ class FakeAgent(fake_migration.Migrations):
         except tarfile.TarError as e:
             raise _error(
                 'image_not_archive', f'image {image} is not an archive',
-                cause=str(e), remedy='Give Nova a tar archive of the root '
+                cause=str(e), remedy='Upload a tar archive of the root '
                 'file system') from e
         for member in members:
             if '..' in member.name.split('/'):
