@@ -328,6 +328,18 @@ class PyContainerDriver(driver.ComputeDriver):
                 instance, failure=exception.InstanceResumeFailure):
             self._client.unpause(instance.uuid)
 
+    def suspend(self, context, instance):
+        with driver_errors.translated(
+                instance, failure=exception.InstanceSuspendFailure):
+            self._client.suspend(instance.uuid)
+
+    def resume(self, context, instance, network_info,
+               block_device_info=None, share_info=None):
+        with driver_errors.translated(
+                instance, image_id=instance.image_ref,
+                failure=exception.InstanceResumeFailure):
+            self._power.restore(instance, network_info)
+
     # Network.
 
     def plug_vifs(self, instance, network_info):

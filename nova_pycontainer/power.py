@@ -12,6 +12,8 @@
 
 """Start and stop containers that exist."""
 
+import contextlib
+
 from nova.compute import power_state
 from nova import exception
 from nova.i18n import _
@@ -32,6 +34,7 @@ POWER_STATES = {
     'created': power_state.NOSTATE,
     'running': power_state.RUNNING,
     'paused': power_state.PAUSED,
+    'suspended': power_state.SUSPENDED,
     # However it ended: on CRASHED Nova's handler of lifecycle events would
     # not act (ComputeManager.handle_lifecycle_event).
     'stopped': power_state.SHUTDOWN,
@@ -92,6 +95,35 @@ class Power:
         flavor's limits are set again. What is there already is left alone.
         """
         uuid = instance.uuid
+        with self._wired(instance, network_info, verb) as (steps, changes):
+            with steps.step('prepare', undo=lambda: self._kill(uuid)):
+                self._client.prepare(uuid, changes)
+            with steps.step('start'):
+                self._client.start_container(uuid)
+
+    def restore(self, instance, network_info):
+        """Let a suspended container go on, with its memory.
+
+        :raises nova.exception.InstancePowerOnFailure: the root disk is not on
+            this host
+        :raises ContainerError: the agent's; it is suspended as before
+        """
+        if self._existing(instance)['state'] == 'running':
+            # A resume that a restart of nova-compute repeats.
+            LOG.info('The container runs already', instance=instance)
+            return
+        with self._wired(instance, network_info, 'resume') as (
+                steps, changes):
+            with steps.step('restore'):
+                self._client.resume(instance.uuid, changes)
+
+    @contextlib.contextmanager
+    def _wired(self, instance, network_info, verb):
+        """Make a container's interfaces before the body starts it.
+
+        :yields: the steps, and what of the container's specification is new
+        """
+        uuid = instance.uuid
         with driver_steps.Steps(verb, instance) as steps:
             with steps.step('network'):
                 nics = vif.nics(network_info, self._conf.tx_offload)
@@ -109,10 +141,7 @@ class Power:
                 self._client.plug(uuid, nics)
             with steps.step('plug_vifs'):
                 vif.plug(instance, network_info)
-            with steps.step('prepare', undo=lambda: self._kill(uuid)):
-                self._client.prepare(uuid, changes)
-            with steps.step('start'):
-                self._client.start_container(uuid)
+            yield steps, changes
             steps.success()
 
     def off(self, instance, timeout):

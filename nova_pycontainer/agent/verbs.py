@@ -93,6 +93,11 @@ VERBS: ty.Final[dict[str, Verb]] = {
         limit_s=180.0, max_body=96 * MIB),
     'pause': Verb('pause', {'uuid': _UUID}),
     'unpause': Verb('unpause', {'uuid': _UUID}),
+    # The memory goes to a disk, at the disk's speed.
+    'suspend': Verb('checkpoints.suspend', {'uuid': _UUID}, limit_s=1800.0),
+    'resume': Verb('checkpoints.resume', {
+        'uuid': _UUID, 'changes?': _CHANGES}, limit_s=1800.0,
+        max_body=96 * MIB),
     'delete': Verb('delete', {
         'uuid': _UUID, 'keep_disk?': {'type': 'boolean'}}, limit_s=300.0),
     # Migration

@@ -107,6 +107,8 @@ class Container:
         """The state, by the kernel: created, running, paused, or not there.
         """
         fd = self.open()
+        if fd is None and self.st.suspended:
+            return 'suspended'
         if fd is None:
             ran = self.st.exit or self.st.run or self.st.moved
             return 'stopped' if ran else 'defined'

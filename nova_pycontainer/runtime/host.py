@@ -32,6 +32,7 @@ import typing as ty
 from oslo_log import log as logging
 
 from nova_pycontainer.runtime import cgroup
+from nova_pycontainer.runtime import checkpoints
 from nova_pycontainer.runtime import config as rconfig
 from nova_pycontainer.runtime import container
 from nova_pycontainer.runtime import criu
@@ -129,6 +130,7 @@ class Host:
             c, tool, self.keeper, self._hierarchies,
             # Above the range of all containers, and that of unpacking.
             self._ids.unpack_base + idmap.RANGE)
+        self.checkpoints = checkpoints.Checkpoints(self, c)
         self.migrations = migrations.Migrations(self, c)
         self.migrations.start()
         missing = self._hierarchies.missing()
@@ -167,8 +169,10 @@ class Host:
                 LOG.error('instance %s cannot be loaded: %s', uuid, e)
                 continue
             self._entries[uuid] = Entry(item)
-            pidfd = item.open()
+            pidfd = None
             try:
+                self.checkpoints.recover(item)
+                pidfd = item.open()
                 if pidfd is not None:
                     self._watcher.add(uuid, pidfd)
                     self.migrations.recover(uuid)
@@ -411,13 +415,16 @@ class Host:
             ``nesting``
         """
         with self.locked(uuid) as entry:
-            self.require(entry, 'defined', 'stopped')
+            current = self.require(entry, 'defined', 'stopped', 'suspended')
+            if current == 'suspended':
+                self.checkpoints.discard(entry.container)
             if changes:
-                self._change(entry, dict(changes))
+                self.change(entry, dict(changes))
             self._prepare(entry)
             return entry.container.info()
 
-    def _change(self, entry: Entry, changes: Info) -> None:
+    def change(self, entry: Entry, changes: Info) -> None:
+        """Change parts of the spec; the caller has the lock."""
         old = entry.container
         no_drive = object()
         drive = changes.pop('config_drive', no_drive)
@@ -489,7 +496,9 @@ class Host:
         with self.locked(uuid) as entry:
             item = entry.container
             current = item.status()
-            if current in ('defined', 'stopped'):
+            if current == 'suspended':
+                self.checkpoints.discard(item)
+            if current in ('defined', 'stopped', 'suspended'):
                 self._finish(entry)
                 return (item.st.exit or state.Exit()).to_dict()
             if current == 'paused':

@@ -116,6 +116,8 @@ class State:
     moved: dict[str, ty.Any] | None = None
     #: The migration that it came with, and from whom: its source may ask.
     arrived: dict[str, ty.Any] | None = None
+    #: How far its checkpoint is; see :mod:`.checkpoints`.
+    suspended: dict[str, ty.Any] | None = None
 
     def save(self, directory: pathlib.Path) -> None:
         data = dataclasses.asdict(self)

@@ -15,7 +15,6 @@
 
 import collections.abc as cabc
 import contextlib
-import os
 import pathlib
 import socket
 import threading
@@ -33,18 +32,15 @@ from nova_pycontainer.runtime.migration import announce
 from nova_pycontainer.runtime.migration import bandwidth
 from nova_pycontainer.runtime.migration import channel
 from nova_pycontainer.runtime.migration import clocks
-from nova_pycontainer.runtime.migration import exe_links
 from nova_pycontainer.runtime.migration import guest
 from nova_pycontainer.runtime.migration import images
 from nova_pycontainer.runtime.migration import layer_transfer
 from nova_pycontainer.runtime.migration import lazy
-from nova_pycontainer.runtime.migration import neighbours
-from nova_pycontainer.runtime.migration import patches
 from nova_pycontainer.runtime.migration import protocol
 from nova_pycontainer.runtime.migration import relay
+from nova_pycontainer.runtime.migration import restoring
 from nova_pycontainer.runtime.migration import room
 from nova_pycontainer.runtime.migration import sync
-from nova_pycontainer.runtime.migration import terminals
 from nova_pycontainer.runtime import network
 from nova_pycontainer.runtime import unpack_client
 
@@ -368,29 +364,12 @@ class Destination:
         faults.point('destination.images')
         self._moment = dumped['moment']
         with self.progress.timed('patches'):
-            patches.Patches(
-                self._memory.path, self._messages,
-                self._moment['asleep'], self._moment['signals']).apply()
-            exe_links.mend(self._memory.path, self._messages)
-            self._unowned = terminals.mend(
-                self._memory.path, self._messages,
-                {int(index): (int(session), int(foreground))
-                 for index, session, foreground
-                 in self._moment.get('terminals', ())})
+            self._unowned = restoring.mend(
+                self._memory.path, self._messages, self._moment)
         item.mount_root(self._layers.require(item.spec.layer).root)
-        guest.make_cgroups(
-            item.cgroup, dumped['cgroups'], item.st.base_id)
-        for nic in item.spec.nics:
-            # Everything that a peer sends to it before it runs would be
-            # answered by a reset.
-            network.hold(nic, True)
-        options = self._criu.options(criu.Options(
-            images=self._memory.path, root=item.root,
-            external=guest.restore_externals(
-                dumped['external'], item.drive_source,
-                [nic.parked_name for nic in item.spec.nics]),
-            cgroup='/' + item.cgroup.path, log='restore.log'))
-        options.rst_sibling = True
+        restoring.make_surroundings(item, dumped)
+        options = restoring.options(
+            self._criu, item, self._memory.path, dumped)
         if dumped.get('lazy'):
             # It may have been stop-and-copy in the beginning.
             self.progress.strategy = 'post-copy'
@@ -405,7 +384,7 @@ class Destination:
         else:
             # Each page is let go as soon as it is where it belongs.
             options.auto_dedup = True
-        restore = _Restore(self, dumped)
+        restore = restoring.Notified(self, dumped)
         guard: ty.ContextManager[object] = (
             lazy.userfaultfd() if self._daemon else contextlib.nullcontext())
         self.progress.steps['prepare-restore'] = time.monotonic() - began
@@ -565,48 +544,3 @@ class Destination:
             LOG.warning('instance %s: %s', self._item.uuid, e)
         finally:
             control.close()
-
-
-class _Restore:
-    """One restore: answers to CRIU's notifications."""
-
-    def __init__(
-        self, destination: Destination, dumped: cabc.Mapping[str, ty.Any]
-    ) -> None:
-        self._destination = destination
-        self._ramfs = list(dumped['ramfs'])
-        self._neighbours = list(dumped.get('neighbours') or ())
-        self._lazy = bool(dumped.get('lazy'))
-        self._pid: int | None = None
-        self._master: int | None = None
-
-    def close(self) -> None:
-        if self._master is not None:
-            os.close(self._master)
-            self._master = None
-
-    def notified(self, script: criu.Script) -> None:
-        if script.fd is not None:
-            # The last one is the console: it is the first terminal of the
-            # guest, and CRIU opens the higher numbers first.
-            self.close()
-            self._master = script.fd
-        if script.name == 'setup-namespaces':
-            self._pid = script.pid
-        elif script.name == 'post-setup-namespaces':
-            assert self._pid is not None
-            self._destination.fill(self._pid, self._ramfs)
-            if self._lazy:
-                # What comes now needs pages, and the source sends none
-                # before its commit. Namespaces, mounts and network, which
-                # most failures are about, are made.
-                self._destination.ask()
-        elif script.name == 'post-restore':
-            assert self._pid is not None
-            neighbours.restore(self._pid, self._neighbours)
-        elif script.name == 'pre-resume':
-            assert self._pid is not None
-            self._destination.ready(self._pid, self._master)
-        elif script.name == 'post-resume':
-            assert self._pid is not None
-            self._destination.resumed(self._pid)

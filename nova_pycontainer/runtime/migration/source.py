@@ -30,6 +30,7 @@ from nova_pycontainer.runtime import faults
 from nova_pycontainer.runtime import layers
 from nova_pycontainer.runtime.migration import bandwidth
 from nova_pycontainer.runtime.migration import channel
+from nova_pycontainer.runtime.migration import dumping
 from nova_pycontainer.runtime.migration import guest
 from nova_pycontainer.runtime.migration import images
 from nova_pycontainer.runtime.migration import keys
@@ -59,19 +60,9 @@ _RESTORE_TIMEOUT = 300.0
 _RETRY = 1.0
 #: A pass that takes no longer than this will be as short while frozen.
 _SHORT_PASS = 0.25
-#: What a guest does at one moment and not at the next: then the guest goes
-#: on, and the dump is tried again.
-_TRANSIENT = (
-    'The socket has data to read', "Can't dump that handle",
-    'Can\'t lookup mount', 'No such process', 'in-flight', 'inflight',
-    'pid: unable to find', 'Unable to seize', 'Task is still busy',
-    'error parsing [inotify', 'ctty inheritance',
-)
 #: So many more if the last one was not complete: what it has left out would
 #: be copied while the guest stands still.
 _MORE_PASSES = 2
-_DUMP_TRIES = 8
-_TRY_PAUSE = 0.5
 #: The number that CRIU finds its connection for pages at.
 _PAGES_FD = 10
 
@@ -306,23 +297,12 @@ class Source:
         """Freeze, dump, and commit. Tried again when the guest was in the
         middle of something that passes.
         """
-        for attempt in range(_DUMP_TRIES):
-            self._check_abort()
-            try:
-                self._dump()
-                return
-            except errors.ContainerError as e:
-                transient = (
-                    e.code == 'criu_failed' and e.step == 'dump' and
-                    any(t in (e.cause or '') for t in _TRANSIENT))
-                if self.committed or not transient or (
-                        attempt == _DUMP_TRIES - 1):
-                    raise
-                LOG.info('instance %s: the dump is tried again: %s',
-                         self._item.uuid, e.cause)
-                self._abort.wait(_TRY_PAUSE)
+        dumping.retried(
+            self._item.uuid, self._dump, self._abort,
+            final=lambda: self.committed)
 
     def _dump(self) -> None:
+        self._check_abort()
         item = self._item
         pid = int((item.st.run or {})['process']['pid'])
         external = guest.external_mounts(pid)
@@ -332,11 +312,8 @@ class Source:
             self._memory.mount(limit + limit // 4 + (256 << 20))
             stack.callback(self._memory.unmount)
             dump = _Dump(self, stack, pid, external)
-            options = self._criu.options(criu.Options(
-                images=self._memory.path, root=item.root,
-                external=guest.dump_externals(external),
-                cgroup='/' + item.cgroup.path))
-            options.pid = pid
+            options = dumping.options(
+                self._criu, item, self._memory.path, external, pid)
             if dump.lazy:
                 options.lazy_pages = True
                 options.config_file = str(dump.lazy_config())

@@ -1,0 +1,162 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Suspend and resume: the verbs, and what a restart of the agent finds.
+
+:attr:`.state.State.suspended` is how far a container is:
+
+``saving``
+    it runs; what there is of a checkpoint is worth nothing
+``saved``
+    the checkpoint is whole, and no process may run any more
+``restoring``
+    as ``saved``, until a process of it has run
+"""
+
+import pathlib
+import time
+import typing as ty
+
+from oslo_log import log as logging
+
+from nova_pycontainer.runtime import checkpoint
+from nova_pycontainer.runtime import config as rconfig
+from nova_pycontainer.runtime import criu
+from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime.migration import recovery
+
+if ty.TYPE_CHECKING:
+    from nova_pycontainer.runtime import container
+    from nova_pycontainer.runtime import host
+
+LOG = logging.getLogger(__name__)
+
+Info = dict[str, ty.Any]
+
+
+class Checkpoints:
+    """The suspended containers of one host."""
+
+    def __init__(self, owner: 'host.Host', config: rconfig.Config) -> None:
+        self._host = owner
+        self._criu = criu.Criu(config.criu_path, owner.keeper)
+
+    @staticmethod
+    def _directory(item: 'container.Container') -> pathlib.Path:
+        return item.disk.directory / 'checkpoint'
+
+    @staticmethod
+    def _mark(item: 'container.Container', phase: str | None) -> None:
+        item.st.suspended = (
+            {'phase': phase, 'at': time.time()} if phase else None)
+        item.st.save(item.directory)
+
+    def suspend(self, uuid: str) -> Info:
+        """Write a running container to its disk, with its memory, and end it.
+
+        :raises ContainerError: it runs on: ``bad_state``, ``no_space``,
+            ``criu_failed``
+        """
+        with self._host.locked(uuid) as entry:
+            self._host.require(entry, 'running')
+            if entry.migration is not None:
+                raise errors.ContainerError(
+                    'bad_state', 'the instance is being migrated', uuid=uuid,
+                    remedy='Wait for the end of its migration')
+            item = entry.container
+            # Its end is not the guest's doing.
+            entry.stopping += 1
+            try:
+                self._mark(item, 'saving')
+                saver = checkpoint.Saver(
+                    item, self._criu, self._directory(item))
+                try:
+                    saver.run(lambda: self._mark(item, 'saved'))
+                except BaseException:
+                    self._mark(item, None)
+                    raise
+                self._put_down(item)
+            finally:
+                entry.stopping -= 1
+            self._host.note('suspended', uuid)
+            return item.info()
+
+    @staticmethod
+    def _put_down(item: 'container.Container') -> None:
+        item.kill()
+        item.teardown()
+        item.st.run = item.st.exit = None
+        item.st.save(item.directory)
+
+    def resume(self, uuid: str, changes: Info | None = None) -> Info:
+        """Restore a suspended container, and let it run.
+
+        :param changes: as for :meth:`.host.Host.prepare`
+        :raises ContainerError: it is suspended as before: ``bad_state``,
+            ``layer_missing``, ``criu_failed``
+        """
+        with self._host.locked(uuid) as entry:
+            self._host.require(entry, 'suspended')
+            if changes:
+                self._host.change(entry, dict(changes))
+            item = entry.container
+            self._mark(item, 'restoring')
+            try:
+                checkpoint.Restorer(
+                    item, self._host.layer_root(item), self._criu,
+                    self._directory(item),
+                ).run(lambda: self._mark(item, None))
+            except BaseException:
+                item.st.run = None
+                self._mark(item, 'saved')
+                raise
+            checkpoint.remove(self._directory(item))
+            self._host.watch(uuid)
+            self._host.note('resumed', uuid)
+            return item.info()
+
+    def discard(self, item: 'container.Container') -> None:
+        """Forget the memory of a suspended container: it is off then.
+
+        The caller has its lock.
+        """
+        LOG.info('instance %s: its checkpoint is discarded', item.uuid)
+        item.disk.mount()
+        try:
+            checkpoint.remove(self._directory(item))
+        finally:
+            item.disk.unmount()
+        self._mark(item, None)
+
+    def recover(self, item: 'container.Container') -> None:
+        """Finish or undo what an agent before this one had begun."""
+        suspended = item.st.suspended
+        if suspended is None:
+            return
+        phase = suspended['phase']
+        LOG.warning('instance %s: it was %s when the agent ended', item.uuid,
+                    phase)
+        alive = item.open() is not None
+        if phase == 'saving' and alive:
+            # CRIU has let it go when it lost the agent.
+            recovery.thaw(item, False)
+            checkpoint.remove(self._directory(item))
+            self._mark(item, None)
+        elif phase == 'saving':
+            self.discard(item)
+        elif phase == 'restoring' and alive and not item.cgroup.frozen():
+            # It has run, so the checkpoint is of the past.
+            checkpoint.remove(self._directory(item))
+            self._mark(item, None)
+        else:
+            self._put_down(item)
+            self._mark(item, 'saved')

@@ -1,0 +1,150 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Restoring a container, wherever its images come from: another host, or a
+checkpoint on disk.
+
+What a dump gives beside CRIU's images is called ``dumped`` here:
+
+``external``
+    mounts of the host, see :func:`.guest.external_mounts`
+``cgroups``, ``ramfs``, ``neighbours``
+    what CRIU leaves to us, of :mod:`.guest` and :mod:`.neighbours`
+``moment``
+    of :class:`.moment.Moment`
+"""
+
+import collections.abc as cabc
+import os
+import pathlib
+import types
+import typing as ty
+
+from nova_pycontainer.runtime import container
+from nova_pycontainer.runtime import criu
+from nova_pycontainer.runtime.migration import exe_links
+from nova_pycontainer.runtime.migration import guest
+from nova_pycontainer.runtime.migration import neighbours
+from nova_pycontainer.runtime.migration import patches
+from nova_pycontainer.runtime.migration import terminals
+from nova_pycontainer.runtime import network
+
+Dumped = cabc.Mapping[str, ty.Any]
+
+
+def mend(
+    images: pathlib.Path, messages: types.ModuleType, moment: Dumped
+) -> bool:
+    """Correct in the images what CRIU's dump gets wrong.
+
+    :returns: whether the console was the terminal of no session
+    """
+    patches.Patches(
+        images, messages, moment['asleep'], moment['signals']).apply()
+    exe_links.mend(images, messages)
+    return terminals.mend(
+        images, messages,
+        {int(index): (int(session), int(foreground))
+         for index, session, foreground in moment.get('terminals', ())})
+
+
+def make_surroundings(item: container.Container, dumped: Dumped) -> None:
+    """Make the cgroups, and stop the network; the root is mounted.
+
+    :raises ContainerError: ``invalid``
+    """
+    guest.make_cgroups(item.cgroup, dumped['cgroups'], item.st.base_id)
+    for nic in item.spec.nics:
+        # Everything that a peer sends to it before it runs would be
+        # answered by a reset.
+        network.hold(nic, True)
+
+
+def options(
+    tool: criu.Criu, item: container.Container, images: pathlib.Path,
+    dumped: Dumped,
+) -> ty.Any:
+    """The ``criu_opts`` of the restore.
+
+    :raises ContainerError: ``invalid``
+    """
+    made = tool.options(criu.Options(
+        images=images, root=item.root,
+        external=guest.restore_externals(
+            dumped['external'], item.drive_source,
+            [nic.parked_name for nic in item.spec.nics]),
+        cgroup='/' + item.cgroup.path, log='restore.log'))
+    # The keeper's child, as one that the OCI runtime has made.
+    made.rst_sibling = True
+    return made
+
+
+class Owner(ty.Protocol):
+    """Who restores. Each method may refuse by raising."""
+
+    def fill(self, pid: int, saved: list[dict[str, ty.Any]]) -> None:
+        """Mounts are made, and the ramfs ones empty."""
+
+    def ask(self) -> None:
+        """What comes now needs pages that another host has yet to send."""
+
+    def ready(self, pid: int, master: int | None) -> None:
+        """Everything is restored and nothing has run.
+
+        :param master: of the console's pty; None: no process has it open
+        """
+
+    def resumed(self, pid: int) -> None:
+        """It runs."""
+
+
+class Notified:
+    """Answers to CRIU's notifications while it restores."""
+
+    def __init__(self, owner: Owner, dumped: Dumped) -> None:
+        self._owner = owner
+        self._ramfs = list(dumped['ramfs'])
+        self._neighbours = list(dumped.get('neighbours') or ())
+        self._lazy = bool(dumped.get('lazy'))
+        self._pid: int | None = None
+        self._master: int | None = None
+
+    def close(self) -> None:
+        if self._master is not None:
+            os.close(self._master)
+            self._master = None
+
+    def notified(self, script: criu.Script) -> None:
+        if script.fd is not None:
+            # The last one is the console: it is the first terminal of the
+            # guest, and CRIU opens the higher numbers first.
+            self.close()
+            self._master = script.fd
+        if script.name == 'setup-namespaces':
+            self._pid = script.pid
+        elif script.name == 'post-setup-namespaces':
+            assert self._pid is not None
+            self._owner.fill(self._pid, self._ramfs)
+            if self._lazy:
+                # What comes now needs pages, and the source sends none
+                # before its commit. Namespaces, mounts and network, which
+                # most failures are about, are made.
+                self._owner.ask()
+        elif script.name == 'post-restore':
+            assert self._pid is not None
+            neighbours.restore(self._pid, self._neighbours)
+        elif script.name == 'pre-resume':
+            assert self._pid is not None
+            self._owner.ready(self._pid, self._master)
+        elif script.name == 'post-resume':
+            assert self._pid is not None
+            self._owner.resumed(self._pid)

@@ -1,0 +1,226 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Suspend and resume: the memory of a container on its disk."""
+
+import os
+import signal
+import time
+
+from nova_pycontainer.runtime import errors
+from tests.runtime import base
+from tests.runtime import hosts
+
+#: Counts in its memory, and writes what it has counted. It has a file open
+#: that has no name any more.
+_COUNTER = '''
+exec 3>/root/unlinked; rm /root/unlinked
+n=0
+while :; do n=$((n + 1)); echo $n > /root/count; echo $n >&3; sleep 0.05; done
+'''
+
+
+class CheckpointTestCase(hosts.TwoHostsTestCase):
+
+    def _counting(self, *args, **kwargs):
+        uuid = self.run_container(*args, **kwargs)
+        self.sh(self.a, uuid,
+                f"cat > /root/counter <<'.'\n{_COUNTER}.\n"
+                'setsid sh /root/counter </dev/null >/dev/null 2>&1 &')
+        base.wait_for(lambda: self._count(uuid, '/root/count'),
+                      'the first number')
+        return uuid, self._pid(uuid)
+
+    def _count(self, uuid, name):
+        return int(self.sh(self.a, uuid, f'cat {name} || echo 0') or 0)
+
+    def _pid(self, uuid):
+        return self.sh(self.a, uuid, 'pgrep -f /root/[c]ounter')
+
+    def _directory(self, uuid):
+        return self.a.directory / 'state/instances' / uuid
+
+    def _goes_on(self, uuid, pid, before):
+        self.assertEqual('running', self.a.info(uuid)['state'])
+        self.assertEqual(pid, self._pid(uuid))
+        base.wait_for(lambda: self._count(uuid, '/root/count') > before,
+                      'the counter')
+        self.assertFalse(self._checkpoint(uuid))
+
+    def _checkpoint(self, uuid):
+        """Whether there is one, while the disk is mounted."""
+        path = self._directory(uuid) / 'disk/checkpoint'
+        return self.a.run('test', '-e', str(path),
+                          check=False).returncode == 0
+
+    def _processes(self, uuid):
+        parent = f'/sys/fs/cgroup/{self.a.cgroup_parent}/{uuid}'
+        return os.path.exists(parent)
+
+    def assert_code(self, code, function, *args):
+        error = self.assertRaises(errors.ContainerError, function, *args)
+        self.assertEqual(code, error.code, str(error))
+        return error
+
+    def test_again_and_again(self):
+        uuid, pid = self._counting(address='203.0.113.10')
+        uptime = 'cut -d" " -f1 /proc/uptime'
+        for _ in range(3):
+            before = self._count(uuid, '/root/count')
+            up = float(self.sh(self.a, uuid, uptime))
+            self.assertEqual('suspended', self.a.suspend(uuid)['state'])
+            self.assertFalse(self._processes(uuid))
+            self.assertIsNone(self.a.info(uuid)['pid'])
+            self.assertEqual(0, self.a.info(uuid)['memory_bytes'])
+            time.sleep(0.5)
+            self.assertEqual('suspended', self.a.info(uuid)['state'])
+            self.assertEqual('running', self.a.resume(uuid)['state'])
+            self._goes_on(uuid, pid, before)
+            self.assertGreater(float(self.sh(self.a, uuid, uptime)), up)
+            self.attach(self.a, uuid)
+            base.ping('203.0.113.10')
+        unlinked = f'/proc/{pid}/fd/3'
+        self.assertIn('(deleted)', self.sh(
+            self.a, uuid, f'readlink {unlinked}'))
+        self.assertEqual(
+            '1', self.sh(self.a, uuid, f'head -n 1 {unlinked}'))
+        self.assertEqual([], [
+            line for line in self.sh(
+                self.a, uuid, 'ls -A /root').splitlines()
+            if line not in ('count', 'counter')])
+
+    def test_systemd(self):
+        uuid = self.run_container('debian13', memory=512, init={
+            'argv': ['/sbin/init', 'cloud-init=disabled']})
+        running = 'systemctl is-system-running || :'
+        base.wait_for(lambda: self.sh(self.a, uuid, running) == 'running',
+                      'systemd')
+        self.sh(self.a, uuid,
+                'systemd-run --on-active=3 --timer-property=AccuracySec=1ms '
+                'touch /root/fired')
+        self.a.suspend(uuid)
+        self.a.resume(uuid)
+        self.assertEqual('running', self.sh(self.a, uuid, running))
+        base.wait_for(lambda: self.sh(
+            self.a, uuid, 'ls /root/fired || :'), 'the timer')
+        self.sh(self.a, uuid, 'systemctl restart systemd-journald')
+
+    def test_of_what_does_not_run(self):
+        uuid = self.run_container()
+        self.assert_code('bad_state', self.a.resume, uuid)
+        self.a.pause(uuid)
+        self.assert_code('bad_state', self.a.suspend, uuid)
+        self.a.unpause(uuid)
+        self.a.suspend(uuid)
+        self.assert_code('bad_state', self.a.suspend, uuid)
+        self.assert_code('bad_state', self.a.exec, uuid, ['true'])
+        self.assert_code('bad_state', self.a.pause, uuid)
+        self.assertIn(b'', self.a.console_log(uuid))
+
+    def test_discarded(self):
+        """By what starts it afresh, and by what turns it off."""
+        uuid, _ = self._counting()
+        self.a.suspend(uuid)
+        self.a.stop(uuid, 0)
+        self.assertEqual('stopped', self.a.info(uuid)['state'])
+        self.assert_code('bad_state', self.a.resume, uuid)
+        self.a.prepare(uuid)
+        self.a.start_container(uuid)
+        self.assertFalse(self._checkpoint(uuid))
+        self.a.suspend(uuid)
+        self.a.reboot(uuid, 0)
+        self.assertEqual('running', self.a.info(uuid)['state'])
+        self.assertFalse(self._checkpoint(uuid))
+        # Files are kept by all of it, programs by none.
+        self.assertTrue(self._count(uuid, '/root/count'))
+        self.assertEqual('', self.sh(
+            self.a, uuid, 'pgrep -f /root/[c]ounter || :'))
+
+    def test_deleted(self):
+        uuid, _ = self._counting(address='203.0.113.10')
+        self.a.suspend(uuid)
+        self.a.delete(uuid)
+        self.assertEqual([], self.a.list())
+        self.assertFalse(self._directory(uuid).exists())
+
+    def test_disk_too_small(self):
+        uuid, pid = self._counting()
+        self.sh(self.a, uuid,
+                'mkdir /memory; mount -t tmpfs -o size=128m x /memory; '
+                'head -c 100000000 /dev/urandom > /memory/data; '
+                'dd if=/dev/zero of=/root/full bs=1M || :')
+        error = self.assert_code('no_space', self.a.suspend, uuid)
+        self.assertIn('does not fit on its disk', str(error))
+        self.sh(self.a, uuid, 'rm /root/full')
+        self._goes_on(uuid, pid, 0)
+        before = self.sh(self.a, uuid, 'md5sum < /memory/data')
+        self.a.suspend(uuid)
+        self.a.resume(uuid)
+        self.assertEqual(
+            before, self.sh(self.a, uuid, 'md5sum < /memory/data'))
+
+    def test_restore_that_fails(self):
+        """The checkpoint is as good as before."""
+        uuid, pid = self._counting()
+        self.a.suspend(uuid)
+        for point in 'resume.restored', 'resume.adopted':
+            self.a.restart_agent(faults=f'{point}=raise')
+            self.assertRaises(errors.ContainerError, self.a.resume, uuid)
+            self.assertEqual('suspended', self.a.info(uuid)['state'])
+            self.assertFalse(self._processes(uuid))
+        self.a.resume(uuid)
+        self._goes_on(uuid, pid, 0)
+
+    def _killed_at(self, point, uuid, verb):
+        self.a.restart_agent(faults=f'{point}=kill')
+        self.assertRaises(errors.AgentUnavailable, verb, uuid)
+        self.assertEqual(-signal.SIGKILL, self.a.process.wait(30))
+        self.a.restart_agent()
+
+    def test_agent_killed_while_it_suspends(self):
+        uuid, pid = self._counting()
+        for point in 'suspend.frozen', 'suspend.dumped':
+            self._killed_at(point, uuid, self.a.suspend)
+            base.wait_for(
+                lambda: self.a.info(uuid)['state'] == 'running', point)
+            self._goes_on(uuid, pid, self._count(uuid, '/root/count'))
+        self._killed_at('suspend.saved', uuid, self.a.suspend)
+        self.assertEqual('suspended', self.a.info(uuid)['state'])
+        self.assertFalse(self._processes(uuid))
+        self.a.resume(uuid)
+        self._goes_on(uuid, pid, 0)
+
+    def test_agent_killed_while_it_resumes(self):
+        uuid, pid = self._counting()
+        for point in 'resume.restored', 'resume.adopted':
+            before = self._count(uuid, '/root/count')
+            self.a.suspend(uuid)
+            self._killed_at(point, uuid, self.a.resume)
+            self.assertEqual('suspended', self.a.info(uuid)['state'])
+            self.assertFalse(self._processes(uuid))
+            self.a.resume(uuid)
+            self._goes_on(uuid, pid, before)
+
+    def test_host_boots(self):
+        """Nothing is left but the disk."""
+        uuid, pid = self._counting(address='203.0.113.10')
+        before = self._count(uuid, '/root/count')
+        self.a.suspend(uuid)
+        self.a.stop_agent()
+        for process in self.a.pids():
+            os.kill(process, signal.SIGKILL)
+        base.wait_for(lambda: not self.a.pids(), 'the end of all processes')
+        self.a.run('rm', '-r', '/run/pyc')
+        self.a.start_agent()
+        self.assertEqual('suspended', self.a.info(uuid)['state'])
+        self.a.resume(uuid)
+        self._goes_on(uuid, pid, before)
