@@ -43,6 +43,7 @@ from nova_pycontainer.runtime.migration import recovery
 from nova_pycontainer.runtime.migration import restoring
 from nova_pycontainer.runtime import network
 from nova_pycontainer.runtime import state
+from nova_pycontainer.runtime import syscalls
 from nova_pycontainer.runtime import unpack_client
 
 LOG = logging.getLogger(__name__)
@@ -55,9 +56,22 @@ _FULL = 16 << 20
 _FACTS = 'dumped.json'
 
 
+def release(directory: pathlib.Path) -> None:
+    """Unmount what a CRIU that was killed has left there; idempotent.
+
+    It mounts the hierarchies of cgroups in its directory to restore from
+    them. Removed with the rest they would take the host's cgroups along.
+    """
+    for mount in reversed(guest.mounts(os.getpid())):
+        if pathlib.PurePath(mount.point).is_relative_to(directory):
+            syscalls.umount(
+                mount.point, syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
+
+
 def remove(directory: pathlib.Path) -> None:
     """Remove the images; idempotent."""
     if directory.exists():
+        release(directory)
         shutil.rmtree(directory)
 
 
@@ -205,12 +219,14 @@ class Restorer:
         with contextlib.ExitStack() as stack:
             stack.callback(item.teardown)
             item.disk.mount()
+            stack.callback(release, self._directory)
             self._read()
             for nic in item.spec.nics:
                 network.plug(nic)
             procs = item.cgroup.create_legacy(item.spec.limits)
             self._session = stack.enter_context(
                 self._criu.session(cgroup_procs=procs))
+            stack.callback(self._session.wait)
             self._filler = guest.RamfsFiller()
             try:
                 self._restore()

@@ -33,6 +33,7 @@ from nova_pycontainer.runtime import config as rconfig
 from nova_pycontainer.runtime import criu
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime.migration import recovery
+from nova_pycontainer.runtime import state
 
 if ty.TYPE_CHECKING:
     from nova_pycontainer.runtime import container
@@ -90,9 +91,9 @@ class Checkpoints:
             self._host.note('suspended', uuid)
             return item.info()
 
-    @staticmethod
-    def _put_down(item: 'container.Container') -> None:
+    def _put_down(self, item: 'container.Container') -> None:
         item.kill()
+        checkpoint.release(self._directory(item))
         item.teardown()
         item.st.run = item.st.exit = None
         item.st.save(item.directory)
@@ -135,6 +136,7 @@ class Checkpoints:
             checkpoint.remove(self._directory(item))
         finally:
             item.disk.unmount()
+        item.st.exit = state.Exit()
         self._mark(item, None)
 
     def recover(self, item: 'container.Container') -> None:

@@ -47,6 +47,7 @@ LOG = logging.getLogger(__name__)
 MIN_VERSION = (4, 2)
 
 _MAX_MESSAGE = 1 << 20
+_END_TIMEOUT = 20.0
 _PACKAGES = '/usr/lib/python3/dist-packages'
 
 
@@ -266,6 +267,10 @@ class Session:
         self._rpc = rpc
         self._sock = sock
         self.pid = pid
+        self._pidfd: int | None = None
+        # It may have ended at once, which the first request says.
+        with contextlib.suppress(ProcessLookupError):
+            self._pidfd = os.pidfd_open(pid)
 
     def __enter__(self) -> 'Session':
         return self
@@ -274,6 +279,16 @@ class Session:
         # At the end of the connection CRIU gives up what it does, and a
         # dump's processes go on.
         self._sock.close()
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+            self._pidfd = None
+
+    def wait(self) -> None:
+        """Hang up, and wait until CRIU is gone: it has files open."""
+        self._sock.close()
+        if self._pidfd is not None and not process.exited(
+                self._pidfd, _END_TIMEOUT):
+            LOG.warning('criu (%d) does not end', self.pid)
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -284,13 +299,8 @@ class Session:
         Killed processes that it traces stay zombies until it is gone, and so
         does the init of their PID namespace, which it would wait for.
         """
-        try:
-            pidfd = os.pidfd_open(self.pid)
-        except ProcessLookupError:
-            return
-        # It has not ended: our end of its socket is open.
-        process.send_signal(pidfd, 9)
-        os.close(pidfd)
+        if self._pidfd is not None:
+            process.send_signal(self._pidfd, 9)
 
     def request(
         self, kind: int, opts: ty.Any, handler: Handler, timeout: float
