@@ -153,6 +153,8 @@ class Saver:
                     return
                 self._thaw()
                 raise
+            LOG.info('instance %s: criu dumped it in %.3f s', item.uuid,
+                     session.worked)
         if response.success or self._saved:
             return
         self._thaw()
@@ -271,6 +273,8 @@ class Restorer:
                 images / 'restore.log', item.log_directory, response,
                 'Run "pycontainer preflight" on this host, or reboot the '
                 'server hard: it starts afresh')
+        LOG.info('instance %s: criu restored it in %.3f s', item.uuid,
+                 self._session.worked)
 
     def _work_on_copy(self) -> pathlib.Path:
         """A directory of the images that can be corrected.

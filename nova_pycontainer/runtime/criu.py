@@ -31,6 +31,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 import types
 import typing as ty
 
@@ -268,6 +269,8 @@ class Session:
         self._sock = sock
         self.pid = pid
         self._pidfd: int | None = None
+        #: Seconds that CRIU itself has worked, without our handlers' time.
+        self.worked = 0.0
         # It may have ended at once, which the first request says.
         with contextlib.suppress(ProcessLookupError):
             self._pidfd = os.pidfd_open(pid)
@@ -318,12 +321,15 @@ class Session:
         self._sock.sendall(message.SerializeToString())
         refused: BaseException | None = None
         while True:
+            began = time.monotonic()
             try:
                 response, fd = self._receive()
             except errors.ContainerError:
                 if refused is not None:
                     raise refused from None
                 raise
+            finally:
+                self.worked += time.monotonic() - began
             if response.type != self._rpc.NOTIFY:
                 break
             answer = self._rpc.criu_req(

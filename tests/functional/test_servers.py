@@ -55,6 +55,27 @@ class ServersTest(base.TestCase):
         self.delete(server)
         self.assert_nothing_left()
 
+    def test_suspend_and_resume(self):
+        server = self.boot()
+        nics = self.info(server)['nics']
+        for _ in range(2):
+            self.action(server, 'SUSPENDED', 'suspend')
+            self.assertEqual('suspended', self.info(server)['state'])
+            # Looked at by the periodic task, it stays what it is.
+            self.periodic('_sync_power_states')
+            self.action(server, 'ACTIVE', 'resume')
+            self.assertEqual('running', self.info(server)['state'])
+        self.assertEqual([nic['devname'] for nic in nics], [*self.plugged])
+        self.action(server, 'SUSPENDED', 'suspend')
+        self.restart()
+        self.action(server, 'ACTIVE', 'resume')
+        self.action(server, 'SUSPENDED', 'suspend')
+        self.action(server, 'ACTIVE', 'reboot', {'type': 'HARD'})
+        self.assertEqual('running', self.info(server)['state'])
+        self.action(server, 'SUSPENDED', 'suspend')
+        self.delete(server)
+        self.assert_nothing_left()
+
     def test_hosts_are_apart(self):
         one, two = self.boot(), self.boot(host='host2')
         self.info(one, 'host1')

@@ -608,6 +608,7 @@ class _Dump:
             except errors.ContainerError as e:
                 raise self._reason(e) from e
         source.progress.memory_sent = self._sender.sent
+        source.progress.steps['memory'] = time.monotonic() - self._frozen_at
         self._files_thread.join(_PASS_TIMEOUT)
         if self._error is not None:
             raise self._error

@@ -208,6 +208,8 @@ class FakeAgent(fake_migration.Migrations):
         if item['state'] in ('created', 'running', 'paused'):
             clean = timeout_s > 0 and uuid not in self.stubborn
             self._end(item, None if clean else 9)
+        elif item['state'] == 'suspended':
+            item['state'] = 'stopped'
         return item['exit']
 
     def pause(self, uuid):
@@ -222,6 +224,20 @@ class FakeAgent(fake_migration.Migrations):
         item = self._get(uuid, 'running', 'paused')
         item['state'] = 'running'
         self._event('unpaused', uuid)
+        return dict(item)
+
+    def suspend(self, uuid):
+        self._enter('suspend')
+        item = self._get(uuid, 'running')
+        item['state'] = 'suspended'
+        self._event('suspended', uuid)
+        return dict(item)
+
+    def resume(self, uuid, changes=None):
+        self._enter('resume')
+        item = self._get(uuid, 'suspended')
+        item['state'] = 'running'
+        self._event('resumed', uuid)
         return dict(item)
 
     def delete(self, uuid, keep_disk=False):
