@@ -153,9 +153,9 @@ class Saver:
                     return
                 self._thaw()
                 raise
+        if response.success or self._saved:
             LOG.info('instance %s: criu dumped it in %.3f s', item.uuid,
                      session.worked)
-        if response.success or self._saved:
             return
         self._thaw()
         self._raise_full()
