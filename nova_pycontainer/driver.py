@@ -78,6 +78,7 @@ class PyContainerDriver(driver.ComputeDriver):
 
     capabilities = {
         **driver.ComputeDriver.capabilities,
+        'supports_attach_interface': True,
         'supports_image_type_raw': True,
         'supports_trusted_certs': True,
     }
@@ -354,6 +355,16 @@ class PyContainerDriver(driver.ComputeDriver):
         with driver_errors.translated(
                 instance, failure=exception.VirtualInterfaceUnplugException):
             self._spawner.unplug(instance, network_info)
+
+    def attach_interface(self, context, instance, image_meta, vif):
+        with driver_errors.translated(
+                instance, failure=driver_errors.attach_failure(instance)):
+            self._spawner.attach_interface(instance, vif)
+
+    def detach_interface(self, context, instance, vif):
+        with driver_errors.translated(
+                instance, failure=driver_errors.detach_failure(instance)):
+            self._spawner.detach_interface(instance, vif)
 
     # Live migration, in the order of the calls. D is called on the
     # destination, S on the source.

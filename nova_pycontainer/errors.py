@@ -89,6 +89,20 @@ def plug_failure(reason):
         f'{exception.VirtualInterfacePlugException.msg_fmt}: {reason}')
 
 
+def attach_failure(instance):
+    """InterfaceAttachFailed has no room for a reason by itself."""
+    return _with_reason(exception.InterfaceAttachFailed, instance)
+
+
+def detach_failure(instance):
+    return _with_reason(exception.InterfaceDetachFailed, instance)
+
+
+def _with_reason(kind, instance):
+    text = kind.msg_fmt % {'instance_uuid': instance.uuid}
+    return lambda reason: kind(f'{text}: {reason}')
+
+
 def to_nova(error, *, image_id=None,
             failure=exception.InstanceDeployFailure):
     """Return the exception of Nova's that says the same.

@@ -161,6 +161,35 @@ class Spawner:
                 self._leftovers[uuid] = _names(nics)
             raise
 
+    def attach_interface(self, instance, port):
+        """Give the server one more interface.
+
+        :raises ContainerError: the agent's; nothing of it is left
+        """
+        nic = vif.nic(port, self._conf.tx_offload)
+        with driver_steps.Steps('attach', instance) as steps:
+            with steps.step('plug', lambda: self._client.unplug(
+                    instance.uuid, [nic['devname']])):
+                self._client.plug(instance.uuid, [nic])
+            with steps.step('plug_vifs',
+                            lambda: vif.unplug(instance, [port])):
+                vif.plug(instance, [port])
+            with steps.step('attach'):
+                self._client.interface_attach(instance.uuid, nic)
+            steps.success()
+
+    def detach_interface(self, instance, port):
+        """Take an interface away, whether or not it is there.
+
+        :raises ContainerError: the agent's; it is there still
+        """
+        try:
+            self._client.interface_detach(instance.uuid, vif.name(port))
+        except errors.ContainerError as e:
+            if e.code != 'not_found':
+                raise
+        vif.unplug(instance, [port])
+
     def remove(self, instance, network_info, *, keep_disk=False,
                unplug=True):
         """Remove the container, whatever there is of it.

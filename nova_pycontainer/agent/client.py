@@ -221,6 +221,16 @@ class Client:
     def unplug(self, uuid: str, devnames: cabc.Sequence[str]) -> None:
         self._call('unplug', {'uuid': uuid, 'devnames': [*devnames]})
 
+    def interface_attach(self, uuid: str, nic: Json) -> Json:
+        """Give a container one more interface, at once if it runs."""
+        return ty.cast(Json, self._call(
+            'interface_attach', {'uuid': uuid, 'nic': nic}))
+
+    def interface_detach(self, uuid: str, devname: str) -> Json:
+        """Take an interface away, by the name of its outer end."""
+        return ty.cast(Json, self._call(
+            'interface_detach', {'uuid': uuid, 'devname': devname}))
+
     # Life
 
     def define(self, uuid: str, spec: Json) -> Json:

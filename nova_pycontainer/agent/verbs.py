@@ -36,6 +36,8 @@ _SECONDS: ty.Final[Schema] = {
 # What stands inside is the runtime's to check.
 _OBJECT: ty.Final[Schema] = {'type': 'object'}
 _CHANGES: ty.Final[Schema] = {'type': ['object', 'null']}
+_DEVNAME: ty.Final[Schema] = {
+    'type': 'string', 'pattern': '^[^/\\s\\x00]{1,15}\\Z'}
 # Without NUL: it ends an argument for the kernel.
 _TEXT: ty.Final[Schema] = {'type': 'string', 'pattern': '^[^\\x00]*\\Z'}
 
@@ -78,8 +80,11 @@ VERBS: ty.Final[dict[str, Verb]] = {
     'plug': Verb('plug', {
         'uuid': _UUID, 'nics': {'type': 'array', 'items': _OBJECT}}),
     'unplug': Verb('unplug', {
-        'uuid': _UUID, 'devnames': {'type': 'array', 'items': {
-            'type': 'string', 'pattern': '^[^/\\s\\x00]{1,15}\\Z'}}}),
+        'uuid': _UUID, 'devnames': {'type': 'array', 'items': _DEVNAME}}),
+    'interface_attach': Verb(
+        'interfaces.attach', {'uuid': _UUID, 'nic': _OBJECT}),
+    'interface_detach': Verb(
+        'interfaces.detach', {'uuid': _UUID, 'devname': _DEVNAME}),
     # Life. A config drive may hold 64 MiB, in base64.
     'define': Verb('define', {'uuid': _UUID, 'spec': _OBJECT},
                    max_body=96 * MIB),

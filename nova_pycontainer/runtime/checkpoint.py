@@ -117,7 +117,8 @@ class Saver:
         external = guest.external_mounts(self._pid)
         facts: dict[str, ty.Any] = {
             'external': external, 'run': item.st.run,
-            'neighbours': neighbours.save(self._pid)}
+            'neighbours': neighbours.save(self._pid),
+            'netdevs': network.names_inside(item.spec.nics, self._pid)}
 
         def notified(script: criu.Script) -> None:
             if script.name == 'network-lock':
@@ -327,9 +328,4 @@ class Restorer:
     def resumed(self, pid: int) -> None:
         self._running = True
         self._commit()
-        try:
-            announce.announce(
-                pid, [f'eth{n}' for n in range(len(self._item.spec.nics))])
-        except (OSError, errors.ContainerError) as e:
-            LOG.warning('instance %s: announcing its addresses: %s',
-                        self._item.uuid, e)
+        announce.announce(self._item, pid)

@@ -37,7 +37,7 @@ from nova_pycontainer.runtime import disk
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import init as initd
 from nova_pycontainer.runtime import keeper_client
-from nova_pycontainer.runtime.migration import announce
+from nova_pycontainer.runtime import netns
 from nova_pycontainer.runtime import network
 from nova_pycontainer.runtime import oci
 from nova_pycontainer.runtime import overlay
@@ -360,17 +360,13 @@ class Container:
             os.close(root)
 
     def _wire(self, pid: int) -> None:
-        netns = os.open(f'/proc/{pid}/ns/net', os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            for position, nic in enumerate(self.spec.nics):
-                if network.exists(nic) and not network.parked(nic):
-                    # An outer end whose inner end is in a namespace that is
-                    # being destroyed.
-                    network.unplug(nic.devname)
-                network.plug(nic)
-                network.move_in(nic, netns, position)
-        finally:
-            os.close(netns)
+        for position, nic in enumerate(self.spec.nics):
+            if network.exists(nic) and not network.parked(nic):
+                # An outer end whose inner end is in a namespace that is
+                # being destroyed.
+                network.unplug(nic.devname)
+            network.plug(nic)
+            network.move_in(nic, pid, f'eth{position}')
 
     def adopt(
         self, pid: int, run: ty.Mapping[str, ty.Any], master: int | None,
@@ -426,13 +422,9 @@ class Container:
         the guest's user namespace, so that the kernel refuses it.
         """
         first = self.st.base_id
-        netns = os.open(f'/proc/{pid}/ns/net', os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            announce.in_netns(netns, lambda: pathlib.Path(
-                '/proc/sys/net/ipv4/ping_group_range').write_text(
-                    f'{first} {first + 65534}'))
-        finally:
-            os.close(netns)
+        netns.within(pid, lambda: pathlib.Path(
+            '/proc/sys/net/ipv4/ping_group_range').write_text(
+                f'{first} {first + 65534}'))
 
     def start(self) -> None:
         """Let the init run."""

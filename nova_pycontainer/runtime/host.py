@@ -42,6 +42,7 @@ from nova_pycontainer.runtime import events
 from nova_pycontainer.runtime import execute
 from nova_pycontainer.runtime import idmap
 from nova_pycontainer.runtime import imagecheck
+from nova_pycontainer.runtime import interfaces
 from nova_pycontainer.runtime import keeper_client
 from nova_pycontainer.runtime import layers
 from nova_pycontainer.runtime.migration import checks
@@ -131,6 +132,7 @@ class Host:
             # Above the range of all containers, and that of unpacking.
             self._ids.unpack_base + idmap.RANGE)
         self.checkpoints = checkpoints.Checkpoints(self, c)
+        self.interfaces = interfaces.Interfaces(self)
         self.migrations = migrations.Migrations(self, c)
         self.migrations.start()
         missing = self._hierarchies.missing()

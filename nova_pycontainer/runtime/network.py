@@ -27,20 +27,24 @@ import collections.abc as cabc
 import contextlib
 import dataclasses
 import errno
+import itertools
 import os
 import re
+import socket
 import typing as ty
 
 import pyroute2
 from pyroute2.netlink import exceptions as nl_exceptions
 
 from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime import netns
 
 _MAC = re.compile(r'^([0-9a-f]{2}:){5}[0-9a-f]{2}$')
 _OUTER = re.compile(r'^tap[A-Za-z0-9-]{1,11}$')
 #: Handle 1: of a root queueing discipline.
 _HOLD = 0x10000
 _NAME = re.compile(r'^[A-Za-z0-9._-]{1,15}$')
+_INSIDE = re.compile(r'[A-Za-z0-9._@+-]{1,15}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,24 +157,68 @@ def _tx_offload_off(name: str) -> None:
         tool.set_features(name, features)
 
 
-def move_in(nic: Nic, netns: int, position: int) -> None:
-    """Move the parked inner end into a container as ``eth<position>``.
+def move_in(nic: Nic, pid: int, name: str) -> None:
+    """Move the parked inner end into the namespace of a container's process.
 
     One message renames and moves, so no other interface of the host can take
     the name in between.
 
-    :param netns: descriptor of the container's network namespace
+    :param name: what it is called there
     :raises ContainerError: ``network``
     """
-    name = f'eth{position}'
     with _netlink(f'moving {nic.devname} into the container') as ipr:
         index = _index(ipr, nic.parked_name)
         if index is None:
             raise errors.ContainerError(
                 'network', f'the inner end of {nic.devname} is not here',
                 remedy='Power the instance off and on again')
-        ipr.link('set', index=index, net_ns_fd=netns, ifname=name,
-                 address=nic.mac)
+        netns_fd = os.open(
+            f'/proc/{pid}/ns/net', os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            ipr.link('set', index=index, net_ns_fd=netns_fd, ifname=name,
+                     address=nic.mac)
+        finally:
+            os.close(netns_fd)
+
+
+def names_inside(nics: cabc.Iterable[Nic], pid: int) -> dict[str, str]:
+    """What the guest calls its interfaces: port's id → name.
+
+    It may have renamed one. One that is not there, it has deleted.
+
+    :raises ContainerError: ``unsupported``: see :func:`check_name_inside`
+    """
+    indices = {}
+    with _netlink('looking for the interfaces of the container') as ipr:
+        for nic in nics:
+            index = _index(ipr, nic.devname)
+            if index is not None:
+                link, = ipr.get_links(index)
+                indices[nic.id] = link.get_attr('IFLA_LINK')
+    names = netns.within(pid, lambda: dict(socket.if_nameindex()))
+    found = {ident: names[index] for ident, index in indices.items()
+             if index in names}
+    for name in found.values():
+        check_name_inside(name)
+    return found
+
+
+def check_name_inside(name: object) -> str:
+    """:raises ContainerError: ``unsupported``: CRIU would misread it"""
+    if not isinstance(name, str) or not _INSIDE.fullmatch(name):
+        raise errors.ContainerError(
+            'unsupported', f'the network interface {name!r} of the guest '
+            'has a name that CRIU cannot restore',
+            remedy='Rename it in the guest')
+    return name
+
+
+def free_name(pid: int) -> str:
+    """The first ``eth<number>`` that the guest does not have."""
+    taken = netns.within(
+        pid, lambda: {name for _, name in socket.if_nameindex()})
+    return next(name for n in itertools.count()
+                if (name := f'eth{n}') not in taken)
 
 
 def hold(nic: Nic, on: bool) -> None:

@@ -60,7 +60,7 @@ class _Hosts(hosts.TwoHostsTestCase):
 
     agent_options: ty.ClassVar = {'disk_limit': 'none'}
 
-    def runTest(self) -> None:  # noqa: N802
+    def runTest(self) -> None:
         """Nothing: it is used as what makes the hosts."""
 
     def _host(self, name: str, address: str) -> hosts.Agent:

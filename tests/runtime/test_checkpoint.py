@@ -46,8 +46,9 @@ class CheckpointTestCase(hosts.TwoHostsTestCase):
 
     def _pid(self, uuid):
         """Of the counter; nothing if it does not run."""
-        return self.sh(self.a, uuid, 'pid=$(cat /root/pid); if grep -q '
-                       '/root/[c]ounter /proc/$pid/cmdline; then echo $pid; fi')
+        return self.sh(
+            self.a, uuid, 'pid=$(cat /root/pid); if grep -q /root/[c]ounter '
+            '/proc/$pid/cmdline; then echo $pid; fi')
 
     def _directory(self, uuid):
         return self.a.directory / 'state/instances' / uuid

@@ -23,52 +23,24 @@ neighbours outside of OVN learn.
 import collections.abc as cabc
 import contextlib
 import ipaddress
-import os
 import socket
 import struct
-import threading
-import typing as ty
 
+from oslo_log import log as logging
 import pyroute2
 
+from nova_pycontainer.runtime import container
 from nova_pycontainer.runtime import errors
-from nova_pycontainer.runtime import syscalls
+from nova_pycontainer.runtime import netns
+from nova_pycontainer.runtime import network
+
+LOG = logging.getLogger(__name__)
 
 _ETH_P_ARP = 0x0806
 _ETH_P_RARP = 0x8035
 _ETH_P_IPV6 = 0x86DD
 _BROADCAST = b'\xff' * 6
 _ALL_NODES = bytes.fromhex('333300000001')
-_TIMEOUT = 10.0
-
-T = ty.TypeVar('T')
-
-
-def in_netns(fd: int, function: ty.Callable[[], T]) -> T:
-    """Run ``function`` in a network namespace, in a thread of its own.
-
-    A namespace is a thread's property; a thread that ends takes the change
-    with it, and starting one costs a thousandth of a process.
-    """
-    result: list[T] = []
-    failure: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            syscalls.setns(fd, syscalls.CLONE_NEWNET)
-            result.append(function())
-        except BaseException as e:
-            failure.append(e)
-
-    thread = threading.Thread(target=run, name='netns', daemon=True)
-    thread.start()
-    thread.join(_TIMEOUT)
-    if failure:
-        raise failure[0]
-    if not result:
-        raise errors.ContainerError(
-            'timeout', 'the network namespace does not answer')
-    return result[0]
 
 
 def _checksum(data: bytes) -> int:
@@ -119,17 +91,19 @@ def _frames(
             yield unsolicited_na(mac, address)
 
 
-def announce(pid: int, interfaces: cabc.Collection[str]) -> None:
+def announce(item: container.Container, pid: int) -> None:
     """Announce all addresses of a container's interfaces, once.
 
+    A failure is logged: the guest's own traffic tells the same later.
+
     :param pid: a process of the container
-    :param interfaces: their names inside
     """
-    fd = os.open(f'/proc/{pid}/ns/net', os.O_RDONLY | os.O_CLOEXEC)
     try:
-        in_netns(fd, lambda: _announce(interfaces))
-    finally:
-        os.close(fd)
+        names = network.names_inside(item.spec.nics, pid)
+        netns.within(pid, lambda: _announce(names.values()))
+    except (OSError, errors.ContainerError) as e:
+        LOG.warning('instance %s: announcing its addresses: %s', item.uuid,
+                    e)
 
 
 def _announce(interfaces: cabc.Collection[str]) -> int:

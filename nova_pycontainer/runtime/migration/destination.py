@@ -517,12 +517,7 @@ class Destination:
         self._resumed = True
         faults.point('destination.resumed')
         self.progress.phase = Phase.RUNNING
-        try:
-            announce.announce(
-                pid, [f'eth{n}' for n in range(len(self._item.spec.nics))])
-        except (OSError, errors.ContainerError) as e:
-            LOG.warning('instance %s: announcing its addresses: %s',
-                        self._item.uuid, e)
+        announce.announce(self._item, pid)
         if self._control is not None:
             with contextlib.suppress(errors.ContainerError):
                 self._control.send('running')

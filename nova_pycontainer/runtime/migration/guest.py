@@ -103,11 +103,12 @@ def dump_externals(external: cabc.Mapping[str, str]) -> tuple[str, ...]:
 
 def restore_externals(
     external: cabc.Mapping[str, str], config_drive: pathlib.Path,
-    nics: cabc.Sequence[str],
+    nics: cabc.Mapping[str, str],
 ) -> tuple[str, ...]:
     """CRIU's ``--external`` of a restore.
 
-    :param nics: names on the host of the parked inner ends, in order
+    :param nics: name of an interface in the guest → that of its parked end
+        on the host
     :raises ContainerError: ``invalid``: the peer names another file
     """
     result = []
@@ -119,8 +120,8 @@ def restore_externals(
             raise errors.ContainerError(
                 'invalid', f'{source!r} is not a device of containers')
         result.append(f'mnt[{point}]:{source}')
-    for position, name in enumerate(nics):
-        result.append(f'netdev[eth{position}]:{name}')
+    for inside, name in nics.items():
+        result.append(f'netdev[{inside}]:{name}')
     return tuple(result)
 
 

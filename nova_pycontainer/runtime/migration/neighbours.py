@@ -20,7 +20,6 @@ would be added to every blackout.
 
 import collections.abc as cabc
 import ipaddress
-import os
 import re
 import socket
 import typing as ty
@@ -28,7 +27,7 @@ import typing as ty
 import pyroute2
 from pyroute2.netlink import exceptions as nl_exceptions
 
-from nova_pycontainer.runtime.migration import announce
+from nova_pycontainer.runtime import netns
 
 _LIMIT = 1024
 _NUD_STALE = 0x04
@@ -41,7 +40,7 @@ Neighbour = dict[str, str]
 
 def save(pid: int) -> list[Neighbour]:
     """The neighbours that a container knows, of its Ethernet interfaces."""
-    return _within(pid, _save)
+    return netns.within(pid, _save)
 
 
 def restore(pid: int, neighbours: cabc.Sequence[ty.Mapping[str, ty.Any]]
@@ -51,18 +50,7 @@ def restore(pid: int, neighbours: cabc.Sequence[ty.Mapping[str, ty.Any]]
     As stale ones: they are used at once, and checked soon after.
     """
     if neighbours:
-        _within(pid, lambda: _restore(neighbours))
-
-
-T = ty.TypeVar('T')
-
-
-def _within(pid: int, function: ty.Callable[[], T]) -> T:
-    fd = os.open(f'/proc/{pid}/ns/net', os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return announce.in_netns(fd, function)
-    finally:
-        os.close(fd)
+        netns.within(pid, lambda: _restore(neighbours))
 
 
 def _save() -> list[Neighbour]:

@@ -285,10 +285,4 @@ def release(item: container.Container, paused: bool) -> None:
     thaw(item, paused)
     run = item.st.run
     if run is not None:
-        try:
-            announce.announce(
-                int(run['process']['pid']),
-                [f'eth{n}' for n in range(len(item.spec.nics))])
-        except (OSError, errors.ContainerError) as e:
-            LOG.warning('instance %s: announcing its addresses: %s',
-                        item.uuid, e)
+        announce.announce(item, int(run['process']['pid']))

@@ -19,6 +19,8 @@ What a dump gives beside CRIU's images is called ``dumped`` here:
     mounts of the host, see :func:`.guest.external_mounts`
 ``cgroups``, ``ramfs``, ``neighbours``
     what CRIU leaves to us, of :mod:`.guest` and :mod:`.neighbours`
+``netdevs``
+    of :func:`.network.names_inside`
 ``moment``
     of :class:`.moment.Moment`
 """
@@ -34,6 +36,7 @@ from nova_pycontainer.runtime import criu
 from nova_pycontainer.runtime.migration import exe_links
 from nova_pycontainer.runtime.migration import guest
 from nova_pycontainer.runtime.migration import neighbours
+from nova_pycontainer.runtime.migration import packet_sockets
 from nova_pycontainer.runtime.migration import patches
 from nova_pycontainer.runtime.migration import terminals
 from nova_pycontainer.runtime import network
@@ -51,6 +54,7 @@ def mend(
     patches.Patches(
         images, messages, moment['asleep'], moment['signals']).apply()
     exe_links.mend(images, messages)
+    packet_sockets.mend(images, messages)
     return terminals.mend(
         images, messages,
         {int(index): (int(session), int(foreground))
@@ -81,11 +85,23 @@ def options(
         images=images, root=item.root,
         external=guest.restore_externals(
             dumped['external'], item.drive_source,
-            [nic.parked_name for nic in item.spec.nics]),
+            _interfaces(item, dumped)),
         cgroup='/' + item.cgroup.path, log='restore.log'))
     # The keeper's child, as one that the OCI runtime has made.
     made.rst_sibling = True
     return made
+
+
+def _interfaces(
+    item: container.Container, dumped: Dumped
+) -> dict[str, str]:
+    names = dumped.get('netdevs')
+    if names is None:
+        # An older agent's dump: they are called as we have called them.
+        names = {nic.id: f'eth{position}'
+                 for position, nic in enumerate(item.spec.nics)}
+    return {network.check_name_inside(names[nic.id]): nic.parked_name
+            for nic in item.spec.nics if nic.id in names}
 
 
 class Owner(ty.Protocol):

@@ -541,6 +541,7 @@ class _Dump:
         self._error: BaseException | None = None
         self._ramfs: list[dict[str, ty.Any]] = []
         self._neighbours = neighbours.save(pid)
+        self._netdevs = network.names_inside(source.item.spec.nics, pid)
         self._frozen_at = 0.0
 
     def lazy_config(self) -> pathlib.Path:
@@ -618,6 +619,7 @@ class _Dump:
         source.commit({
             'external': self._external, 'cgroups': cgroups,
             'ramfs': self._ramfs, 'neighbours': self._neighbours,
+            'netdevs': self._netdevs,
             'lazy': self.lazy,
             'moment': source.moment.dumped()})
         if self.lazy:

@@ -216,7 +216,7 @@ class Trial:
             options = self._criu.options(criu.Options(
                 images=memory.path, root=item.root,
                 external=guest.restore_externals(
-                    external, item.drive_source, []),
+                    external, item.drive_source, {}),
                 cgroup='/' + item.cgroup.path, log='restore.log'))
             options.rst_sibling = True
             response = session.request(

@@ -226,6 +226,20 @@ class FakeAgent(fake_migration.Migrations):
         self._event('unpaused', uuid)
         return dict(item)
 
+    def interface_attach(self, uuid, nic):
+        self._enter('interface_attach')
+        item = self._get(uuid)
+        item['nics'] = [*item['nics'], nic]
+        return dict(item)
+
+    def interface_detach(self, uuid, devname):
+        self._enter('interface_detach')
+        item = self._get(uuid)
+        item['nics'] = [
+            nic for nic in item['nics'] if nic['devname'] != devname]
+        self.links.pop(devname, None)
+        return dict(item)
+
     def suspend(self, uuid):
         self._enter('suspend')
         item = self._get(uuid, 'running')

@@ -1,0 +1,127 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Interfaces that come and go while a container runs."""
+
+from nova_pycontainer.runtime import errors
+from tests.runtime import base
+from tests.runtime import hosts
+
+
+def _nic(number):
+    ident = f'0123456789{number}'
+    return {'id': f'{ident}-x', 'devname': f'tap{ident}',
+            'mac': f'fa:16:3e:00:01:0{number}', 'mtu': 1450,
+            'tx_offload': True}
+
+
+class InterfacesTestCase(hosts.TwoHostsTestCase):
+
+    def _names(self, uuid, host=None):
+        return self.sh(host or self.a, uuid,
+                       'cd /sys/class/net; echo eth*').split()
+
+    def _plug(self, uuid, number, host=None):
+        nic = _nic(number)
+        (host or self.a).interface_attach(uuid, nic)
+        self.attach(host or self.a, uuid)
+        return nic
+
+    def _up(self, uuid, name, address):
+        self.sh(self.a, uuid, f'ip address add {address}/24 dev {name}; '
+                f'ip link set {name} up')
+        base.ping(address)
+
+    def test_to_and_fro(self):
+        uuid = self.run_container(address='203.0.113.10')
+        first, = self.a.info(uuid)['nics']
+        nic = self._plug(uuid, 1)
+        self.assertEqual(['eth0', 'eth1'], self._names(uuid))
+        inside = '/sys/class/net/eth1'
+        self.assertEqual([nic['mac'], '1450'], self.sh(
+            self.a, uuid, f'cat {inside}/address {inside}/mtu').split())
+        self._up(uuid, 'eth1', '203.0.113.11')
+        # Twice is once.
+        self.a.interface_attach(uuid, nic)
+        self.assertEqual(2, len(self.a.info(uuid)['nics']))
+        self.a.interface_detach(uuid, first['devname'])
+        self.assertEqual(['eth1'], self._names(uuid))
+        base.ping('203.0.113.11')
+        self.a.interface_detach(uuid, first['devname'])
+        # The name that is free is taken first.
+        self._plug(uuid, 2)
+        self.assertEqual(['eth0', 'eth1'], self._names(uuid))
+        self.assertEqual([nic['id'], _nic(2)['id']], [
+            n['id'] for n in self.a.info(uuid)['nics']])
+
+    def test_migrated_under_its_name(self):
+        """The only one left is not the first, and one has a new name."""
+        uuid = self.run_container(address='203.0.113.10')
+        first, = self.a.info(uuid)['nics']
+        self._plug(uuid, 1)
+        self._up(uuid, 'eth1', '203.0.113.11')
+        self.a.interface_detach(uuid, first['devname'])
+        self._plug(uuid, 2)
+        self.sh(self.a, uuid, 'ip link set eth0 name lan0')
+        self._up(uuid, 'lan0', '203.0.113.12')
+        here, there = self.a, self.b
+        for _ in range(2):
+            self.migrate(uuid, here, there)
+            here, there = there, here
+            base.ping('203.0.113.11')
+            base.ping('203.0.113.12')
+            self.assertEqual(
+                'eth1 lan0', self.sh(here, uuid, 'cd /sys/class/net; '
+                                     'echo eth* lan*'))
+        self.a.suspend(uuid)
+        self.a.resume(uuid)
+        self.attach(self.a, uuid)
+        base.ping('203.0.113.12')
+
+    def test_deleted_by_the_guest(self):
+        uuid = self.run_container(address='203.0.113.10')
+        self._plug(uuid, 1)
+        self._up(uuid, 'eth1', '203.0.113.11')
+        self.sh(self.a, uuid, 'ip link delete eth0')
+        self.migrate(uuid, self.a, self.b)
+        base.ping('203.0.113.11')
+        self.assertEqual(['eth1'], self._names(uuid, self.b))
+
+    def test_of_a_stopped_one(self):
+        uuid = self.run_container()
+        self.a.kill(uuid)
+        self.a.interface_attach(uuid, _nic(1))
+        self.a.prepare(uuid)
+        self.a.start_container(uuid)
+        self.assertEqual(['eth0'], self._names(uuid))
+        self.a.kill(uuid)
+        self.a.interface_detach(uuid, _nic(1)['devname'])
+        self.a.prepare(uuid)
+        self.a.start_container(uuid)
+        self.assertEqual(['eth*'], self._names(uuid))
+
+    def test_names_that_criu_would_misread(self):
+        uuid = self.run_container(address='203.0.113.10')
+        self.sh(self.a, uuid, 'ip link set eth0 down; '
+                "ip link set eth0 name 'a]b'")
+        error = self.assertRaises(AssertionError, self.migrate, uuid, self.a,
+                                  self.b)
+        self.assertIn('Rename it in the guest', str(error))
+        self.assertEqual('running', self.a.info(uuid)['state'])
+
+    def test_not_while_suspended(self):
+        uuid = self.run_container()
+        self.a.suspend(uuid)
+        error = self.assertRaises(
+            errors.ContainerError, self.a.interface_attach, uuid, _nic(1))
+        self.assertEqual('bad_state', error.code)
+        self.a.resume(uuid)
