@@ -15,6 +15,7 @@
 import threading
 
 from nova import exception
+from nova.tests.functional.api import client
 
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import revert
@@ -75,6 +76,58 @@ class ServersTest(base.TestCase):
         self.action(server, 'SUSPENDED', 'suspend')
         self.delete(server)
         self.assert_nothing_left()
+
+    def test_attach_and_detach_interface(self):
+        server = self.boot(networks=[{'port': self.neutron.port_1['id']}])
+        first, = self.info(server)['nics']
+        port = self._second_port()
+        self.api.attach_interface(
+            server['id'], {'interfaceAttachment': {'port_id': port}})
+        self.wait_for(lambda: len(self._ports(server)) == 2, 'the port')
+        nics = self.info(server)['nics']
+        self.assertEqual([self.neutron.port_1['id'], port],
+                         [nic['id'] for nic in nics])
+        self.assertEqual({nic['devname'] for nic in nics},
+                         set(self.plugged))
+        self.api.detach_interface(server['id'], first['id'])
+        self.wait_for(lambda: self._ports(server) == [port], 'the end')
+        self.assertEqual([nics[1]['devname']], [*self.plugged])
+        # A start has what the server has now.
+        self.action(server, 'SHUTOFF', 'os-stop')
+        self.action(server, 'ACTIVE', 'os-start')
+        nic, = self.info(server)['nics']
+        self.assertEqual(port, nic['id'])
+        self.delete(server)
+        self.assert_nothing_left()
+
+    def _second_port(self):
+        return self.neutron.create_port(
+            {'port': self.neutron.port_2})['port']['id']
+
+    def _ports(self, server):
+        return [item['port_id'] for item in self.api.get_port_interfaces(
+            server['id'])]
+
+    def test_attach_that_fails(self):
+        server = self.boot(networks=[{'port': self.neutron.port_1['id']}])
+        plugged = dict(self.plugged)
+        port = self._second_port()
+        self.addCleanup(setattr, revert, 'fault_hook', None)
+        for name in 'attach.plug', 'attach.plug_vifs', 'attach.attach':
+            def fail(step, name=name):
+                if step == name:
+                    raise errors.ContainerError(
+                        'internal', f'failed at {name}')
+
+            revert.fault_hook = fail
+            error = self.assertRaises(
+                client.OpenStackApiException, self.api.attach_interface,
+                server['id'], {'interfaceAttachment': {'port_id': port}})
+            self.assertEqual(500, error.response.status_code)
+            self.assertEqual(1, len(self.info(server)['nics']))
+            self.assertEqual(plugged, self.plugged)
+            self.assertEqual('ACTIVE', self.api.get_server(
+                server['id'])['status'])
 
     def test_hosts_are_apart(self):
         one, two = self.boot(), self.boot(host='host2')
