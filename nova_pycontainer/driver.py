@@ -31,10 +31,13 @@ from oslo_log import log as logging
 from nova_pycontainer.agent import client as agent_client
 from nova_pycontainer import conf as driver_conf
 from nova_pycontainer import console
+from nova_pycontainer import diagnostics
 from nova_pycontainer import errors as driver_errors
 from nova_pycontainer import events
+from nova_pycontainer import guest
 from nova_pycontainer import host as driver_host
 from nova_pycontainer import image
+from nova_pycontainer import imagecache
 from nova_pycontainer import migration
 from nova_pycontainer import migration_checks
 from nova_pycontainer import migration_destination
@@ -78,6 +81,7 @@ class PyContainerDriver(driver.ComputeDriver):
 
     capabilities = {
         **driver.ComputeDriver.capabilities,
+        'has_imagecache': True,
         'supports_attach_interface': True,
         'supports_image_type_raw': True,
         'supports_trusted_certs': True,
@@ -111,6 +115,8 @@ class PyContainerDriver(driver.ComputeDriver):
             self._client, CONF, host, self._node_uuid(host), CONF.my_ip)
         self._images = image.Images(
             self._client, options.image_import_timeout)
+        self._image_cache = imagecache.ImageCache(
+            self._client, CONF.image_cache)
         self._power = power.Power(self._client, options)
         self._spawner = spawn.Spawner(
             self._client, self._images, self.virtapi, options)
@@ -340,6 +346,34 @@ class PyContainerDriver(driver.ComputeDriver):
                 instance, image_id=instance.image_ref,
                 failure=exception.InstanceResumeFailure):
             self._power.restore(instance, network_info)
+
+    # In the guest, and about it.
+
+    def set_admin_password(self, instance, new_pass):
+        with driver_errors.translated(
+                instance, failure=functools.partial(
+                    exception.InstancePasswordSetFailed,
+                    instance=instance.uuid)):
+            guest.set_admin_password(self._client, instance, new_pass)
+
+    def get_diagnostics(self, instance):
+        with driver_errors.translated(instance):
+            return diagnostics.diagnostics(self._client.info(instance.uuid))
+
+    def get_instance_diagnostics(self, instance):
+        with driver_errors.translated(instance):
+            return diagnostics.instance_diagnostics(
+                instance, self._client.info(instance.uuid))
+
+    # Images.
+
+    @_periodic
+    def manage_image_cache(self, context, all_instances):
+        self._image_cache.manage()
+
+    def cache_image(self, context, image_id):
+        with driver_errors.translated(image_id=image_id):
+            return self._images.cache(context, image_id)
 
     # Network.
 

@@ -28,6 +28,7 @@ from nova.compute import utils as compute_utils
 from nova import exception
 from nova.i18n import _
 from nova.image import glance
+from nova import objects
 from oslo_concurrency import lockutils
 from oslo_log import log as logging
 from oslo_utils import units
@@ -159,15 +160,32 @@ class Images:
             size = {layer['key']: layer['bytes']
                     for layer in self._client.layer_list()}.get(key)
             if size is None:
-                self._import(context, instance, image_id, key, digest, limit)
+                self._import(context, instance.trusted_certs, image_id, key,
+                             digest, limit)
             elif limit is not None and size > limit:
                 raise errors.ContainerError(
                     'image_too_large', f'it needs {size} bytes of disk, the '
                     f'flavor has {limit}',
                     remedy='Choose a flavor with a larger disk')
             else:
-                self._verify_again(context, instance, image_id)
+                self._verify_again(
+                    context, instance.trusted_certs, image_id)
         return key
+
+    def cache(self, context, image_id):
+        """Have an image's layer here before any server needs it.
+
+        :returns: whether it was not here yet
+        :raises: as :meth:`ensure`
+        """
+        key, digest = self._key(context, image_id)
+        _check_formats(objects.ImageMeta.from_dict(
+            self._api.get(context, image_id)))
+        with lockutils.lock(f'pycontainer-layer-{key}'):
+            if self._client.layer_present(key):
+                return False
+            self._import(context, None, image_id, key, digest, None)
+        return True
 
     def key(self, context, image_id):
         """Return the key of the layer of what Glance has.
@@ -197,14 +215,13 @@ class Images:
         return self._keys[image_id]
 
     @staticmethod
-    def _signature(instance, image_id):
+    def _signature(certs, image_id):
         """What stands for a verification in the set of those made, or None.
 
         Nova decides itself whether to verify, by its options and by the
         certificates of the server (GlanceImageServiceV2._get_verifier).
         """
         glance_conf = glance.CONF.glance
-        certs = instance.trusted_certs
         ids = certs.ids if certs else (
             glance_conf.default_trusted_certificate_ids
             if glance_conf.enable_certificate_validation else ())
@@ -212,22 +229,21 @@ class Images:
             return None
         return image_id, frozenset(ids)
 
-    def _verify_again(self, context, instance, image_id):
+    def _verify_again(self, context, certs, image_id):
         """Verify the signature of an image whose layer is there already.
 
         The layer may have been made for a server that asked for no
         verification. The agent has checked the data against Glance's hash,
         so that verifying what Glance has now verifies the layer.
         """
-        signature = self._signature(instance, image_id)
+        signature = self._signature(certs, image_id)
         if signature is None or signature in self._verified:
             return
         with _signature_errors(image_id):
-            self._api.download(context, image_id,
-                               trusted_certs=instance.trusted_certs)
+            self._api.download(context, image_id, trusted_certs=certs)
         self._verified.add(signature)
 
-    def _import(self, context, instance, image_id, key, digest, limit):
+    def _import(self, context, certs, image_id, key, digest, limit):
         late = exception.CouldNotFetchImage(
             _('Image %(image_id)s was not imported within %(timeout)d s. '
               'Raise [pycontainer]image_import_timeout, or see why Glance '
@@ -235,7 +251,7 @@ class Images:
         pipe = _Pipe(self._timeout, late)
         reader = threading.Thread(
             target=self._download, name=f'image-{image_id}',
-            args=(context, image_id, instance.trusted_certs, pipe),
+            args=(context, image_id, certs, pipe),
             daemon=True)
         reader.start()
         try:
@@ -256,7 +272,7 @@ class Images:
             reader.join(_TICK_S * 2)
         if pipe.error is not None:
             raise pipe.error
-        signature = self._signature(instance, image_id)
+        signature = self._signature(certs, image_id)
         if signature is not None:
             self._verified.add(signature)
 

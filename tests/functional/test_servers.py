@@ -12,8 +12,10 @@
 
 """Servers from creation to deletion, through Nova's API."""
 
+import contextlib
 import threading
 
+from nova import context as nova_context
 from nova import exception
 from nova.tests.functional.api import client
 
@@ -128,6 +130,62 @@ class ServersTest(base.TestCase):
             self.assertEqual(plugged, self.plugged)
             self.assertEqual('ACTIVE', self.api.get_server(
                 server['id'])['status'])
+
+    def test_diagnostics(self):
+        server = self.boot()
+        info = self.info(server)
+        mac = info['nics'][0]['mac']
+        self.api.microversion = '2.1'
+        figures = self.admin_api.api_get(
+            f'/servers/{server["id"]}/diagnostics').body
+        self.assertEqual(256 << 10, figures['memory'])
+        self.assertIn('cpu0_time', figures)
+        with self._microversion('2.48'):
+            figures = self.admin_api.api_get(
+                f'/servers/{server["id"]}/diagnostics').body
+        self.assertEqual('running', figures['state'])
+        self.assertEqual('pycontainer', figures['hypervisor'])
+        self.assertEqual(256, figures['memory_details']['maximum'])
+        self.assertEqual([mac], [
+            nic['mac_address'] for nic in figures['nic_details']])
+
+    @contextlib.contextmanager
+    def _microversion(self, version):
+        before = self.admin_api.microversion
+        self.admin_api.microversion = version
+        try:
+            yield
+        finally:
+            self.admin_api.microversion = before
+
+    def test_admin_password_without_chpasswd(self):
+        """The small system has none; tests/cloud has one that has."""
+        server = self.boot()
+        error = self.assertRaises(
+            client.OpenStackApiException, self.api.post_server_action,
+            server['id'], {'changePassword': {'adminPass': 'secret'}})
+        self.assertEqual(409, error.response.status_code)
+        self.assertNotIn('secret', str(error))
+
+    def test_image_cache(self):
+        """Pre-cached, used, and deleted when it has aged."""
+        self.flags(remove_unused_original_minimum_age_seconds=0,
+                   group='image_cache')
+        driver = self.computes['host1'].manager.driver
+        context = nova_context.get_admin_context()
+        self.assertTrue(driver.cache_image(context, self.image))
+        self.assertFalse(driver.cache_image(context, self.image))
+        server = self.boot()
+        self.assertEqual(1, self.agents.imports('host1'))
+        layer = self.info(server)['layer']
+        agent = self.agents.client('host1')
+        self.periodic('_run_image_cache_manager_pass')
+        self.assertTrue(agent.layer_present(layer))
+        self.delete(server)
+        self.periodic('_run_image_cache_manager_pass')
+        self.assertFalse(agent.layer_present(layer))
+        self.boot()
+        self.assertEqual(2, self.agents.imports('host1'))
 
     def test_hosts_are_apart(self):
         one, two = self.boot(), self.boot(host='host2')

@@ -1,0 +1,103 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Verbs of a server, as users type them."""
+
+import json
+
+from tests.cloud import base
+
+#: Ends what hangs; nothing is measured by it.
+PATIENCE = 120.0
+
+
+class VerbsTest(base.CloudTestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.server, self.address = self.kept('server', self._server)
+
+    def _server(self):
+        server = self.create_server('debian13', name='verbs')
+        address = self.floating_ip(server)
+        self.wait_ssh(address, user='debian')
+        return server, address
+
+    def ssh_in(self, command):
+        return self.ssh(self.address, command, user='debian')
+
+    def wait(self, status):
+        self.wait_server(self.server.id, status)
+
+    def test_suspend(self):
+        pid = self.ssh_in('sudo sh -c "sleep 86421 >&- 2>&- <&- & echo \\$!"')
+        self.ssh_in('echo in memory > /dev/shm/file')
+        self.cli('server', 'suspend', self.server.id)
+        self.wait('SUSPENDED')
+        self.assertEqual('suspended', self.container(self.server)['state'])
+        self.cli('server', 'resume', self.server.id)
+        self.wait('ACTIVE')
+        self.wait_ssh(self.address, user='debian')
+        self.assertIn('sleep', self.ssh_in(f'ps -o comm= -p {pid.strip()}'))
+        self.assertEqual('in memory', self.ssh_in('cat /dev/shm/file').strip())
+        self.assertEqual('running', self.ssh_in(
+            'systemctl is-system-running').strip())
+
+    def test_interface(self):
+        """A second port, with an address by DHCP, and a move with it."""
+        network = self.demo.network.find_network('private')
+        port = self.demo.network.create_port(network_id=network.id)
+        self.addCleanup(self.demo.network.delete_port, port)
+        address = port.fixed_ips[0]['ip_address']
+        self.cli('server', 'add', 'port', self.server.id, port.id)
+        self.wait('ACTIVE')
+        self.ssh_in(
+            "printf '[Match]\\nName=eth1\\n[Network]\\nDHCP=ipv4\\n"
+            "[DHCPv4]\\nRouteMetric=2000\\n' | "
+            'sudo tee /etc/systemd/network/80-eth1.network; '
+            'sudo networkctl reload; sudo ip link set eth1 up')
+
+        def addressed():
+            return address in self.ssh_in('ip -4 -brief address show eth1')
+
+        base.wait_for(addressed, PATIENCE, 'the address')
+        self.assertEqual('ACTIVE', self.demo.network.get_port(port).status)
+        here = self.host_of(self.server)
+        self.cli('server', 'migrate', '--live-migration', '--wait',
+                 self.server.id, user='admin')
+        self.assertNotEqual(here, self.host_of(self.server))
+        self.assertTrue(addressed())
+        gateway = self.demo.network.get_subnet(
+            port.fixed_ips[0]['subnet_id']).gateway_ip
+        self.ssh_in(f'sudo ping -c 2 -I eth1 {gateway}')
+        self.cli('server', 'remove', 'port', self.server.id, port.id)
+        base.wait_for(lambda: 'eth1' not in self.ssh_in('ls /sys/class/net'),
+                      PATIENCE, 'the end of the interface')
+        self.assertEqual(1, len(self.container(self.server)['nics']))
+
+    def test_admin_password(self):
+        before = self.ssh_in('sudo grep ^root: /etc/shadow')
+        self.demo.compute.change_server_password(
+            self.server.id, 'a secret: with a colon')
+        base.wait_for(
+            lambda: self.ssh_in('sudo grep ^root: /etc/shadow') != before,
+            PATIENCE, 'the password')
+        self.assertIn('root:$', self.ssh_in('sudo grep ^root: /etc/shadow'))
+
+    def test_diagnostics(self):
+        figures = json.loads(self.cli(
+            '--os-compute-api-version', '2.48', 'server', 'show',
+            '--diagnostics', self.server.id, '-f', 'json', user='admin'))
+        self.assertEqual('running', figures['state'])
+        self.assertEqual('pycontainer', figures['hypervisor'])
+        self.assertGreater(figures['cpu_details'][0]['time'], 0)
+        self.assertGreater(figures['nic_details'][0]['rx_octets'], 0)
