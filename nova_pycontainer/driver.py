@@ -251,6 +251,11 @@ class PyContainerDriver(driver.ComputeDriver):
         with driver_errors.translated(instance):
             return console.output(self._client, instance)
 
+    def get_serial_console(self, context, instance):
+        with driver_errors.translated(instance):
+            return console.serial(
+                self._client, instance, CONF.serial_console)
+
     # Making and removing.
 
     def spawn(self, context, instance, image_meta, injected_files,

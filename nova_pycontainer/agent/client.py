@@ -347,6 +347,10 @@ class Client:
         return bytes(self._call(
             'console_log', {'uuid': uuid, 'max_bytes': max_bytes}))
 
+    def console_token(self, uuid: str) -> Json:
+        """``port`` and ``path`` of a console, for a TCP client."""
+        return ty.cast(Json, self._call('console_token', {'uuid': uuid}))
+
     def console_attach(self, uuid: str) -> socket.socket:
         """A stream to and from the console.
 

@@ -156,6 +156,24 @@ Largest image in GiB, as unpacked, whatever the caller allows.
 Bytes that are kept of the output on a container's console.
 """),
     cfg.HostAddressOpt(
+        'console_listen',
+        default='127.0.0.1',
+        help="""
+Address that the agent listens on for interactive consoles.
+
+nova-serialproxy connects to it: it is what
+``[serial_console]proxyclient_address`` says in nova.conf of this host. Who
+connects has to know the console's secret, which Nova gives its proxy; what
+follows is not encrypted, so it should be an address on the network of
+management.
+"""),
+    cfg.PortOpt(
+        'console_port',
+        default=6084,
+        help="""
+TCP port that the agent listens on for interactive consoles; 0 for any.
+"""),
+    cfg.HostAddressOpt(
         'migration_address',
         help="""
 Address of this host that others migrate servers to.
@@ -245,6 +263,8 @@ def runtime_config(conf: cfg.ConfigOpts) -> rconfig.Config:
         layer_max_entries=group.layer_max_entries,
         layer_max_bytes=group.layer_max_gb * _GIB,
         console_log_bytes=group.console_log_bytes,
+        console_listen=group.console_listen,
+        console_port=group.console_port,
         migration_address=(
             group.migration_address or netutils.get_my_ipv4()),
         migration_listen=group.migration_listen,

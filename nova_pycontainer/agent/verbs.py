@@ -140,6 +140,7 @@ VERBS: ty.Final[dict[str, Verb]] = {
     'console_log': Verb('console_log', {
         'uuid': _UUID, 'max_bytes?': {
             'type': 'integer', 'minimum': 1, 'maximum': 64 * MIB}}),
+    'console_token': Verb('consoles.token', {'uuid': _UUID}),
     # Only as an upgrade: see the server.
     'console_attach': Verb('console_connect', {'uuid': _UUID}),
 }

@@ -53,6 +53,9 @@ class Config:
     console_log_bytes: int = 1 << 20
     #: Limit for one call of the OCI runtime.
     oci_timeout: float = 60.0
+    #: Where the listener for consoles is; port 0: any.
+    console_listen: str = '127.0.0.1'
+    console_port: int = 0
     #: Where the listener for migrations is, and what others are told.
     migration_listen: str = '0.0.0.0'
     migration_address: str = '127.0.0.1'

@@ -34,6 +34,7 @@ from oslo_log import log as logging
 from nova_pycontainer.runtime import cgroup
 from nova_pycontainer.runtime import checkpoints
 from nova_pycontainer.runtime import config as rconfig
+from nova_pycontainer.runtime import consoles
 from nova_pycontainer.runtime import container
 from nova_pycontainer.runtime import criu
 from nova_pycontainer.runtime import disk
@@ -140,6 +141,9 @@ class Host:
             LOG.error('no cgroup hierarchy has the controllers %s: limits '
                       'of containers are NOT enforced', missing)
         self._load()
+        self.consoles = consoles.Consoles(
+            self, consoles.load_key(c.state_dir / 'keys' / 'console.key'),
+            c.console_listen, c.console_port)
         self._started = True
 
     def close(self) -> None:
@@ -147,6 +151,7 @@ class Host:
         if self._started:
             self._started = False
             self.migrations.close()
+            self.consoles.close()
             self._events.close()
             self._watcher.close()
 

@@ -14,10 +14,19 @@
 
 import json
 
+import websocket
+
 from tests.cloud import base
 
 #: Ends what hangs; nothing is measured by it.
 PATIENCE = 120.0
+
+_WITH_PASSWORD = """#cloud-config
+password: a pass phrase
+chpasswd: {expire: false}
+runcmd:
+- echo the password is set > /dev/console
+"""
 
 
 class VerbsTest(base.CloudTestCase):
@@ -101,3 +110,56 @@ class VerbsTest(base.CloudTestCase):
         self.assertEqual('pycontainer', figures['hypervisor'])
         self.assertGreater(figures['cpu_details'][0]['time'], 0)
         self.assertGreater(figures['nic_details'][0]['rx_octets'], 0)
+
+
+class SerialConsoleTest(base.CloudTestCase):
+    """Through nova-serialproxy, by a WebSocket client that logs in."""
+
+    def _console(self, server):
+        url = self.cli('console', 'url', 'show', '--serial', server.id,
+                       '-f', 'value', '-c', 'url').strip()
+        client = websocket.create_connection(
+            url, timeout=PATIENCE, subprotocols=['binary'],
+            http_no_proxy=['*'])
+        self.addCleanup(client.close)
+        return client
+
+    def _read_until(self, client, text):
+        output = ''
+        while text not in output:
+            output += client.recv().decode(errors='replace')
+        return output
+
+    def test_login(self):
+        server = self.create_server(
+            'debian13', name='console', user_data=_WITH_PASSWORD)
+        base.wait_for(lambda: 'login:' in self.console(server), PATIENCE,
+                      'the login')
+        base.wait_for(lambda: 'password is set' in self.console(server),
+                      PATIENCE, 'cloud-init')
+        client = self._console(server)
+        client.send_binary(b'\n')
+        self._read_until(client, 'login:')
+        client.send_binary(b'debian\n')
+        self._read_until(client, 'assword:')
+        client.send_binary(b'a pass phrase\n')
+        self._read_until(client, '$')
+        client.send_binary(b'echo log"ge"d in as $USER\n')
+        self._read_until(client, 'logged in as debian')
+        # What was seen is in the log, too.
+        self.assertIn('logged in as debian', self.console(server))
+        # It goes where the server goes.
+        self.cli('server', 'migrate', '--live-migration', '--wait',
+                 server.id, user='admin')
+        moved = self._console(server)
+        moved.send_binary(b'echo sti"ll" $USER\n')
+        self._read_until(moved, 'still debian')
+
+    def test_of_a_stopped_server(self):
+        server = self.create_server('busybox', 'pyc.tiny')
+        self.demo.compute.stop_server(server.id)
+        self.wait_server(server.id, 'SHUTOFF')
+        error = self.assertRaises(
+            base.CommandError, self.cli, 'console', 'url', 'show',
+            '--serial', server.id)
+        self.assertIn('409', str(error))

@@ -96,6 +96,7 @@ oci_runtime_path = {_tool('crun')}
 criu_path = {_tool('criu')}
 idmap_base = {0x40000000 + number * (1 << 26)}
 idmap_count = 512
+console_port = 0
 migration_address = 127.0.0.1
 migration_listen = 127.0.0.1
 preflight_at_start = false

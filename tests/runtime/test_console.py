@@ -12,6 +12,7 @@
 
 """The console as a terminal that a login can have."""
 
+import socket
 import time
 
 from tests.runtime import base
@@ -49,3 +50,59 @@ class ConsoleTestCase(base.HostTestCase):
         info = self.host.info(self.uuid)
         self.assertEqual('running', info['state'])
         self.assertEqual(started, info['started_at'])
+
+    # Over TCP, as Nova's proxy comes
+
+    def _connect(self, request):
+        """:returns: the stream, and the first line of the answer"""
+        client = socket.create_connection(
+            ('127.0.0.1', self.host.consoles.port), timeout=base.PATIENCE)
+        self.addCleanup(client.close)
+        client.sendall(request)
+        answer = b''
+        while not answer.endswith(b'\r\n\r\n'):
+            byte = client.recv(1)
+            self.assertTrue(byte, answer)
+            answer += byte
+        return client, answer.split(b'\r\n')[0].decode()
+
+    def test_by_its_secret(self):
+        token = self.host.consoles.token(self.uuid)
+        self.assertEqual(token, self.host.consoles.token(self.uuid))
+        self.assertEqual(self.host.consoles.port, token['port'])
+        client, answer = self._connect(
+            f'CONNECT {token["path"]} HTTP/1.1\r\n\r\n'.encode())
+        self.assertIn(' 200 ', answer)
+        client.sendall(b'echo by"te"s\n')
+        output = b''
+        while b'\nbytes' not in output:
+            more = client.recv(4096)
+            self.assertTrue(more, output)
+            output += more
+        # It is the keeper's: no restart of ours ends it.
+        self.host.close()
+        self.host = self.make_host()
+        client.sendall(b'echo af"te"r\n')
+        while b'\nafter' not in output:
+            more = client.recv(4096)
+            self.assertTrue(more, output)
+            output += more
+        # The same secret still.
+        self.assertEqual(
+            token['path'], self.host.consoles.token(self.uuid)['path'])
+
+    def test_refused(self):
+        path = self.host.consoles.token(self.uuid)['path']
+        for request in (
+                b'CONNECT / HTTP/1.1\r\n\r\n',
+                f'CONNECT /{self.uuid} HTTP/1.1\r\n\r\n'.encode(),
+                f'CONNECT {path[:-1]}x HTTP/1.1\r\n\r\n'.encode(),
+                f'GET {path} HTTP/1.1\r\n\r\n'.encode(),
+                b'\r\n\r\n', b'\0' * 2000):
+            _, answer = self._connect(request)
+            self.assertIn(' 403 ', answer)
+        self.host.kill(self.uuid)
+        self.assert_code('bad_state', self.host.consoles.token, self.uuid)
+        _, answer = self._connect(
+            f'CONNECT {path} HTTP/1.1\r\n\r\n'.encode())
+        self.assertIn(' 409 ', answer)

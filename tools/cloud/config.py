@@ -196,6 +196,7 @@ def pycontainer(host: str) -> dict[str, object]:
             'oci_runtime_path': str(layout.PREFIX / 'bin/crun'),
             'criu_path': str(layout.PREFIX / 'bin/criu'),
             'cgroup_parent': layout.CGROUP_PARENT.format(host=host),
+            'console_listen': layout.UNDERLAY[host],
             'migration_address': layout.MIGRATION[host]}
 
 

@@ -226,6 +226,11 @@ class FakeAgent(fake_migration.Migrations):
         self._event('unpaused', uuid)
         return dict(item)
 
+    def console_token(self, uuid):
+        self._enter('console_token')
+        self._get(uuid, 'created', 'running', 'paused')
+        return {'port': 6084, 'path': f'/secret-{uuid}'}
+
     def interface_attach(self, uuid, nic):
         self._enter('interface_attach')
         item = self._get(uuid)

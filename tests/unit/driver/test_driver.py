@@ -168,6 +168,17 @@ class PowerTestCase(driver_base.Base):
         self.assertRaises(exception.InstanceSuspendFailure,
                           self.driver.pause, self.instance)
 
+    def test_serial_console(self):
+        console = self.driver.get_serial_console(self.context, self.instance)
+        self.assertEqual(
+            ('127.0.0.1', 6084,
+             f'/secret-{self.instance.uuid}'),
+            (console.host, console.port, console.internal_access_path))
+        self.driver.power_off(self.instance)
+        self.assertRaises(
+            exception.InstanceNotReady, self.driver.get_serial_console,
+            self.context, self.instance)
+
     def test_suspend(self):
         self.driver.suspend(self.context, self.instance)
         self.assertEqual(power_state.SUSPENDED, self.state())
@@ -306,5 +317,6 @@ class ServiceTestCase(driver_base.Base):
     def test_traits_of_capabilities(self):
         traits = self.driver.capabilities_as_traits()
         self.assertEqual(
-            {'COMPUTE_IMAGE_TYPE_RAW', 'COMPUTE_TRUSTED_CERTS'},
+            {'COMPUTE_IMAGE_TYPE_RAW', 'COMPUTE_NET_ATTACH_INTERFACE',
+             'COMPUTE_TRUSTED_CERTS'},
             {name for name, present in traits.items() if present})
