@@ -134,11 +134,11 @@ run_runtime() {
     for image in busybox debian12 debian13 sysvinit; do
         "$REPO/tools/images/build.sh" "$image" >/dev/null
     done
-    stestr_group runtime 1 1500 "$LIB_DIR/in-host.sh" env OS_TEST_TIMEOUT=600
+    stestr_group runtime 1 2100 "$LIB_DIR/in-host.sh" env OS_TEST_TIMEOUT=600
 }
 
 run_functional() {
-    stestr_group functional 1 900 "$LIB_DIR/in-host.sh" env OS_TEST_TIMEOUT=600
+    stestr_group functional 1 1200 "$LIB_DIR/in-host.sh" env OS_TEST_TIMEOUT=600
 }
 
 run_cloud() {
@@ -146,7 +146,7 @@ run_cloud() {
         cloud_started=1
         "$REPO/tools/cloud.sh" up || return 1
     fi
-    stestr_group cloud 1 1500 env OS_TEST_TIMEOUT=900
+    stestr_group cloud 1 1800 env OS_TEST_TIMEOUT=900
 }
 
 failed=()

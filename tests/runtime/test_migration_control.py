@@ -30,6 +30,24 @@ IN_TIME = (
 TOO_LATE = tuple(('a', point) for point in faults.SOURCE_AFTER)
 
 
+_UNREAD = '''
+import os, socket, struct, time
+netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)
+# All links: struct nlmsghdr, struct rtgenmsg.
+netlink.send(struct.pack("=IHHII4x", 20, 18, 0x301, 1, 0))
+open("/run/asked", "w").close()
+while not os.path.exists("/run/read"):
+    time.sleep(0.02)
+netlink.settimeout(0.5)
+try:
+    while netlink.recv(65536):
+        pass
+except TimeoutError:
+    pass
+open("/run/answered", "w").close()
+time.sleep(100000)
+'''
+
 class ControlTestCase(faults.Helpers):
 
     def wait_at(self, name, point):
@@ -93,6 +111,23 @@ class ControlTestCase(faults.Helpers):
             self._settled(uuid, ['b'])
             base.ping('203.0.113.10')
             self.b.delete(uuid)
+
+    def test_dump_is_tried_again(self):
+        """A guest with an unread netlink message cannot be dumped, until it
+        has read it.
+        """
+        uuid = self.run_container('debian13', memory=256, init={
+            'argv': ['/usr/bin/python3', '-c', _UNREAD]})
+        base.wait_for(lambda: self.sh(
+            self.a, uuid, 'ls /run/asked || :'), 'the question')
+        migration = self.prepare_migration(uuid, self.a, self.b)
+        base.wait_for(lambda: 'the dump is tried again' in
+                      self.a.log.read_text(), 'the first try')
+        self.sh(self.a, uuid, 'touch /run/read')
+        self.finish_migration(uuid, migration, self.a, self.b)
+        self.assertEqual('running', self.b.info(uuid)['state'])
+        base.wait_for(lambda: self.sh(
+            self.b, uuid, 'ls /run/answered || :'), 'the answer')
 
     def test_abort_too_late(self):
         for name, point in TOO_LATE:

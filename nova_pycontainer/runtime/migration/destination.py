@@ -105,6 +105,8 @@ class Destination:
         #: Whether the console was no session's terminal.
         self._unowned = False
         self._images_done = threading.Event()
+        #: One stream of images at a time.
+        self._receiving = threading.Lock()
         self._writing = room.Writing(_FILES, item.disk, item.directory)
         self._go = threading.Event()
         self._lock = threading.Lock()
@@ -333,24 +335,27 @@ class Destination:
         def progress(total: int) -> None:
             self.progress.memory_sent = total
 
-        try:
-            # A dump that was tried again begins anew.
-            for path in self._memory.path.glob('*'):
-                path.unlink()
-            self._images_error = None
+        # The stream before has ended for the source, and maybe not yet here.
+        with self._receiving:
             self._images_done.clear()
-            with room.needed('the pages of the guest\'s memory'):
-                images.receive(self._memory.path, connection, progress)
-        except BaseException as e:
-            self._images_error = e
-            if self._control is not None and isinstance(
-                    e, errors.ContainerError):
-                # Who waits for the source tells it why, before it only sees
-                # that a connection broke.
-                self._control.fail(e)
-        finally:
+            try:
+                # A dump that was tried again begins anew.
+                for path in self._memory.path.glob('*'):
+                    path.unlink()
+                with room.needed('the pages of the guest\'s memory'):
+                    if images.receive(
+                            self._memory.path, connection, progress) is None:
+                        return
+            except BaseException as e:
+                self._images_error = e
+                if self._control is not None and isinstance(
+                        e, errors.ContainerError):
+                    # Who waits for the source tells it why, before it only
+                    # sees that a connection broke.
+                    self._control.fail(e)
+            finally:
+                connection.close()
             self._images_done.set()
-            connection.close()
 
     def _restore(self, dumped: cabc.Mapping[str, ty.Any]) -> None:
         item = self._item

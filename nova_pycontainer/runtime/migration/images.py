@@ -28,8 +28,12 @@ from nova_pycontainer.runtime.migration import bandwidth
 from nova_pycontainer.runtime.migration import channel
 from nova_pycontainer.runtime import syscalls
 
-#: name's length, offset, data's length; all ones in the last ends the stream.
+#: name's length, offset, data's length.
 _HEADER = struct.Struct('!HQI')
+#: In the place of a length: that was all; that was not all, and it is worth
+#: nothing, because the dump was given up.
+_WHOLE = 0xFFFFFFFF
+_GIVEN_UP = 0xFFFFFFFE
 _CHUNK = 1 << 20
 _POLL = 0.002
 _FALLOC_PUNCH = 0x03  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
@@ -38,6 +42,8 @@ _NAME_MAX = 255
 
 #: Seconds without a byte from the other side.
 _SILENCE = 120.0
+#: Seconds for the last words of a stream.
+_STOP_TIMEOUT = 10.0
 
 
 def _recv_exact(connection: channel.Connection, buffer: memoryview) -> None:
@@ -136,21 +142,21 @@ class Sender:
                 cause=str(self._error)) from self._error
 
     def stop(self) -> None:
-        """Give up."""
+        """Give up, unless all is sent, and tell the receiver."""
         self._stopped.set()
         self._complete.set()
+        if self._thread.ident is not None:
+            self._thread.join(_STOP_TIMEOUT)
 
     def _run(self) -> None:
         try:
             while not self._complete.is_set():
                 if not self._send_some('pages-*.img'):
                     self._complete.wait(_POLL)
-            if self._stopped.is_set():
-                return
-            while self._send_some('*'):
+            while not self._stopped.is_set() and self._send_some('*'):
                 pass
-            self._stream.send_bytes(memoryview(
-                _HEADER.pack(0, 0, 0xFFFFFFFF)))
+            self._stream.send_bytes(memoryview(_HEADER.pack(
+                0, 0, _GIVEN_UP if self._stopped.is_set() else _WHOLE)))
         except BaseException as e:
             self._error = e
 
@@ -197,10 +203,10 @@ def _punch(fd: int, offset: int, size: int) -> None:
 def receive(
     directory: pathlib.Path, stream: channel.Connection,
     progress: ty.Callable[[int], None] = lambda size: None,
-) -> int:
+) -> int | None:
     """Write what a :class:`Sender` sends into ``directory``.
 
-    :returns: bytes of all files
+    :returns: bytes of all files; None: the source has given up this dump
     :raises ContainerError: ``invalid``, ``no_space``
     """
     header = memoryview(bytearray(_HEADER.size))
@@ -212,8 +218,10 @@ def receive(
         while True:
             _recv_exact(stream, header)
             length, offset, size = _HEADER.unpack(header)
-            if size == 0xFFFFFFFF:
+            if size == _WHOLE:
                 return total
+            if size == _GIVEN_UP:
+                return None
             if not 0 < length <= _NAME_MAX or size > _CHUNK:
                 raise errors.ContainerError(
                     'invalid', 'the stream of images is damaged')
