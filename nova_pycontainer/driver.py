@@ -341,15 +341,14 @@ class PyContainerDriver(driver.ComputeDriver):
             self._client.unpause(instance.uuid)
 
     def suspend(self, context, instance):
-        with driver_errors.translated(
-                instance, failure=exception.InstanceSuspendFailure):
+        with driver_errors.rolled_back(
+                instance, exception.InstanceSuspendFailure):
             self._client.suspend(instance.uuid)
 
     def resume(self, context, instance, network_info,
                block_device_info=None, share_info=None):
-        with driver_errors.translated(
-                instance, image_id=instance.image_ref,
-                failure=exception.InstanceResumeFailure):
+        with driver_errors.rolled_back(
+                instance, exception.InstanceResumeFailure):
             self._power.restore(instance, network_info)
 
     # In the guest, and about it.

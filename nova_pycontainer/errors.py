@@ -74,9 +74,14 @@ def reason(error, room=_FAULT_LENGTH - _OTHER_PREFIX, step=True, without=''):
         text += f' (step {error.step})'
     # A remedy that is cut is none: the others give way to it.
     remedy = f'. {error.remedy}' if error.remedy else ''
+    cause = error.cause or ''
+    if cause and cause not in text and (
+            len(text) + len(remedy) + len(': ') +
+            min(len(cause), _MIN_CAUSE) > room):
+        # Where to read on is no remedy.
+        remedy = f'. {error.remedy.partition(". ")[0]}' if remedy else ''
     remedy = clip(remedy, room - min(len(text), room // 3))
     text = clip(text, room - len(remedy))
-    cause = error.cause or ''
     left = room - len(text) - len(remedy) - 2
     if cause and cause not in text and left >= min(len(cause), _MIN_CAUSE):
         text += f': {clip(cause, left)}'
@@ -142,6 +147,23 @@ def translated(instance=None, *, image_id=None,
                 e.code != 'not_found'):
             LOG.error('%s', e, instance=instance)
         raise to_nova(e, image_id=image_id, failure=failure) from e
+
+
+@contextlib.contextmanager
+def rolled_back(instance, failure):
+    """As :func:`translated`, for what fails without a change of the server.
+
+    Nova then leaves the server in the state that it was in, instead of
+    ERROR. Not where the agent may be at work still.
+    """
+    try:
+        yield
+    except errors.ContainerError as e:
+        error = to_nova(e, image_id=instance.image_ref, failure=failure)
+        LOG.error('%s', e, instance=instance)
+        if isinstance(e, errors.AgentUnavailable) or e.code == 'timeout':
+            raise error from e
+        raise exception.InstanceFaultRollback(error) from e
 
 
 def unavailable(error):

@@ -92,6 +92,11 @@ class VerbsTest(base.CloudTestCase):
         base.wait_for(lambda: 'eth1' not in self.ssh_in('ls /sys/class/net'),
                       PATIENCE, 'the end of the interface')
         self.assertEqual(1, len(self.container(self.server)['nics']))
+        # It moves without it, too.
+        here = self.host_of(self.server)
+        self.cli('server', 'migrate', '--live-migration', '--wait',
+                 self.server.id, user='admin')
+        self.assertNotEqual(here, self.host_of(self.server))
 
     def test_admin_password(self):
         before = self.ssh_in('sudo grep ^root: /etc/shadow')

@@ -79,6 +79,27 @@ class ServersTest(base.TestCase):
         self.delete(server)
         self.assert_nothing_left()
 
+    def test_suspend_that_fails(self):
+        """No harm is done: the server is as it was, and says why."""
+        server = self.boot()
+        agent = self.agents.client('host1')
+        agent.exec(server['id'], [
+            '/bin/sh', '-c', 'mkdir /memory; mount -t tmpfs x /memory; '
+            'head -c 60000000 /dev/urandom > /memory/data; '
+            'dd if=/dev/zero of=/full bs=1M'], timeout_s=60)
+        self.api.post_server_action(server['id'], {'suspend': None})
+        self.wait_for(lambda: self._failed(server, 'suspend'), 'the failure')
+        self.assertEqual('ACTIVE', self._settled(server, 'ACTIVE')['status'])
+        self.assertEqual('running', self.info(server)['state'])
+        agent.exec(server['id'], ['rm', '/full'])
+        self.action(server, 'SUSPENDED', 'suspend')
+        self.action(server, 'ACTIVE', 'resume')
+
+    def _failed(self, server, action):
+        actions = self.api.get_instance_actions(server['id'])
+        return any(a['action'] == action and a['message'] == 'Error'
+                   for a in actions)
+
     def test_attach_and_detach_interface(self):
         server = self.boot(networks=[{'port': self.neutron.port_1['id']}])
         first, = self.info(server)['nics']

@@ -182,7 +182,7 @@ class PowerTestCase(driver_base.Base):
     def test_suspend(self):
         self.driver.suspend(self.context, self.instance)
         self.assertEqual(power_state.SUSPENDED, self.state())
-        self.assertRaises(exception.InstanceSuspendFailure,
+        self.assertRaises(exception.InstanceFaultRollback,
                           self.driver.suspend, self.context, self.instance)
         # By position, as the manager does it, who may repeat it.
         for _ in range(2):
@@ -190,9 +190,11 @@ class PowerTestCase(driver_base.Base):
                 self.context, self.instance, self.network_info, None, None)
             self.assertEqual(power_state.RUNNING, self.state())
         self.driver.power_off(self.instance)
-        self.assertRaises(
-            exception.InstanceResumeFailure, self.driver.resume,
+        error = self.assertRaises(
+            exception.InstanceFaultRollback, self.driver.resume,
             self.context, self.instance, self.network_info)
+        self.assertIsInstance(
+            error.inner_exception, exception.InstanceResumeFailure)
 
     def test_resume_after_the_hosts_boot(self):
         # By position, as the manager does it.
