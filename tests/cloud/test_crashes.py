@@ -119,7 +119,8 @@ class CrashTest(base.CloudTestCase):
             return service if service.status == 'disabled' else None
 
         service = base.wait_for(reported, PATIENCE, 'the report')
-        self.assertIn('pycontainer agent', service.disabled_reason)
+        self.assertIn('Is pycontainer-agent running on this host?',
+                      service.disabled_reason)
         server = self.admin.compute.get_server(self.server.id)
         self.assertEqual(('ACTIVE', 1), (server.status, server.power_state))
         # What needs the agent fails, and says why.

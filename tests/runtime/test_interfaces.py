@@ -16,6 +16,20 @@ from nova_pycontainer.runtime import errors
 from tests.runtime import base
 from tests.runtime import hosts
 
+_BOUND = '''
+import os, socket, time
+while not os.path.exists("/sys/class/net/eth1"):
+    time.sleep(0.02)
+bound = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+bound.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth1")
+bound.bind(("0.0.0.0", 68))
+packets = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM)
+packets.bind(("eth1", 0x800))
+open("/run/bound", "w").close()
+while True:
+    time.sleep(1000)
+'''
+
 
 def _nic(number):
     ident = f'0123456789{number}'
@@ -95,6 +109,19 @@ class InterfacesTestCase(hosts.TwoHostsTestCase):
         self.migrate(uuid, self.a, self.b)
         base.ping('203.0.113.11')
         self.assertEqual(['eth1'], self._names(uuid, self.b))
+
+    def test_detached_from_under_a_socket(self):
+        """Its owner keeps it, as systemd-networkd does."""
+        uuid = self.run_container('debian13', address='203.0.113.10', init={
+            'argv': ['/usr/bin/python3', '-c', _BOUND]})
+        nic = self._plug(uuid, 1)
+        base.wait_for(lambda: self.sh(
+            self.a, uuid, 'ls /run/bound || :'), 'the socket')
+        self.a.interface_detach(uuid, nic['devname'])
+        self.migrate(uuid, self.a, self.b)
+        base.ping('203.0.113.10')
+        self.b.suspend(uuid)
+        self.b.resume(uuid)
 
     def test_of_a_stopped_one(self):
         uuid = self.run_container()

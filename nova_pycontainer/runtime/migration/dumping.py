@@ -33,7 +33,7 @@ _TRANSIENT = (
     'The socket has data to read', "Can't dump that handle",
     'Can\'t lookup mount', 'No such process', 'in-flight', 'inflight',
     'pid: unable to find', 'Unable to seize', 'Task is still busy',
-    'error parsing [inotify', 'ctty inheritance', "Can't get bound dev",
+    'error parsing [inotify', 'ctty inheritance',
 )
 _TRIES = 8
 _PAUSE = 0.5

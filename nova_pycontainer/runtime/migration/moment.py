@@ -20,6 +20,7 @@ import time
 import typing as ty
 
 from nova_pycontainer.runtime import cgroup
+from nova_pycontainer.runtime.migration import bound_sockets
 from nova_pycontainer.runtime.migration import clocks
 from nova_pycontainer.runtime.migration import dentries
 from nova_pycontainer.runtime.migration import patches
@@ -44,6 +45,7 @@ class Moment:
     def before(self, init: int, paused: bool) -> None:
         """The guest still runs, or is paused, and will be dumped next."""
         terminals.release(self._group, paused)
+        bound_sockets.release(self._group)
         self._names.hold(self._group, self._root)
         self._sleepers.look()
         # The last one: the next message may come at any time.
