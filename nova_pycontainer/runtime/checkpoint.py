@@ -36,6 +36,7 @@ from nova_pycontainer.runtime import faults
 from nova_pycontainer.runtime.migration import announce
 from nova_pycontainer.runtime.migration import clocks
 from nova_pycontainer.runtime.migration import dumping
+from nova_pycontainer.runtime.migration import gone_addresses
 from nova_pycontainer.runtime.migration import guest
 from nova_pycontainer.runtime.migration import moment
 from nova_pycontainer.runtime.migration import neighbours
@@ -118,7 +119,8 @@ class Saver:
         facts: dict[str, ty.Any] = {
             'external': external, 'run': item.st.run,
             'neighbours': neighbours.save(self._pid),
-            'netdevs': network.names_inside(item.spec.nics, self._pid)}
+            'netdevs': network.names_inside(item.spec.nics, self._pid),
+            'addresses': gone_addresses.find(self._pid)}
 
         def notified(script: criu.Script) -> None:
             if script.name == 'network-lock':

@@ -25,6 +25,14 @@ bound.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth1")
 bound.bind(("0.0.0.0", 68))
 packets = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM)
 packets.bind(("eth1", 0x800))
+listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+while True:
+    try:
+        listening.bind(("203.0.113.11", 80))
+        break
+    except OSError:
+        time.sleep(0.02)
+listening.listen()
 open("/run/bound", "w").close()
 while True:
     time.sleep(1000)
@@ -115,6 +123,7 @@ class InterfacesTestCase(hosts.TwoHostsTestCase):
         uuid = self.run_container('debian13', address='203.0.113.10', init={
             'argv': ['/usr/bin/python3', '-c', _BOUND]})
         nic = self._plug(uuid, 1)
+        self._up(uuid, 'eth1', '203.0.113.11')
         base.wait_for(lambda: self.sh(
             self.a, uuid, 'ls /run/bound || :'), 'the socket')
         self.a.interface_detach(uuid, nic['devname'])
@@ -122,6 +131,11 @@ class InterfacesTestCase(hosts.TwoHostsTestCase):
         base.ping('203.0.113.10')
         self.b.suspend(uuid)
         self.b.resume(uuid)
+        # What was lent to bind it is gone again.
+        self.assertEqual('', self.sh(
+            self.b, uuid, 'ip -4 -brief address | grep 203.0.113.11 || :'))
+        self.assertIn('0B7100CB:0050', self.sh(
+            self.b, uuid, 'cat /proc/net/tcp'))
 
     def test_of_a_stopped_one(self):
         uuid = self.run_container()

@@ -21,6 +21,8 @@ What a dump gives beside CRIU's images is called ``dumped`` here:
     what CRIU leaves to us, of :mod:`.guest` and :mod:`.neighbours`
 ``netdevs``
     of :func:`.network.names_inside`
+``addresses``
+    of :func:`.gone_addresses.find`
 ``moment``
     of :class:`.moment.Moment`
 """
@@ -34,6 +36,7 @@ import typing as ty
 from nova_pycontainer.runtime import container
 from nova_pycontainer.runtime import criu
 from nova_pycontainer.runtime.migration import exe_links
+from nova_pycontainer.runtime.migration import gone_addresses
 from nova_pycontainer.runtime.migration import guest
 from nova_pycontainer.runtime.migration import neighbours
 from nova_pycontainer.runtime.migration import packet_sockets
@@ -130,6 +133,7 @@ class Notified:
         self._owner = owner
         self._ramfs = list(dumped['ramfs'])
         self._neighbours = list(dumped.get('neighbours') or ())
+        self._addresses = list(dumped.get('addresses') or ())
         self._lazy = bool(dumped.get('lazy'))
         self._pid: int | None = None
         self._master: int | None = None
@@ -150,6 +154,7 @@ class Notified:
         elif script.name == 'post-setup-namespaces':
             assert self._pid is not None
             self._owner.fill(self._pid, self._ramfs)
+            gone_addresses.lend(self._pid, self._addresses)
             if self._lazy:
                 # What comes now needs pages, and the source sends none
                 # before its commit. Namespaces, mounts and network, which
@@ -157,6 +162,7 @@ class Notified:
                 self._owner.ask()
         elif script.name == 'post-restore':
             assert self._pid is not None
+            gone_addresses.take_back(self._pid, self._addresses)
             neighbours.restore(self._pid, self._neighbours)
         elif script.name == 'pre-resume':
             assert self._pid is not None

@@ -31,6 +31,7 @@ from nova_pycontainer.runtime import layers
 from nova_pycontainer.runtime.migration import bandwidth
 from nova_pycontainer.runtime.migration import channel
 from nova_pycontainer.runtime.migration import dumping
+from nova_pycontainer.runtime.migration import gone_addresses
 from nova_pycontainer.runtime.migration import guest
 from nova_pycontainer.runtime.migration import images
 from nova_pycontainer.runtime.migration import keys
@@ -542,6 +543,7 @@ class _Dump:
         self._ramfs: list[dict[str, ty.Any]] = []
         self._neighbours = neighbours.save(pid)
         self._netdevs = network.names_inside(source.item.spec.nics, pid)
+        self._addresses = gone_addresses.find(pid)
         self._frozen_at = 0.0
 
     def lazy_config(self) -> pathlib.Path:
@@ -619,7 +621,7 @@ class _Dump:
         source.commit({
             'external': self._external, 'cgroups': cgroups,
             'ramfs': self._ramfs, 'neighbours': self._neighbours,
-            'netdevs': self._netdevs,
+            'netdevs': self._netdevs, 'addresses': self._addresses,
             'lazy': self.lazy,
             'moment': source.moment.dumped()})
         if self.lazy:
