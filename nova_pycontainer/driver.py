@@ -83,6 +83,7 @@ class PyContainerDriver(driver.ComputeDriver):
         **driver.ComputeDriver.capabilities,
         'has_imagecache': True,
         'supports_attach_interface': True,
+        'supports_evacuate': True,
         'supports_image_type_raw': True,
         'supports_trusted_certs': True,
     }
