@@ -27,6 +27,7 @@ from nova_pycontainer.runtime import host as real_host
 from nova_pycontainer.runtime import migrations
 from nova_pycontainer.runtime.migration import checks  # noqa: H306
 from nova_pycontainer.runtime.migration import preflight
+from nova_pycontainer.runtime import rescue
 from tests.unit.agent import base
 from tests.unit.agent import directory_host
 
@@ -41,7 +42,8 @@ class TestVerbs(base.AgentTestCase):
                     {'': real_host.Host,
                      'checks': checks.Checks,
                      'preflight': preflight.Preflight,
-                     'migrations': migrations.Migrations}[part], method)]
+                     'migrations': migrations.Migrations,
+                     'rescues': rescue.Rescues}[part], method)]
                 if not part:
                     found.append(
                         getattr(directory_host.DirectoryHost, method))
