@@ -179,6 +179,7 @@ class RescueTestCase(base.HostTestCase):
         self.assert_code(
             'layer_in_use', self.host.layer_delete, self.layer('busybox'))
         self.start(uuid)
+        self.assert_code('bad_state', self.host.checkpoints.suspend, uuid)
         error = self.assertRaises(
             errors.ContainerError, self.host.migrations.begin, uuid,
             str(uuidlib.uuid4()), versions.own())

@@ -24,6 +24,7 @@ import uuid as uuidlib
 
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import faults
+from nova_pycontainer.runtime.migration import versions
 from tests.runtime import base
 from tests.runtime import test_agent
 
@@ -214,6 +215,22 @@ class SnapshotTestCase(Helpers, base.HostTestCase):
         self.host.unpause(uuid)
         self.assertEqual('changed', self.sh(uuid, 'cat /data/file'))
 
+    def test_of_a_suspended_container(self):
+        uuid = self.changed_container()
+        self.sh(uuid, 'setsid sh -c "sleep 1000; echo done" '
+                '</dev/null >/dev/null 2>&1 &')
+        self.host.checkpoints.suspend(uuid)
+        with self.host.snapshots.take(uuid) as pieces:
+            first = next(pieces)
+            self.assert_code('bad_state', self.host.checkpoints.resume, uuid)
+            # It would throw the memory away.
+            self.assert_code('bad_state', self.host.prepare, uuid)
+            self.assert_changes(Archive(first + b''.join(pieces)))
+        self.assertEqual('suspended', self.state(uuid))
+        self.host.checkpoints.resume(uuid)
+        self.assertEqual('changed', self.sh(
+            uuid, 'pidof sleep >/dev/null && cat /data/file'))
+
     def test_a_container_of_it_is_the_same(self):
         uuid = self.changed_container()
         archive = self.take(uuid)
@@ -330,6 +347,18 @@ class SnapshotTestCase(Helpers, base.HostTestCase):
         self.assertEqual(
             'rebooted', self.host.events(seen, base.PATIENCE)[0].type)
         self.assertEqual('running', self.state(uuid))
+
+    def test_nothing_else_moves_it_meanwhile(self):
+        uuid = self.run_container()
+        go = self.gate('snapshot.pass')
+        end = self.begin(uuid)
+        self.waiting('snapshot.pass')
+        self.assert_code('bad_state', self.host.checkpoints.suspend, uuid)
+        self.assert_code(
+            'bad_state', self.host.migrations.begin, uuid,
+            str(uuidlib.uuid4()), versions.own())
+        go()
+        self.assertIn('bin/busybox', end().members)
 
     def test_deletion_in_the_middle(self):
         uuid = self.run_container()
