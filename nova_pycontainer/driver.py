@@ -43,7 +43,9 @@ from nova_pycontainer import migration_checks
 from nova_pycontainer import migration_destination
 from nova_pycontainer import migration_recovery
 from nova_pycontainer import power
+from nova_pycontainer import rescue
 from nova_pycontainer.runtime import errors
+from nova_pycontainer import snapshot
 from nova_pycontainer import spawn
 from nova_pycontainer import vif
 
@@ -121,6 +123,9 @@ class PyContainerDriver(driver.ComputeDriver):
         self._power = power.Power(self._client, options)
         self._spawner = spawn.Spawner(
             self._client, self._images, self.virtapi, options)
+        self._rescuer = rescue.Rescuer(
+            self._client, self._images, self._power)
+        self._snapshotter = snapshot.Snapshotter(self._client)
         self._migration_checks = migration_checks.Checks(self._client)
         self._migration_source = migration.Source(
             self._client, options, host)
@@ -352,6 +357,17 @@ class PyContainerDriver(driver.ComputeDriver):
                 instance, exception.InstanceResumeFailure):
             self._power.restore(instance, network_info)
 
+    def rescue(self, context, instance, network_info, image_meta,
+               rescue_password, block_device_info, share_info):
+        with driver_errors.translated(
+                instance, image_id=image_meta.id, failure=rescue.failure):
+            self._rescuer.rescue(
+                context, instance, network_info, image_meta, rescue_password)
+
+    def unrescue(self, context, instance):
+        with driver_errors.translated(instance, failure=rescue.failure):
+            self._rescuer.unrescue(instance)
+
     # In the guest, and about it.
 
     def set_admin_password(self, instance, new_pass):
@@ -379,6 +395,11 @@ class PyContainerDriver(driver.ComputeDriver):
     def cache_image(self, context, image_id):
         with driver_errors.translated(image_id=image_id):
             return self._images.cache(context, image_id)
+
+    def snapshot(self, context, instance, image_id, update_task_state):
+        with driver_errors.translated(instance, failure=snapshot.failure):
+            self._snapshotter.snapshot(
+                context, instance, image_id, update_task_state)
 
     # Network.
 

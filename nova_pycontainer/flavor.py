@@ -130,9 +130,9 @@ def _image_property(instance, name):
     return instance.system_metadata.get(f'image_pycontainer_{name}')
 
 
-def _bad_property(instance, name, value, must):
+def _bad_property(image_id, name, value, must):
     return exception.ImageUnacceptable(
-        image_id=instance.image_ref,
+        image_id=image_id,
         reason=_('property pycontainer_%(name)s is %(value)r, but must be '
                  '%(must)s') % {'name': name, 'value': value, 'must': must})
 
@@ -145,8 +145,14 @@ def init(instance):
 
     :raises nova.exception.ImageUnacceptable: a property is malformed
     """
+    return init_of(
+        instance.image_ref, _image_property(instance, 'init'),
+        _image_property(instance, 'stop_signal'))
+
+
+def init_of(image_id, text, stop_signal):
+    """As :func:`init`, of an image's properties."""
     argv = None
-    text = _image_property(instance, 'init')
     if text:
         try:
             argv = shlex.split(text)
@@ -154,12 +160,11 @@ def init(instance):
             argv = []
         if not argv or not argv[0].startswith('/'):
             raise _bad_property(
-                instance, 'init', text,
+                image_id, 'init', text,
                 'a command line that starts with an absolute path')
-    stop_signal = _image_property(instance, 'stop_signal')
     if stop_signal and not _SIGNAL.match(stop_signal):
         raise _bad_property(
-            instance, 'stop_signal', stop_signal,
+            image_id, 'stop_signal', stop_signal,
             'the name of a signal, such as SIGRTMIN+3')
     return {
         'argv': argv,
@@ -190,7 +195,7 @@ def nesting(instance):
         wanted = bool(text) and strutils.bool_from_string(text, strict=True)
     except ValueError:
         raise _bad_property(
-            instance, 'nesting', text, 'true or false') from None
+            instance.image_ref, 'nesting', text, 'true or false') from None
     if wanted and level == 'disabled':
         raise exception.ImageUnacceptable(
             image_id=instance.image_ref,

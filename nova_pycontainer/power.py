@@ -69,7 +69,7 @@ class Power:
             return
         if state in _ALIVE:
             self._client.stop(instance.uuid, 0)
-        self._bring_up(instance, network_info, 'power_on')
+        self.bring_up(instance, network_info, 'power_on')
 
     def resume(self, instance, network_info):
         """Start the container after the host's boot, unless it lives."""
@@ -86,9 +86,9 @@ class Power:
         """
         if self._existing(instance)['state'] in _ALIVE:
             self._client.stop(instance.uuid, timeout)
-        self._bring_up(instance, network_info, 'reboot')
+        self.bring_up(instance, network_info, 'reboot')
 
-    def _bring_up(self, instance, network_info, verb):
+    def bring_up(self, instance, network_info, verb):
         """Start a stopped container as Nova's database describes it.
 
         The interfaces of a container end with it, so they are made anew; the

@@ -23,6 +23,7 @@ import typing as ty
 import urllib.parse
 
 from nova_pycontainer.agent import protocol
+from nova_pycontainer.agent import stream
 from nova_pycontainer.runtime import errors
 
 Json = dict[str, ty.Any]
@@ -60,6 +61,19 @@ def _unreachable(path: str, error: OSError) -> errors.AgentUnavailable:
     return errors.AgentUnavailable(
         'agent_unavailable', f'cannot connect to the agent at {path}',
         cause=error.strerror or str(error), remedy=remedy)
+
+
+@contextlib.contextmanager
+def _answering(connection: _Connection, verb: str) -> cabc.Iterator[None]:
+    try:
+        yield
+    except TimeoutError as e:
+        raise errors.AgentUnavailable(
+            'agent_unavailable', f'the agent did not answer {verb!r}',
+            cause=f'nothing came for {connection.timeout:g} s',
+            remedy='See the log of pycontainer-agent on that host') from e
+    except (OSError, http.client.HTTPException) as e:
+        raise _lost(verb, e) from e
 
 
 def _lost(what: str, error: Exception) -> errors.AgentUnavailable:
@@ -115,18 +129,25 @@ class Client:
                 'Connection': 'close'}
 
     def _result(self, connection: _Connection, verb: str) -> ty.Any:
-        try:
-            response = connection.getresponse()
-            body = response.read()
-        except TimeoutError as e:
-            raise errors.AgentUnavailable(
-                'agent_unavailable', f'the agent did not answer {verb!r}',
-                cause=f'nothing came for {connection.timeout:g} s',
-                remedy='See the log of pycontainer-agent on that host') from e
-        except (OSError, http.client.HTTPException) as e:
-            raise _lost(verb, e) from e
+        response = self._response(connection, verb)
         return _parsed(
-            response.headers.get(protocol.VERSION_HEADER), body, verb)
+            response.headers.get(protocol.VERSION_HEADER),
+            self._read(response, connection, verb), verb)
+
+    @staticmethod
+    def _response(
+        connection: _Connection, verb: str
+    ) -> http.client.HTTPResponse:
+        with _answering(connection, verb):
+            return connection.getresponse()
+
+    @staticmethod
+    def _read(
+        response: http.client.HTTPResponse, connection: _Connection,
+        verb: str,
+    ) -> bytes:
+        with _answering(connection, verb):
+            return response.read()
 
     # View
 
@@ -213,6 +234,36 @@ class Client:
         with contextlib.suppress(OSError):
             connection.send(b'0\r\n\r\n')
 
+    # Snapshots
+
+    def snapshot(self, uuid: str) -> stream.Stream:
+        """The root file system of a container as a tar archive, to be closed.
+
+        Returns when there is something to read: the files that the guest has
+        written are copied before.
+        """
+        connection = _Connection(
+            self._path, protocol.SNAPSHOT_LIMIT + protocol.GRACE)
+        try:
+            with contextlib.suppress(OSError):
+                # Refused at once; the answer says why.
+                connection.request(
+                    'GET', protocol.SNAPSHOTS + urllib.parse.quote(uuid, ''),
+                    headers=self._headers(protocol.SNAPSHOT_LIMIT))
+            sock = connection.sock
+            response = self._response(connection, 'snapshot')
+            version = response.headers.get(protocol.VERSION_HEADER)
+            if response.headers.get_content_type() != stream.TYPE:
+                _parsed(version, self._read(response, connection, 'snapshot'),
+                        'snapshot')
+                raise _lost('snapshot', ValueError('no archive came'))
+            protocol.check_version(version, 'client', 'agent')
+            sock.settimeout(protocol.STREAM_IDLE)
+            return stream.Stream(connection, response, uuid)
+        except BaseException:
+            connection.close()
+            raise
+
     # Network
 
     def plug(self, uuid: str, nics: cabc.Sequence[Json]) -> None:
@@ -276,6 +327,17 @@ class Client:
 
     def delete(self, uuid: str, keep_disk: bool = False) -> None:
         self._call('delete', {'uuid': uuid, 'keep_disk': keep_disk})
+
+    # Rescue
+
+    def rescue(self, uuid: str, spec: Json) -> Json:
+        """Give a container that is down another root, until the end."""
+        return ty.cast(
+            Json, self._call('rescue', {'uuid': uuid, 'spec': spec}))
+
+    def unrescue(self, uuid: str) -> Json:
+        """Kill it, and give it its own root again."""
+        return ty.cast(Json, self._call('unrescue', {'uuid': uuid}))
 
     # Migration
 

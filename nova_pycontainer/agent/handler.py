@@ -116,6 +116,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     sys_version = ''
     timeout = READ_TIMEOUT
     server: Server  # type: ignore[assignment]
+    #: The head of a stream has been sent: it is too late for another answer.
+    _streaming = False
 
     def handle(self) -> None:
         try:
@@ -128,6 +130,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         self._answered(self._put)
+
+    def do_GET(self) -> None:
+        self._answered(self._get)
 
     # Answers
 
@@ -145,12 +150,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             LOG.debug('%s: %s', self.path, e)
             status, body = answer(e)
         except Exception as e:
-            if isinstance(e, OSError) and self._gone():
+            if isinstance(e, OSError) and (
+                    self._streaming or self._gone()):
                 raise
             LOG.exception('%s failed', self.path)
             status, body = answer(protocol.internal(e))
-        if self.connection.fileno() < 0:
-            # An upgrade: it is somebody else's now.
+        if self._streaming or self.connection.fileno() < 0:
+            # Answered already, or an upgrade: it is somebody else's now.
             return
         LOG.debug('%s: %s after %.3f s', self.path, status,
                   time.monotonic() - started)
@@ -290,6 +296,40 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return self.server.host.layer_import(
             key, stream, image=query['image'], max_bytes=max_bytes,
             digest=(algorithm, value) if value else None)
+
+    def _get(self) -> object:
+        uuid = self.path.removeprefix(protocol.SNAPSHOTS)
+        if not self.path.startswith(protocol.SNAPSHOTS):
+            raise errors.ContainerError(
+                'unsupported', 'there is nothing to get here')
+        try:
+            with self.server.host.snapshots.take(
+                    uuid, lambda: self.server.closing or self._gone()
+            ) as pieces:
+                self._stream(pieces)
+        except errors.ContainerError as e:
+            if not self._streaming:
+                raise
+            # The client notices that the end is missing.
+            LOG.error('%s', e)
+        return None
+
+    def _stream(self, pieces: cabc.Iterable[bytes]) -> None:
+        """Answer with a stream, whose last chunk says that it is whole."""
+        # The reader may be slow: Glance's store.
+        self.connection.settimeout(protocol.STREAM_IDLE)
+        for piece in pieces:
+            if not self._streaming:
+                # Not before there is a first piece: until then an error has
+                # an answer of its own.
+                self._streaming = True
+                self.send_response(http.HTTPStatus.OK)
+                self.send_header('Content-Type', 'application/x-tar')
+                self.send_header('Transfer-Encoding', 'chunked')
+                self.send_header('Connection', 'close')
+                self.end_headers()
+            self.wfile.write(b'%x\r\n%b\r\n' % (len(piece), piece))
+        self.wfile.write(b'0\r\n\r\n')
 
     def _upgrade(
         self, connect: cabc.Callable[..., object],

@@ -15,6 +15,9 @@
 =====================================  ======================================
 ``POST /v1/<verb>``                    parameters and result as JSON
 ``PUT /v1/layers/<key>``               an image as the body, chunked
+``GET /v1/snapshots/<uuid>``           answered by a root file system as a tar
+                                       archive, chunked; without the last
+                                       chunk it is not all of it
 ``POST /v1/console_attach``            ``Upgrade: raw``; answered by 101, and
                                        from then on raw bytes both ways
 =====================================  ======================================
@@ -37,6 +40,7 @@ from nova_pycontainer.runtime import errors
 VERSION: ty.Final = 1
 PREFIX: ty.Final = '/v1/'
 LAYERS: ty.Final = '/v1/layers/'
+SNAPSHOTS: ty.Final = '/v1/snapshots/'
 
 #: In every request and every answer, and compared by both sides.
 VERSION_HEADER: ty.Final = 'X-Pycontainer-Protocol'
@@ -48,6 +52,9 @@ LIMIT_HEADER: ty.Final = 'X-Pycontainer-Timeout'
 GRACE: ty.Final = 10.0
 #: Seconds without any data after which an image's transfer is given up.
 STREAM_IDLE: ty.Final = 300.0
+#: Seconds until the first byte of a snapshot: all that the guest has written
+#: is copied before it.
+SNAPSHOT_LIMIT: ty.Final = 7200.0
 #: Longest wait for an event, in seconds.
 MAX_POLL: ty.Final = 300.0
 

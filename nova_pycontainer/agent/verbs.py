@@ -105,6 +105,10 @@ VERBS: ty.Final[dict[str, Verb]] = {
         max_body=96 * MIB),
     'delete': Verb('delete', {
         'uuid': _UUID, 'keep_disk?': {'type': 'boolean'}}, limit_s=300.0),
+    # Rescue. A config drive may hold 64 MiB, in base64.
+    'rescue': Verb('rescues.begin', {'uuid': _UUID, 'spec': _OBJECT},
+                   max_body=96 * MIB),
+    'unrescue': Verb('rescues.end', {'uuid': _UUID}, limit_s=300.0),
     # Migration
     'migration_prepare': Verb('migrations.prepare', {
         'uuid': _UUID, 'migration': _UUID, 'spec': _OBJECT,

@@ -55,6 +55,8 @@ _READ_ONLY = (
 )
 
 CONFIG_DRIVE = '/config-drive'
+#: Where a container that is being rescued has its own root.
+RESCUED: ty.Final = '/mnt'
 
 
 def capabilities() -> list[str]:
@@ -79,7 +81,9 @@ def rlimits() -> list[dict[str, ty.Any]]:
     return [{'type': 'RLIMIT_NOFILE', 'hard': hard, 'soft': min(1024, hard)}]
 
 
-def _mounts(config_drive: pathlib.Path | None) -> list[dict[str, ty.Any]]:
+def _mounts(
+    config_drive: pathlib.Path | None, rescued: pathlib.Path | None
+) -> list[dict[str, ty.Any]]:
     def fs(destination: str, fstype: str, *options: str,
            source: str | None = None) -> dict[str, ty.Any]:
         return {'destination': destination, 'type': fstype,
@@ -106,6 +110,11 @@ def _mounts(config_drive: pathlib.Path | None) -> list[dict[str, ty.Any]]:
             'destination': CONFIG_DRIVE, 'type': 'bind',
             'source': str(config_drive),
             'options': ['bind', 'ro', 'nosuid', 'nodev', 'noexec']})
+    if rescued is not None:
+        # Not nosuid: whoever repairs it may want to change his root to it.
+        mounts.append({
+            'destination': RESCUED, 'type': 'bind', 'source': str(rescued),
+            'options': ['bind', 'rw', 'nodev']})
     return mounts
 
 
@@ -120,8 +129,12 @@ def make(
     resources: dict[str, ty.Any],
     config_drive: pathlib.Path | None = None,
     nesting: bool = False,
+    rescued: pathlib.Path | None = None,
 ) -> dict[str, ty.Any]:
-    """Return the content of ``config.json``."""
+    """Return the content of ``config.json``.
+
+    :param rescued: another root directory of the container
+    """
     caps = capabilities()
     ids = [{'containerID': 0, 'hostID': base_id, 'size': idmap.RANGE}]
     return {
@@ -144,7 +157,7 @@ def make(
         },
         'root': {'path': str(root), 'readonly': False},
         'hostname': hostname,
-        'mounts': _mounts(config_drive),
+        'mounts': _mounts(config_drive, rescued),
         'annotations': {'org.openstack.nova.instance': uuid},
         'linux': {
             'namespaces': [

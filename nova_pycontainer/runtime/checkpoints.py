@@ -33,6 +33,7 @@ from nova_pycontainer.runtime import config as rconfig
 from nova_pycontainer.runtime import criu
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime.migration import recovery
+from nova_pycontainer.runtime import rescue
 from nova_pycontainer.runtime import state
 
 if ty.TYPE_CHECKING:
@@ -74,6 +75,8 @@ class Checkpoints:
                     'bad_state', 'the instance is being migrated', uuid=uuid,
                     remedy='Wait for the end of its migration')
             item = entry.container
+            rescue.check_not(item)
+            self._host.snapshots.check_movable(uuid)
             # Its end is not the guest's doing.
             entry.stopping += 1
             try:
@@ -107,6 +110,7 @@ class Checkpoints:
         """
         with self._host.locked(uuid) as entry:
             self._host.require(entry, 'suspended')
+            self._host.snapshots.check_startable(uuid)
             if changes:
                 self._host.change(entry, dict(changes))
             item = entry.container

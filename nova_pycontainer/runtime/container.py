@@ -60,6 +60,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class Container:
     """A container in its directory. ``st`` is what is on disk of it."""
 
+    #: Where a root is mounted that is shown in the container.
+    rescued: pathlib.Path | None = None
+    #: It is frozen for a moment, and runs for everybody who asks.
+    held = False
+
     def __init__(
         self,
         config: rconfig.Config,
@@ -94,6 +99,11 @@ class Container:
 
     # What it is
 
+    @property
+    def layers(self) -> set[str]:
+        """Keys of the layers that it needs."""
+        return {self.spec.layer}
+
     def process(self) -> process.ProcessId | None:
         run = self.st.run
         return process.ProcessId.from_dict(run['process']) if run else None
@@ -120,7 +130,9 @@ class Container:
         assert self.st.run is not None
         if self.st.run['started_at'] is None:
             return 'created'
-        return 'paused' if self.cgroup.frozen() else 'running'
+        if self.cgroup.frozen() and not self.held:
+            return 'paused'
+        return 'running'
 
     def info(self) -> dict[str, ty.Any]:
         run = self.st.run
@@ -153,6 +165,7 @@ class Container:
             'created_at': self.st.created_at,
             # It runs on another host; what is here is only left over.
             'moved': self.st.moved,
+            'rescue': self.st.rescue is not None,
             'started_at': run['started_at'] if run and live else None,
             'spec': {k: v for k, v in self.st.spec.items()
                      if k != 'config_drive'},
@@ -288,7 +301,8 @@ class Container:
             resources=self.cgroup.oci_resources(self.spec.limits),
             config_drive=(
                 self.drive_source if self.config_drive.exists() else None),
-            nesting=self.spec.nesting)
+            nesting=self.spec.nesting,
+            rescued=self.rescued)
         (self.bundle / 'config.json').write_text(json.dumps(document))
 
     def _create(self, procs: list[pathlib.Path]) -> tuple[int, int]:

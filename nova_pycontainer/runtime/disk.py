@@ -122,10 +122,16 @@ class Disk:
 
     def __init__(
         self, instance_dir: pathlib.Path, method: str, base_id: int,
-        limit: int | None,
+        limit: int | None, project: int | None = None,
     ) -> None:
+        """
+        :param project: number of its quota, where that is not the first id's
+        """
         self._method = 'none' if limit is None else method
         self._base_id = base_id
+        # The base id is distinct for each instance of the host and fits the
+        # 32 bits of a project id.
+        self._project = base_id if project is None else project
         self._limit = limit or 0
         self._image = instance_dir / 'disk.img'
         self.directory = instance_dir / 'disk'
@@ -164,9 +170,7 @@ class Disk:
             str(self._image)])
 
     def _set_project(self) -> None:
-        # The base id is distinct for each instance of the host and fits the
-        # 32 bits of a project id.
-        project = self._base_id
+        project = self._project
         fd = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
         try:
             raw = fcntl.ioctl(fd, _FS_IOC_FSGETXATTR, bytes(_FSXATTR.size))
@@ -242,7 +246,7 @@ class Disk:
         fd = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
         try:
             syscalls.quotactl_fd(
-                fd, (_Q_SETQUOTA << 8) | _PRJQUOTA, self._base_id,
+                fd, (_Q_SETQUOTA << 8) | _PRJQUOTA, self._project,
                 ctypes.byref(_DqBlk(valid=_QIF_LIMITS)))
         finally:
             os.close(fd)

@@ -53,6 +53,8 @@ from nova_pycontainer.runtime import migrations
 from nova_pycontainer.runtime import network
 from nova_pycontainer.runtime import oci
 from nova_pycontainer.runtime import process
+from nova_pycontainer.runtime import rescue
+from nova_pycontainer.runtime import snapshots
 from nova_pycontainer.runtime import spec as rspec
 from nova_pycontainer.runtime import state
 from nova_pycontainer.runtime import watcher
@@ -91,6 +93,9 @@ class Entry:
         self.deleted = False
         #: The migration that it takes part in, on either side.
         self.migration: _Migration | None = None
+
+
+_Entries = list[Entry]
 
 
 class Host:
@@ -136,11 +141,15 @@ class Host:
         self.interfaces = interfaces.Interfaces(self)
         self.migrations = migrations.Migrations(self, c)
         self.migrations.start()
+        self.rescues = rescue.Rescues(self)
+        self.snapshots = snapshots.Snapshots(self, c)
         missing = self._hierarchies.missing()
         if missing:
             LOG.error('no cgroup hierarchy has the controllers %s: limits '
                       'of containers are NOT enforced', missing)
         self._load()
+        self.snapshots.recover()
+        self.rescues.recover()
         self.consoles = consoles.Consoles(
             self, consoles.load_key(c.state_dir / 'keys' / 'console.key'),
             c.console_listen, c.console_port)
@@ -150,6 +159,7 @@ class Host:
         """Let go of everything; the containers run on."""
         if self._started:
             self._started = False
+            self.snapshots.close()
             self.migrations.close()
             self.consoles.close()
             self._events.close()
@@ -170,7 +180,7 @@ class Host:
                 self._remove_unfinished(uuid)
                 continue
             try:
-                item = self._make(state.State.load(directory))
+                item = self.make(state.State.load(directory))
             except errors.ContainerError as e:
                 # One damaged file must not take the others' agent away.
                 LOG.error('instance %s cannot be loaded: %s', uuid, e)
@@ -195,8 +205,9 @@ class Host:
                 LOG.error('cleaning up after instance %s failed: %s',
                           uuid, e)
 
-    def _make(self, st: state.State) -> container.Container:
-        return container.Container(
+    def make(self, st: state.State) -> container.Container:
+        kind = rescue.Rescued if st.rescue else container.Container
+        return kind(
             self._config, self._oci, self._hierarchies, self.keeper, st)
 
     def _remove_unfinished(self, uuid: str) -> None:
@@ -256,9 +267,7 @@ class Host:
         return current
 
     def list(self) -> _Infos:
-        with self._lock:
-            entries = [*self._entries.values()]
-        return [self._info(e) for e in entries if not e.deleted]
+        return [self._info(e) for e in self.entries() if not e.deleted]
 
     def info(self, uuid: str) -> Info:
         return self._info(self.entry(uuid))
@@ -310,7 +319,8 @@ class Host:
 
     def _layers_in_use(self) -> set[str]:
         with self._lock:
-            return {e.container.spec.layer for e in self._entries.values()}
+            return {key for e in self._entries.values()
+                    for key in e.container.layers}
 
     def layer_present(self, key: str) -> bool:
         return self.layers.get(rconfig.check_layer_key(key)) is not None
@@ -389,7 +399,7 @@ class Host:
                 {*self.reserved_ids(),
                  *(e.container.st.base_id for e in self._entries.values())},
                 spec.get('base_id'))
-            item = self._make(state.State(
+            item = self.make(state.State(
                 uuid=uuid, spec=kept, base_id=base_id,
                 disk_method=self._disk_method, created_at=time.time()))
             # Taken from now on: the id range and the name.
@@ -423,6 +433,7 @@ class Host:
         """
         with self.locked(uuid) as entry:
             current = self.require(entry, 'defined', 'stopped', 'suspended')
+            self.snapshots.check_startable(uuid)
             if current == 'suspended':
                 self.checkpoints.discard(entry.container)
             if changes:
@@ -447,7 +458,7 @@ class Host:
             raise errors.ContainerError(
                 'unsupported', 'the size of a disk cannot be changed here')
         st.spec = new_spec
-        item = self._make(st)
+        item = self.make(st)
         if drive is not no_drive:
             item.set_config_drive(ty.cast(dict[str, str] | None, drive))
         st.save(item.directory)
@@ -455,6 +466,7 @@ class Host:
 
     def _prepare(self, entry: Entry) -> None:
         item = entry.container
+        self.snapshots.check_startable(item.uuid)
         if item.st.moved:
             raise errors.ContainerError(
                 'bad_state', 'the instance has moved to another host and '
@@ -476,6 +488,10 @@ class Host:
         if layer is None:
             raise self._layer_missing(item.uuid, item.spec)
         return layer.root
+
+    def entries(self) -> _Entries:
+        with self._lock:
+            return [*self._entries.values()]
 
     def watch(self, uuid: str) -> None:
         """Learn of the end of a container's init."""
@@ -580,9 +596,11 @@ class Host:
                 raise
             return
         self._abort_migration(entry)
+        self.snapshots.abort(uuid, wait=True)
         with entry.lock:
             if entry.deleted:
                 return
+            self.snapshots.abort(uuid, wait=False)
             self._check_settled(entry)
             entry.stopping += 1
             try:
@@ -639,6 +657,7 @@ class Host:
                 os.close(pidfd)
         same_boot = run['process']['boot_id'] == process.boot_id()
         ended = item.read_exit() if same_boot else state.Exit()
+        self.snapshots.release(item.uuid)
         item.teardown()
         # reboot(2) in a PID namespace: the kernel kills its init by SIGHUP
         # for a restart, by SIGINT for halt and power off.

@@ -35,6 +35,7 @@ from nova_pycontainer.runtime.migration import recovery
 from nova_pycontainer.runtime.migration import room
 from nova_pycontainer.runtime.migration import source as src
 from nova_pycontainer.runtime.migration import versions
+from nova_pycontainer.runtime import rescue
 
 if ty.TYPE_CHECKING:
     from nova_pycontainer.runtime import host
@@ -294,6 +295,8 @@ class Migrations:
         entry = self._host.entry(uuid)
         with self._host.locked(uuid):
             self._host.require(entry, 'running', 'paused')
+            self._host.snapshots.check_movable(uuid)
+            rescue.check_not(entry.container)
             if entry.migration is not None:
                 raise errors.ContainerError(
                     'bad_state', 'the instance is being migrated already',

@@ -40,6 +40,44 @@ def mount(
 
     :raises OSError: the kernel refused; its reason is in the text
     """
+    with _lower(target, layer, base_id) as lower:
+        _mount_overlay(
+            target,
+            ('lowerdir', str(lower)),
+            ('upperdir', str(upper)),
+            ('workdir', str(work)),
+            # CRIU dumps inotify watches by file handle, and an overlay has
+            # file handles only with both of these.
+            ('index', 'on'),
+            ('nfs_export', 'on'),
+            # A redirect names a place of the layer, which a copy of the
+            # upper by names does not know of.
+            ('redirect_dir', 'off'))
+
+
+def view(
+    target: pathlib.Path,
+    *,
+    layer: pathlib.Path,
+    upper: pathlib.Path,
+    base_id: int,
+) -> None:
+    """Show at ``target`` what :func:`mount` would show, read-only.
+
+    :param upper: a copy, without the index of the work directory: what is
+        known only there has to be in it by name
+    :raises OSError: the kernel refused; its reason is in the text
+    """
+    with _lower(target, layer, base_id) as lower:
+        _mount_overlay(
+            target, ('lowerdir', f'{upper}:{lower}'), ('redirect_dir', 'off'))
+
+
+@contextlib.contextmanager
+def _lower(
+    target: pathlib.Path, layer: pathlib.Path, base_id: int
+) -> cabc.Iterator[pathlib.Path]:
+    """The idmapped mount of a layer, while the overlay is made."""
     lower = target.with_name(target.name + '.lower')
     lower.mkdir(mode=0o700, exist_ok=True)
     target.mkdir(mode=0o755, exist_ok=True)
@@ -57,31 +95,17 @@ def mount(
     finally:
         os.close(tree)
     try:
-        _mount_overlay(target, lower, upper, work)
+        yield lower
     finally:
         syscalls.umount(str(lower), syscalls.MNT_DETACH)
         lower.rmdir()
 
 
-def _mount_overlay(
-    target: pathlib.Path, lower: pathlib.Path, upper: pathlib.Path,
-    work: pathlib.Path,
-) -> None:
+def _mount_overlay(target: pathlib.Path, *options: tuple[str, str]) -> None:
     context = syscalls.fsopen('overlay')
     try:
-        for key, value in (
-            ('source', 'pycontainer'),
-            ('lowerdir', str(lower)),
-            ('upperdir', str(upper)),
-            ('workdir', str(work)),
-            # CRIU dumps inotify watches by file handle, and an overlay has
-            # file handles only with both of these.
-            ('index', 'on'),
-            ('nfs_export', 'on'),
-            # A redirect names a place of the layer, which a copy of the
-            # upper by names does not know of.
-            ('redirect_dir', 'off'),
-        ):
+        syscalls.fsconfig_string(context, 'source', 'pycontainer')
+        for key, value in options:
             syscalls.fsconfig_string(context, key, value)
         with _without_sys_resource():
             syscalls.fsconfig_create(context)

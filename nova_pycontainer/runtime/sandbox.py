@@ -39,6 +39,7 @@ it writes as uid 0 to 65535 is on disk as 0 to 65535. Nothing can be executed
 or opened as a device there, and no symbolic link is followed.
 """
 
+import collections.abc as cabc
 import ctypes
 import errno
 import os
@@ -57,7 +58,7 @@ _PR_SET_DUMPABLE: ty.Final = 4
 _PR_CAPBSET_DROP: ty.Final = 24
 _PR_SET_NO_NEW_PRIVS: ty.Final = 38
 _CAPABILITY_VERSION_3: ty.Final = 0x20080522
-_MOUNT_ATTR_NOSYMFOLLOW: ty.Final = 0x200000
+MOUNT_ATTR_NOSYMFOLLOW: ty.Final = 0x200000
 
 #: What writing another's files takes (include/uapi/linux/capability.h).
 CAPABILITIES: ty.Final = {
@@ -85,9 +86,9 @@ def die_with_parent() -> None:
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _limit_capabilities() -> None:
-    keep = set(CAPABILITIES.values())
-    for capability in set(range(64)) - keep:
+def _limit_capabilities(keep: cabc.Collection[int]) -> None:
+    """Give up all capabilities but these, also for what is executed."""
+    for capability in set(range(64)) - {*keep}:
         try:
             _prctl(_PR_CAPBSET_DROP, capability)
         except OSError as e:
@@ -109,6 +110,16 @@ def _limit_resources(limits: ty.Mapping[int, int]) -> None:
         resource.setrlimit(what, (value, hard))
 
 
+def enter(directory: pathlib.Path) -> None:
+    """Make a mount the root of this mount namespace, and all of it."""
+    os.chdir(directory)
+    # pivot_root(2), "pivot_root(".", ".")": the old root ends up on top of
+    # the new one, and is taken off there. It changes the worker's root too.
+    _check(_libc.pivot_root(b'.', b'.'), 'pivot_root')
+    syscalls.umount('.', syscalls.MNT_DETACH)
+    os.chdir('/')
+
+
 def _mount_root(directory: pathlib.Path, userns: int) -> None:
     """Make ``directory`` the root of this mount namespace, and all of it."""
     tree = syscalls.open_tree(
@@ -118,47 +129,68 @@ def _mount_root(directory: pathlib.Path, userns: int) -> None:
             tree, userns_fd=userns, propagation=syscalls.MS_PRIVATE,
             attr_set=(syscalls.MOUNT_ATTR_IDMAP | syscalls.MOUNT_ATTR_NOSUID |
                       syscalls.MOUNT_ATTR_NODEV | syscalls.MOUNT_ATTR_NOEXEC |
-                      _MOUNT_ATTR_NOSYMFOLLOW))
+                      MOUNT_ATTR_NOSYMFOLLOW))
         syscalls.move_mount(tree, str(directory))
     finally:
         os.close(tree)
-    os.chdir(directory)
-    # pivot_root(2), "pivot_root(".", ".")": the old root ends up on top of
-    # the new one, and is taken off there. It changes the worker's root too.
-    _check(_libc.pivot_root(b'.', b'.'), 'pivot_root')
-    syscalls.umount('.', syscalls.MNT_DETACH)
-    os.chdir('/')
+    enter(directory)
 
 
-def _step(channel: socket.socket) -> None:
+def step(channel: socket.socket) -> None:
     """Tell the other side to go on, and wait until it has."""
     channel.send(b'.')
     if not channel.recv(1):
         raise EOFError('the other side of the sandbox has failed')
 
 
-def _become_worker(
-    channel: socket.socket, limits: ty.Mapping[int, int]
-) -> None:
+def become_root(channel: socket.socket) -> None:
+    """Be root in a user namespace of one's own.
+
+    The other side of the channel maps the ids at the first step, and changes
+    the root directory at the second one.
+    """
     syscalls.unshare(syscalls.CLONE_NEWUSER)
-    _step(channel)
+    step(channel)
     os.setresgid(0, 0, 0)
     os.setresuid(0, 0, 0)
     # After the change of user, which clears it.
     die_with_parent()
     # In a nested user namespace it would have all capabilities again.
     pathlib.Path('/proc/sys/user/max_user_namespaces').write_text('0')
-    _step(channel)
+    step(channel)
     os.chdir('/')
-    if os.listdir('/'):
-        raise RuntimeError('the directory to unpack into is not empty')
+
+
+def give_up(
+    keep: cabc.Collection[int], limits: ty.Mapping[int, int]
+) -> None:
+    """Keep no rights but some capabilities, and no descriptors but 0 to 2.
+
+    :param limits: resource limits (RLIMIT_*) and their values
+    """
     _prctl(_PR_SET_DUMPABLE, 0)
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
-    _limit_capabilities()
-    channel.close()
+    _limit_capabilities(keep)
     os.closerange(3, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     _limit_resources(limits)
+
+
+def _become_worker(
+    channel: socket.socket, limits: ty.Mapping[int, int]
+) -> None:
+    become_root(channel)
+    if os.listdir('/'):
+        raise RuntimeError('the directory to unpack into is not empty')
+    channel.close()
+    give_up(CAPABILITIES.values(), limits)
     os.umask(0)
+
+
+def map_ids(pid: int, base: int) -> None:
+    """Give a process in a new user namespace the ids from ``base`` on."""
+    for name in ('uid_map', 'gid_map'):
+        pathlib.Path(f'/proc/{pid}/{name}').write_text(
+            f'0 {base} {idmap.RANGE}')
 
 
 def run(
@@ -206,9 +238,7 @@ def run(
     # If the worker fails in between it has said why, and its exit code is
     # below.
     if ours.recv(1):
-        for name in ('uid_map', 'gid_map'):
-            pathlib.Path(f'/proc/{pid}/{name}').write_text(
-                f'0 {base} {idmap.RANGE}')
+        map_ids(pid, base)
         userns = os.open(f'/proc/{pid}/ns/user', os.O_RDONLY | os.O_CLOEXEC)
         ours.send(b'.')
         if ours.recv(1):

@@ -118,6 +118,8 @@ class State:
     arrived: dict[str, ty.Any] | None = None
     #: How far its checkpoint is; see :mod:`.checkpoints`.
     suspended: dict[str, ty.Any] | None = None
+    #: What is different about it while it is being rescued.
+    rescue: dict[str, ty.Any] | None = None
 
     def save(self, directory: pathlib.Path) -> None:
         data = dataclasses.asdict(self)

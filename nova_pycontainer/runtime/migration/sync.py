@@ -108,6 +108,7 @@ class Server:
     def __init__(
         self, directory: pathlib.Path, sock: socket.socket, *,
         since: Mark | None, final: bool, steady: bool = False,
+        tied: bool = False,
     ) -> None:
         now = Mark.now()
         self._directory = directory
@@ -121,7 +122,7 @@ class Server:
             sync_rsync.RSYNC, '--server', '--daemon',
             f'--config={_CONFIG}', '.']
         self._process = sync_rsync.Process(
-            argv, sock, cwd=directory, talks=True, nice=not final,
+            argv, sock, cwd=directory, talks=True, nice=not final, tied=tied,
             env={_PATH_VARIABLE: str(directory)})
 
     def close(self) -> None:
@@ -143,7 +144,7 @@ class Server:
 
 def serve(
     directory: pathlib.Path, sock: socket.socket, *,
-    since: Mark | None = None, final: bool = False,
+    since: Mark | None = None, final: bool = False, tied: bool = False,
 ) -> Server:
     """Let the other end of ``sock`` read a directory, once.
 
@@ -152,9 +153,10 @@ def serve(
     :param since: ``mark`` of the server of the pass before; None: any file
         may have changed
     :param final: the guest is frozen
+    :param tied: the other end is on this host; see :class:`sync_rsync.Process`
     :returns: to be closed when the other end has what it wants
     """
-    return Server(directory, sock, since=since, final=final)
+    return Server(directory, sock, since=since, final=final, tied=tied)
 
 
 def serve_layer(
@@ -213,7 +215,7 @@ class Copy:
     def fetch(
         self, sock: socket.socket, *, final: bool = False,
         timeout: float = 3600.0, idle_timeout: float = 60.0,
-        filters: ty.Sequence[str] = UPPER_FILTERS,
+        filters: ty.Sequence[str] = UPPER_FILTERS, tied: bool = False,
     ) -> sync_rsync.Stats:
         """Make the directory the same as the one served at ``sock``.
 
@@ -245,7 +247,8 @@ class Copy:
             f'{self._directory}/']
         argv = ['sh', '-c', 'exec "$@" 7<&0 </dev/null', 'sh', *rsync]
         child = sync_rsync.Process(
-            argv, sock, cwd=pathlib.Path('/'), talks=False, nice=not final)
+            argv, sock, cwd=pathlib.Path('/'), talks=False, nice=not final,
+            tied=tied)
         try:
             ended = child.wait(deadline - time.monotonic())
             code = child.kill()

@@ -47,6 +47,7 @@ _CUT = 12
 _FULL = ('No space left on device', 'Disk quota exceeded')
 #: The I/O priority follows it.
 _NICE = ('nice', '-n', '10')
+_TIED = ('setpriv', '--pdeathsig', 'KILL')
 _KILL_TIMEOUT = 10.0
 _OUTPUT_TAIL = 32 << 10
 
@@ -81,12 +82,17 @@ class Process:
     def __init__(
         self, argv: ty.Sequence[str], sock: socket.socket, *,
         cwd: pathlib.Path, talks: bool, nice: bool,
-        env: dict[str, str] | None = None,
+        env: dict[str, str] | None = None, tied: bool = False,
     ) -> None:
         """
         :param sock: becomes its stdin, and stdout too if it ``talks``
         :param nice: the guest, and others, come first
+        :param tied: it dies with the thread that makes it. For a pass that
+            does not leave this host: no connection of ours breaks when this
+            process ends
         """
+        if tied:
+            argv = [*_TIED, *argv]
         # Files, not pipes: nobody has to read along, whatever is said.
         self._out = tempfile.TemporaryFile()
         self._err = tempfile.TemporaryFile()

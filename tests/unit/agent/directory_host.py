@@ -40,6 +40,9 @@ class DirectoryHost:
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Semaphore(0)
+        self.snapshots = self
+        #: A snapshot fails after that many pieces.
+        self.fail_after = None
 
     def _path(self, uuid):
         path = self.directory / uuid
@@ -149,6 +152,24 @@ class DirectoryHost:
         finally:
             partial.unlink(missing_ok=True)
         return {'key': key, 'bytes': target.stat().st_size}
+
+    @contextlib.contextmanager
+    def take(self, uuid, gone):
+        """A snapshot is the console's log, many times over."""
+        data = (self._path(uuid) / 'console.log').read_bytes()
+        partial = self.directory / 'snapshot.partial'
+
+        def pieces():
+            for number in range(100):
+                if gone() or number == self.fail_after:
+                    raise errors.ContainerError('aborted', 'given up')
+                yield data
+
+        partial.touch()
+        try:
+            yield pieces()
+        finally:
+            partial.unlink()
 
     def exec(self, uuid, argv, *, stdin=b'', env=None, timeout_s=30.0,
              max_output=1 << 20):

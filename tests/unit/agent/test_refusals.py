@@ -55,7 +55,7 @@ class TestRefusals(base.AgentTestCase):
             message = self.assert_refused(
                 501, 'unsupported', self.post(path, {}))
             self.assertIn('no verb', message)
-        for line in (b'GET /v1/list', b'DELETE /v1/list'):
+        for line in (b'PATCH /v1/list', b'DELETE /v1/list'):
             status, body = self.raw(
                 line + b' HTTP/1.1\r\nHost: x\r\n'
                 b'X-Pycontainer-Protocol: 1\r\n\r\n')

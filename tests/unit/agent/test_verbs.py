@@ -22,11 +22,15 @@ from nova_pycontainer.agent import client
 from nova_pycontainer.agent import handler
 from nova_pycontainer.agent import server
 from nova_pycontainer.agent import verbs
+from nova_pycontainer.runtime import checkpoints
+from nova_pycontainer.runtime import consoles
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import host as real_host
+from nova_pycontainer.runtime import interfaces
 from nova_pycontainer.runtime import migrations
 from nova_pycontainer.runtime.migration import checks  # noqa: H306
 from nova_pycontainer.runtime.migration import preflight
+from nova_pycontainer.runtime import rescue
 from tests.unit.agent import base
 from tests.unit.agent import directory_host
 
@@ -39,9 +43,13 @@ class TestVerbs(base.AgentTestCase):
                 part, _, method = verb.method.rpartition('.')
                 found = [getattr(
                     {'': real_host.Host,
+                     'checkpoints': checkpoints.Checkpoints,
                      'checks': checks.Checks,
+                     'consoles': consoles.Consoles,
+                     'interfaces': interfaces.Interfaces,
                      'preflight': preflight.Preflight,
-                     'migrations': migrations.Migrations}[part], method)]
+                     'migrations': migrations.Migrations,
+                     'rescues': rescue.Rescues}[part], method)]
                 if not part:
                     found.append(
                         getattr(directory_host.DirectoryHost, method))

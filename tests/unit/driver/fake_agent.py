@@ -179,7 +179,7 @@ class FakeAgent(fake_migration.Migrations):
             'base_id': base_id, 'image_id': spec['image_id'],
             'nics': spec['nics'],
             'resources': spec['resources'], 'spec': spec, 'exit': None,
-            'console': b'',
+            'console': b'', 'rescue': None,
             'layer': spec['layer'], 'memory_bytes': 64 << 20,
             'disk': {'used_bytes': 1 << 20}}
         return dict(self.containers[uuid])
@@ -278,6 +278,28 @@ class FakeAgent(fake_migration.Migrations):
             self.links.pop(nic['devname'], None)
         if started:
             self._event('stopped', item['uuid'], item['exit'])
+
+    def snapshot(self, uuid):
+        self._enter('snapshot')
+        self._get(uuid)
+        return io.BytesIO(b'a root file system')
+
+    def rescue(self, uuid, spec):
+        self._enter('rescue')
+        item = self._get(uuid, 'defined', 'stopped')
+        if spec['layer'] not in self.layers:
+            raise _error('layer_missing', 'the layer is not on this host',
+                         uuid=uuid)
+        item.update(rescue=spec, image_id=spec['image_id'])
+        return dict(item)
+
+    def unrescue(self, uuid):
+        self._enter('unrescue')
+        item = self._get(uuid)
+        if item['state'] in ('created', 'running', 'paused'):
+            self._end(item, 9)
+        item.update(rescue=None, image_id=item['spec']['image_id'])
+        return dict(item)
 
     def console_log(self, uuid, max_bytes=102400):
         self._enter('console_log')
