@@ -55,7 +55,7 @@ class Config:
     oci_timeout: float = 60.0
     #: Where the listener for consoles is; port 0: any.
     console_listen: str = '127.0.0.1'
-    console_port: int = 0
+    console_port: int = 6084
     #: Where the listener for migrations is, and what others are told.
     migration_listen: str = '0.0.0.0'
     migration_address: str = '127.0.0.1'

@@ -259,7 +259,7 @@ class Bench:
         self.config = rconfig.Config(
             state_dir=state, run_dir=run, oci_runtime_path=tool('crun'),
             criu_path=tool('criu'), cgroup_parent=self.parent,
-            disk_limit=disk_limit, idmap_count=4096)
+            disk_limit=disk_limit, idmap_count=4096, console_port=0)
         self.host = rhost.Host(self.config)
         self.host.start()
         self._stack.callback(self.host.close)

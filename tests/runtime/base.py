@@ -107,7 +107,8 @@ class HostTestCase(testtools.TestCase):
         self.config = config.Config(
             state_dir=base / 'state', run_dir=run,
             oci_runtime_path=tool(self.runtime), criu_path=tool('criu'),
-            cgroup_parent=self.cgroup_parent, disk_limit=self.disk_limit)
+            cgroup_parent=self.cgroup_parent, disk_limit=self.disk_limit,
+            console_port=0)
         self.addCleanup(self._remove_cgroups)
         self.addCleanup(self._stop_keeper)
         self.host = self.make_host()
