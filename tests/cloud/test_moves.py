@@ -142,8 +142,8 @@ class MovesTest(base.CloudTestCase):
             self.assertNotEqual(source, now.compute_host, f'move {number}')
             self._wait_answers(stream, pings)
             self.assertIsNone(stream.error, f'move {number}')
-            newest = max(self.admin.compute.migrations(
-                instance_uuid=server.id), key=lambda m: m.id)
+            newest = base.wait_for(
+                lambda: self._ended(server), 60, 'the end of the migration')
             self.assertEqual('completed', newest.status)
             status = progress.of(source, newest.uuid)
             moved.append({
@@ -155,6 +155,13 @@ class MovesTest(base.CloudTestCase):
                 'bytes': status['memory_sent'] + status['disk_sent']})
         stream.finish()
         self._report(name, moved)
+
+    def _ended(self, server):
+        """The newest migration; the server is active a little sooner."""
+        newest = max(self.admin.compute.migrations(
+            instance_uuid=server.id), key=lambda m: m.id)
+        return newest if newest.status in (
+            'completed', 'failed', 'error', 'cancelled') else None
 
     def _wait_answers(self, stream, pings):
         """A silence that is not over yet is one, too."""
