@@ -35,6 +35,7 @@ from nova_pycontainer.runtime import cgroup
 from nova_pycontainer.runtime import config as rconfig
 from nova_pycontainer.runtime import disk
 from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime import faults
 from nova_pycontainer.runtime import init as initd
 from nova_pycontainer.runtime import keeper_client
 from nova_pycontainer.runtime.migration import announce
@@ -435,9 +436,12 @@ class Container:
     def start(self) -> None:
         """Let the init run."""
         assert self.st.run is not None
+        faults.point('start.created')
         self._oci.start(self.uuid)
+        faults.point('start.running')
         self.st.run['started_at'] = time.time()
         self.st.save(self.directory)
+        faults.point('start.recorded')
 
     # Taking it down
 

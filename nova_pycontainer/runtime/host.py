@@ -39,6 +39,7 @@ from nova_pycontainer.runtime import disk
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import events
 from nova_pycontainer.runtime import execute
+from nova_pycontainer.runtime import faults
 from nova_pycontainer.runtime import idmap
 from nova_pycontainer.runtime import imagecheck
 from nova_pycontainer.runtime import keeper_client
@@ -570,12 +571,16 @@ class Host:
             self._check_settled(entry)
             entry.stopping += 1
             try:
+                faults.point('delete.begun')
                 entry.container.kill()
+                faults.point('delete.killed')
                 self._finish(entry)
                 entry.container.teardown()
+                faults.point('delete.torn-down')
                 if keep_disk:
                     return
                 entry.container.remove_files()
+                faults.point('delete.removed')
                 entry.deleted = True
             finally:
                 entry.stopping -= 1
