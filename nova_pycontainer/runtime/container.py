@@ -437,8 +437,29 @@ class Container:
         """Let the init run."""
         assert self.st.run is not None
         faults.point('start.created')
-        self._oci.start(self.uuid)
-        faults.point('start.running')
+        try:
+            self._oci.start(self.uuid)
+        except errors.ContainerError:
+            # Killed or late, it may have done it all the same.
+            if self._oci.waits(self.uuid):
+                raise
+        try:
+            faults.point('start.running')
+        finally:
+            self._note_start()
+
+    def started_unnoticed(self) -> bool:
+        """Note a start that nobody lived to write down.
+
+        :returns: whether there was one
+        """
+        if (self.status() != 'created' or self._oci.waits(self.uuid)):
+            return False
+        self._note_start()
+        return True
+
+    def _note_start(self) -> None:
+        assert self.st.run is not None
         self.st.run['started_at'] = time.time()
         self.st.save(self.directory)
         faults.point('start.recorded')

@@ -173,6 +173,8 @@ class Host:
                 if pidfd is not None:
                     self._watcher.add(uuid, pidfd)
                     self.migrations.recover(uuid)
+                    if item.started_unnoticed():
+                        self._events.add('started', uuid)
                 else:
                     self.migrations.recover(uuid)
                     self._exited(uuid)
