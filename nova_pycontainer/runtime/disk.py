@@ -32,6 +32,7 @@ import os
 import pathlib
 import struct
 import subprocess
+import time
 
 from oslo_log import log as logging
 
@@ -56,6 +57,7 @@ _QIF_LIMITS = 0x5
 _QUOTA_BLOCK = 1024
 
 _TIMEOUT = 120.0
+_BUSY_TIMEOUT = 5.0
 #: One inode for each 16 KiB, mke2fs' own default.
 _BYTES_PER_INODE = 16384
 _LOOP_MIN_BYTES = 32 << 20
@@ -206,9 +208,20 @@ class Disk:
             _run(['losetup', '--detach', device])
 
     def unmount(self) -> None:
-        """Let go of the file system; idempotent."""
+        """Let go of the file system; idempotent.
+
+        Somebody may be looking at a file of it just now, so it is tried for
+        a while. Detaching it instead could end with it mounted twice.
+        """
+        deadline = time.monotonic() + _BUSY_TIMEOUT
         while os.path.ismount(self.directory):
-            syscalls.umount(str(self.directory), syscalls.UMOUNT_NOFOLLOW)
+            try:
+                syscalls.umount(
+                    str(self.directory), syscalls.UMOUNT_NOFOLLOW)
+            except OSError as e:
+                if e.errno != errno.EBUSY or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.02)
 
     def usage(self) -> tuple[int, int] | None:
         """Bytes used and bytes free, or None while it is not mounted."""

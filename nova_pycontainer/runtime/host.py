@@ -637,7 +637,13 @@ class Host:
                  run['started_at'] is not None)
         entry.rebooting = again
         item.st.run, item.st.exit = None, ended
-        item.st.save(item.directory)
+        try:
+            item.st.save(item.directory)
+        except OSError as e:
+            # A full disk, such as one may just be freeing. What could not be
+            # written down is found out again.
+            LOG.error('instance %s: its end cannot be written down: %s',
+                      item.uuid, e)
         LOG.info('instance %s: its init ended: %s', item.uuid, ended)
         if again:
             early = run['started_at'] + _MIN_UPTIME - time.time()

@@ -345,12 +345,26 @@ class Migrations:
     def _gone(self, uuid: str, migration: str) -> None:
         """It runs on the other host: nothing of it may run here again."""
         item = self._host.entry(uuid).container
+        for nic in item.spec.nics:
+            # Its connections live on elsewhere: no reset may be sent.
+            with contextlib.suppress(errors.ContainerError):
+                network.hold(nic, True)
         item.kill()
-        item.teardown()
         item.st.run = None
         item.st.moved = {'migration': migration, 'at': time.time()}
-        item.st.save(item.directory)
-        protocol.Journal(item.directory).remove()
+        try:
+            item.st.save(item.directory)
+            protocol.Journal(item.directory).remove()
+        except OSError as e:
+            # The journal stays: it says that only the destination knows.
+            LOG.error('instance %s: it has moved, which cannot be written '
+                      'down: %s', uuid, e)
+        try:
+            item.teardown()
+        except (OSError, errors.ContainerError) as e:
+            # It has moved all the same. Deleting what is left tries again.
+            LOG.error('instance %s: it has moved, and cannot be cleaned up '
+                      'here: %s', uuid, e)
 
     # Both
 
