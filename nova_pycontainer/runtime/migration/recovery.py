@@ -30,8 +30,10 @@ from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime.migration import announce
 from nova_pycontainer.runtime.migration import channel
 from nova_pycontainer.runtime.migration import keys
+from nova_pycontainer.runtime.migration import network_lock
 from nova_pycontainer.runtime.migration import protocol
 from nova_pycontainer.runtime import network
+from nova_pycontainer.runtime import process
 
 LOG = logging.getLogger(__name__)
 
@@ -268,8 +270,34 @@ def unknown(uuid: str, cause: BaseException) -> errors.ContainerError:
         remedy='Bring the agent of the destination back')
 
 
+def end_restore(facts: ty.Mapping[str, ty.Any]) -> None:
+    """End a restore that nobody waits for, and what it has made. It may wait
+    for pages itself, and its processes for it.
+
+    :param facts: of the destination's journal
+    """
+    for name in ('criu', 'init'):
+        known = facts.get(name)
+        fd = process.ProcessId.from_dict(known).open() if known else None
+        if fd is not None:
+            process.send_signal(fd, 9)
+            process.exited(fd, _KILL_TIMEOUT)
+            os.close(fd)
+
+
+def silence(item: container.Container) -> None:
+    """Before restored processes are killed: what the kernel then sends for
+    their connections would end those of the source's.
+    """
+    for nic in item.spec.nics:
+        with contextlib.suppress(errors.ContainerError):
+            network.unplug(nic.devname)
+
+
 def thaw(item: container.Container, paused: bool) -> None:
     """Let an instance that did not leave run on as it was before."""
+    if item.st.run is not None:
+        network_lock.remove(int(item.st.run['process']['pid']), item.cgroup)
     for nic in item.spec.nics:
         with contextlib.suppress(errors.ContainerError):
             network.hold(nic, False)
