@@ -18,6 +18,7 @@ asks the other side's journal.
 """
 
 import contextlib
+import os
 import pathlib
 import threading
 import time
@@ -42,6 +43,7 @@ Phase = protocol.Phase
 _CONNECT_TIMEOUT = 20.0
 _ANSWER_TIMEOUT = 60.0
 _RETRY = 2.0
+_KILL_TIMEOUT = 10.0
 #: Ten minutes.
 _CALL_OFF_TRIES = 300
 
@@ -114,6 +116,7 @@ class SourceQuestion:
         self._identity = identity
         self._endpoint = journal['endpoint']
         self._paused = bool(journal.get('paused'))
+        self._lazy = bool(journal.get('lazy'))
         self._moved, self._stays = moved, stays
         self._stop = threading.Event()
         self.progress = progress
@@ -146,12 +149,22 @@ class SourceQuestion:
                 self.progress.error = unknown(self._item.uuid, e).to_dict()
                 self._stop.wait(_RETRY)
                 continue
-            if phase in (Phase.RUNNING, Phase.COMPLETED, Phase.COMMITTED):
+            # "Committed" is not there yet, and may still fail.
+            if phase in (Phase.RUNNING, Phase.COMPLETED):
                 self.progress.error = None
                 self._moved()
                 return
             if phase in (Phase.ABORTED, Phase.FAILED):
-                thaw(self._item, self._paused)
+                if self._lazy:
+                    # See Source._stays.
+                    self.progress.error = errors.ContainerError(
+                        'lost', 'the instance was lost: the destination '
+                        'failed after the commit', uuid=self._item.uuid,
+                        remedy='Start it again: its disk is as it was then',
+                    ).to_dict()
+                    self._item.cgroup.kill()
+                else:
+                    thaw(self._item, self._paused)
                 self._stays()
                 return
             self._stop.wait(_RETRY)
@@ -238,12 +251,14 @@ class DestinationQuestion:
 
 
 class Answer:
-    """For a source that did not hear that its instance runs here."""
+    """For a source that did not hear whether its instance has run here."""
 
     asked = True
 
-    def __init__(self, progress: protocol.Progress) -> None:
-        progress.phase = Phase.COMPLETED
+    def __init__(
+        self, progress: protocol.Progress, phase: Phase = Phase.COMPLETED
+    ) -> None:
+        progress.phase = phase
         progress.ended_at = time.time()
         self.progress = progress
 
@@ -258,9 +273,10 @@ class Answer:
             control.close()
 
     def abort(self, reason: str) -> None:
-        raise errors.ContainerError(
-            'bad_state', 'the instance runs here already',
-            uuid=self.progress.uuid)
+        if self.progress.phase == Phase.COMPLETED:
+            raise errors.ContainerError(
+                'bad_state', 'the instance runs here already',
+                uuid=self.progress.uuid)
 
 
 def unknown(uuid: str, cause: BaseException) -> errors.ContainerError:
