@@ -27,6 +27,7 @@ import importlib.util
 import os
 import pathlib
 import re
+import select
 import shutil
 import socket
 import subprocess
@@ -266,6 +267,15 @@ class Session:
         self._rpc = rpc
         self._sock = sock
         self.pid = pid
+        # What it restores has its end of the socket too, so that its death
+        # is not the end of the connection.
+        try:
+            self._pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            sock.close()
+            raise errors.ContainerError(
+                'criu_failed', 'criu ended at once') from None
+        self._timeout = 0.0
 
     def __enter__(self) -> 'Session':
         return self
@@ -274,6 +284,9 @@ class Session:
         # At the end of the connection CRIU gives up what it does, and a
         # dump's processes go on.
         self._sock.close()
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -284,13 +297,8 @@ class Session:
         Killed processes that it traces stay zombies until it is gone, and so
         does the init of their PID namespace, which it would wait for.
         """
-        try:
-            pidfd = os.pidfd_open(self.pid)
-        except ProcessLookupError:
-            return
-        # It has not ended: our end of its socket is open.
-        process.send_signal(pidfd, 9)
-        os.close(pidfd)
+        if self._pidfd >= 0:
+            process.send_signal(self._pidfd, 9)
 
     def request(
         self, kind: int, opts: ty.Any, handler: Handler, timeout: float
@@ -304,8 +312,13 @@ class Session:
         :raises ContainerError: ``criu_failed``
         """
         self._sock.settimeout(timeout)
+        self._timeout = timeout
         message = self._rpc.criu_req(type=kind, opts=opts)
-        self._sock.sendall(message.SerializeToString())
+        try:
+            self._sock.sendall(message.SerializeToString())
+        except OSError as e:
+            raise errors.ContainerError(
+                'criu_failed', 'criu is gone', cause=str(e)) from e
         refused: BaseException | None = None
         while True:
             try:
@@ -336,11 +349,16 @@ class Session:
         return response
 
     def _receive(self) -> tuple[ty.Any, int | None]:
+        poller = select.poll()
+        poller.register(self._sock, select.POLLIN)
+        poller.register(self._pidfd, select.POLLIN)
+        ready = dict(poller.poll(self._timeout * 1000))
+        if not ready:
+            raise errors.ContainerError('timeout', 'criu does not answer')
+        if self._sock.fileno() not in ready:
+            raise errors.ContainerError('criu_failed', 'criu was killed')
         try:
             data, fds, _, _ = socket.recv_fds(self._sock, _MAX_MESSAGE, 1)
-        except TimeoutError as e:
-            raise errors.ContainerError(
-                'timeout', 'criu does not answer') from e
         except OSError as e:
             raise errors.ContainerError(
                 'criu_failed', 'criu is gone', cause=str(e)) from e

@@ -232,6 +232,7 @@ class DestinationQuestion:
         return self.progress.phase
 
     def _give_up(self) -> None:
+        silence(self._item)
         self.progress.phase = Phase.FAILED
         self.progress.ended_at = time.time()
         self._failed()
