@@ -177,11 +177,15 @@ class Criu:
         return (done.stderr + done.stdout).strip() or 'it gave no reason'
 
     def spawn(
-        self, arguments: cabc.Sequence[str], fds: cabc.Mapping[int, int]
+        self, arguments: cabc.Sequence[str], fds: cabc.Mapping[int, int],
+        guard: cabc.Sequence[str] = (),
     ) -> int:
-        """Start ``criu`` as a long-lived child of the keeper."""
+        """Start ``criu`` as a long-lived child of the keeper.
+
+        :param guard: a command that runs it, given as its last arguments
+        """
         return self._keeper.spawn(
-            [self._path, *arguments], fds=fds,
+            [*guard, self._path, *arguments], fds=fds,
             env={'PATH': '/usr/bin:/bin', 'LC_ALL': 'C'})
 
     def session(

@@ -471,6 +471,10 @@ class Host:
         pidfd = self.entry(uuid).container.open()
         if pidfd is not None:
             self._watcher.add(uuid, pidfd)
+        else:
+            # Sooner than one could look.
+            threading.Thread(target=self._exited, args=(uuid,), name='exited',
+                             daemon=True).start()
 
     def note(self, kind: str, uuid: str) -> None:
         """Tell those who follow the events."""
