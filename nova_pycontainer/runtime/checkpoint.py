@@ -300,6 +300,9 @@ class Restorer:
 
     # The restore's owner
 
+    def begun(self, pid: int) -> None:
+        pass
+
     def fill(self, pid: int, saved: list[dict[str, ty.Any]]) -> None:
         self._filler.fill(pid, saved, self._item.st.base_id)
 

@@ -35,6 +35,7 @@ from nova_pycontainer.runtime import cgroup
 from nova_pycontainer.runtime import config as rconfig
 from nova_pycontainer.runtime import disk
 from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime import faults
 from nova_pycontainer.runtime import init as initd
 from nova_pycontainer.runtime import keeper_client
 from nova_pycontainer.runtime import netns
@@ -443,9 +444,33 @@ class Container:
     def start(self) -> None:
         """Let the init run."""
         assert self.st.run is not None
-        self._oci.start(self.uuid)
+        faults.point('start.created')
+        try:
+            self._oci.start(self.uuid)
+        except errors.ContainerError:
+            # Killed or late, it may have done it all the same.
+            if self._oci.waits(self.uuid):
+                raise
+        try:
+            faults.point('start.running')
+        finally:
+            self._note_start()
+
+    def started_unnoticed(self) -> bool:
+        """Note a start that nobody lived to write down.
+
+        :returns: whether there was one
+        """
+        if (self.status() != 'created' or self._oci.waits(self.uuid)):
+            return False
+        self._note_start()
+        return True
+
+    def _note_start(self) -> None:
+        assert self.st.run is not None
         self.st.run['started_at'] = time.time()
         self.st.save(self.directory)
+        faults.point('start.recorded')
 
     # Taking it down
 

@@ -27,6 +27,7 @@ import importlib.util
 import os
 import pathlib
 import re
+import select
 import shutil
 import socket
 import subprocess
@@ -178,11 +179,15 @@ class Criu:
         return (done.stderr + done.stdout).strip() or 'it gave no reason'
 
     def spawn(
-        self, arguments: cabc.Sequence[str], fds: cabc.Mapping[int, int]
+        self, arguments: cabc.Sequence[str], fds: cabc.Mapping[int, int],
+        guard: cabc.Sequence[str] = (),
     ) -> int:
-        """Start ``criu`` as a long-lived child of the keeper."""
+        """Start ``criu`` as a long-lived child of the keeper.
+
+        :param guard: a command that runs it, given as its last arguments
+        """
         return self._keeper.spawn(
-            [self._path, *arguments], fds=fds,
+            [*guard, self._path, *arguments], fds=fds,
             env={'PATH': '/usr/bin:/bin', 'LC_ALL': 'C'})
 
     def session(
@@ -268,12 +273,17 @@ class Session:
         self._rpc = rpc
         self._sock = sock
         self.pid = pid
-        self._pidfd: int | None = None
         #: Seconds that CRIU itself has worked, without our handlers' time.
         self.worked = 0.0
-        # It may have ended at once, which the first request says.
-        with contextlib.suppress(ProcessLookupError):
+        # What it restores has its end of the socket too, so that its death
+        # is not the end of the connection.
+        try:
             self._pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            sock.close()
+            raise errors.ContainerError(
+                'criu_failed', 'criu ended at once') from None
+        self._timeout = 0.0
 
     def __enter__(self) -> 'Session':
         return self
@@ -282,14 +292,14 @@ class Session:
         # At the end of the connection CRIU gives up what it does, and a
         # dump's processes go on.
         self._sock.close()
-        if self._pidfd is not None:
+        if self._pidfd >= 0:
             os.close(self._pidfd)
-            self._pidfd = None
+            self._pidfd = -1
 
     def wait(self) -> None:
         """Hang up, and wait until CRIU is gone: it has files open."""
         self._sock.close()
-        if self._pidfd is not None and not process.exited(
+        if self._pidfd >= 0 and not process.exited(
                 self._pidfd, _END_TIMEOUT):
             LOG.warning('criu (%d) does not end', self.pid)
 
@@ -302,7 +312,7 @@ class Session:
         Killed processes that it traces stay zombies until it is gone, and so
         does the init of their PID namespace, which it would wait for.
         """
-        if self._pidfd is not None:
+        if self._pidfd >= 0:
             process.send_signal(self._pidfd, 9)
 
     def request(
@@ -317,8 +327,13 @@ class Session:
         :raises ContainerError: ``criu_failed``
         """
         self._sock.settimeout(timeout)
+        self._timeout = timeout
         message = self._rpc.criu_req(type=kind, opts=opts)
-        self._sock.sendall(message.SerializeToString())
+        try:
+            self._sock.sendall(message.SerializeToString())
+        except OSError as e:
+            raise errors.ContainerError(
+                'criu_failed', 'criu is gone', cause=str(e)) from e
         refused: BaseException | None = None
         while True:
             began = time.monotonic()
@@ -352,11 +367,16 @@ class Session:
         return response
 
     def _receive(self) -> tuple[ty.Any, int | None]:
+        poller = select.poll()
+        poller.register(self._sock, select.POLLIN)
+        poller.register(self._pidfd, select.POLLIN)
+        ready = dict(poller.poll(self._timeout * 1000))
+        if not ready:
+            raise errors.ContainerError('timeout', 'criu does not answer')
+        if self._sock.fileno() not in ready:
+            raise errors.ContainerError('criu_failed', 'criu was killed')
         try:
             data, fds, _, _ = socket.recv_fds(self._sock, _MAX_MESSAGE, 1)
-        except TimeoutError as e:
-            raise errors.ContainerError(
-                'timeout', 'criu does not answer') from e
         except OSError as e:
             raise errors.ContainerError(
                 'criu_failed', 'criu is gone', cause=str(e)) from e

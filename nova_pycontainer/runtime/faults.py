@@ -18,7 +18,9 @@ happen there, once each::
     source.committed=kill,destination.restore=raise,prepare.network=sleep:5,
     source.frozen=wait:/tmp/go
 
-"wait" is until there is a file of that name.
+"wait" is until there is a file of that name. ``@FILE`` in place of all that
+is a file of it, looked at anew at each point, so that one agent serves many
+tests; what has happened is taken out of it.
 
 The names are those of the code's own steps: each step of a
 :class:`.revert.Reverter`, and the points of a migration. With
@@ -40,8 +42,25 @@ def _parse(text: str) -> dict[str, str]:
         item.split('=', 1) for item in text.split(',') if '=' in item)
 
 
-_plan: ty.Final = _parse(os.environ.get('PYCONTAINER_FAULTS', ''))
+_text: ty.Final = os.environ.get('PYCONTAINER_FAULTS', '')
+_file: ty.Final = _text.removeprefix('@') if _text.startswith('@') else None
+_plan: ty.Final = {} if _file else _parse(_text)
 _record: ty.Final = os.environ.get('PYCONTAINER_FAULT_POINTS')
+
+
+def _take(name: str) -> str | None:
+    if _file is None:
+        return _plan.pop(name, None)
+    try:
+        with open(_file) as f:
+            plan = _parse(f.read())
+        action = plan.pop(name, None)
+        if action is not None:
+            with open(_file, 'w') as f:
+                f.write(','.join(f'{k}={v}' for k, v in plan.items()))
+    except FileNotFoundError:
+        return None
+    return action
 
 
 def point(name: str) -> None:
@@ -49,10 +68,10 @@ def point(name: str) -> None:
 
     :raises OSError: a test wanted it
     """
-    if not _plan and not _record:
+    if not _plan and not _file and not _record:
         return
     with _lock:
-        action = _plan.pop(name, None)
+        action = _take(name)
         if _record:
             with open(_record, 'a') as f:
                 f.write(f'{name}\n')

@@ -41,6 +41,7 @@ from nova_pycontainer.runtime import disk
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import events
 from nova_pycontainer.runtime import execute
+from nova_pycontainer.runtime import faults
 from nova_pycontainer.runtime import idmap
 from nova_pycontainer.runtime import imagecheck
 from nova_pycontainer.runtime import interfaces
@@ -193,6 +194,8 @@ class Host:
                 if pidfd is not None:
                     self._watcher.add(uuid, pidfd)
                     self.migrations.recover(uuid)
+                    if item.started_unnoticed():
+                        self._events.add('started', uuid)
                 else:
                     self.migrations.recover(uuid)
                     self._exited(uuid)
@@ -498,6 +501,10 @@ class Host:
         pidfd = self.entry(uuid).container.open()
         if pidfd is not None:
             self._watcher.add(uuid, pidfd)
+        else:
+            # Sooner than one could look.
+            threading.Thread(target=self._exited, args=(uuid,), name='exited',
+                             daemon=True).start()
 
     def note(self, kind: str, uuid: str) -> None:
         """Tell those who follow the events."""
@@ -604,12 +611,16 @@ class Host:
             self._check_settled(entry)
             entry.stopping += 1
             try:
+                faults.point('delete.begun')
                 entry.container.kill()
+                faults.point('delete.killed')
                 self._finish(entry)
                 entry.container.teardown()
+                faults.point('delete.torn-down')
                 if keep_disk:
                     return
                 entry.container.remove_files()
+                faults.point('delete.removed')
                 entry.deleted = True
             finally:
                 entry.stopping -= 1
@@ -665,7 +676,13 @@ class Host:
                  run['started_at'] is not None)
         entry.rebooting = again
         item.st.run, item.st.exit = None, ended
-        item.st.save(item.directory)
+        try:
+            item.st.save(item.directory)
+        except OSError as e:
+            # A full disk, such as one may just be freeing. What could not be
+            # written down is found out again.
+            LOG.error('instance %s: its end cannot be written down: %s',
+                      item.uuid, e)
         LOG.info('instance %s: its init ended: %s', item.uuid, ended)
         if again:
             early = run['started_at'] + _MIN_UPTIME - time.time()

@@ -46,14 +46,14 @@ class Interfaces:
             if any(n.id == made.id for n in item.spec.nics):
                 return item.info()
             with revert.Reverter(uuid) as r:
-                with r.step('attach.plug', lambda: network.unplug(
+                with r.step('attach-plug', lambda: network.unplug(
                         made.devname)):
                     network.plug(made)
                 pid = self._pid(item)
                 if pid is not None:
-                    with r.step('attach.move'):
+                    with r.step('attach-move'):
                         network.move_in(made, pid, network.free_name(pid))
-                with r.step('attach.record'):
+                with r.step('attach-record'):
                     self._host.change(entry, {'nics': [
                         *item.st.spec['nics'], nic]})
                 r.success()

@@ -23,18 +23,21 @@ import typing as ty
 from oslo_log import log as logging
 
 from nova_pycontainer.runtime import config as rconfig
+from nova_pycontainer.runtime import container
 from nova_pycontainer.runtime import criu
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime.migration import channel
 from nova_pycontainer.runtime.migration import destination as dst
 from nova_pycontainer.runtime.migration import identity
 from nova_pycontainer.runtime.migration import images
+from nova_pycontainer.runtime.migration import lazy
 from nova_pycontainer.runtime.migration import listener
 from nova_pycontainer.runtime.migration import protocol
 from nova_pycontainer.runtime.migration import recovery
 from nova_pycontainer.runtime.migration import room
 from nova_pycontainer.runtime.migration import source as src
 from nova_pycontainer.runtime.migration import versions
+from nova_pycontainer.runtime import network
 from nova_pycontainer.runtime import rescue
 
 if ty.TYPE_CHECKING:
@@ -79,6 +82,9 @@ class Migrations:
         for directory in (c.run_dir / 'migration').glob('*'):
             if directory.is_dir():
                 images.Memory(directory).unmount()
+        for path in (c.run_dir / 'migration').glob('*.conf'):
+            path.unlink()
+        lazy.put_back(c.run_dir / 'migration')
         self._listener = listener.Listener(
             c.migration_listen, c.migration_ports, self._identity,
             self._connected)
@@ -134,11 +140,11 @@ class Migrations:
             entry.migration = question
             with self._lock:
                 self._sources[migration] = question
-        elif phase == protocol.Phase.COMMITTED and item.open() is not None:
-            recovery.release(item, bool(facts.get('paused')))
+        elif phase == protocol.Phase.COMMITTED and item.st.run is not None:
+            self._has_come(item, facts)
             journal.remove()
-            self._host.note('started', uuid)
         elif phase == protocol.Phase.READY:
+            lazy.forget(self._directory(migration))
             waiting = recovery.DestinationQuestion(
                 item, facts, progress,
                 running=lambda: self._settled_here(uuid, migration),
@@ -148,10 +154,38 @@ class Migrations:
                 self._destinations[migration] = waiting
             self._expect(migration, uuid, facts['peer'])
         else:
-            # Its source runs it: nothing was promised.
+            # Its source runs it: nothing was promised; or it was, and so
+            # little was restored that nothing can have run.
+            if phase == protocol.Phase.COMMITTED:
+                with self._lock:
+                    self._destinations[migration] = recovery.Answer(
+                        progress, protocol.Phase.FAILED)
+                self._expect(migration, uuid, facts['peer'])
+            recovery.end_restore(facts)
+            lazy.forget(self._directory(migration))
+            recovery.silence(item)
             item.cgroup.kill()
             journal.remove()
             self._host.delete(uuid)
+
+    def _has_come(self, item: container.Container, facts: Info) -> None:
+        """It was given to this host, and was restored. It has run, or not:
+        only here it may go on.
+        """
+        uuid = item.uuid
+        directory = self._directory(str(facts['migration']))
+        came = not facts.get('lazy') or lazy.complete(directory)
+        lazy.forget(directory)
+        if not came:
+            LOG.error('instance %s is lost: the agent ended before all of '
+                      'its pages had come', uuid)
+            recovery.end_restore(facts)
+            item.cgroup.kill()
+        elif item.open() is not None:
+            recovery.release(item, bool(facts.get('paused')))
+            self._host.note('started', uuid)
+        else:
+            LOG.error('instance %s has come, and has ended since', uuid)
 
     def _be_ready_to_answer(self, uuid: str) -> None:
         arrived = self._host.entry(uuid).container.st.arrived
@@ -348,12 +382,26 @@ class Migrations:
     def _gone(self, uuid: str, migration: str) -> None:
         """It runs on the other host: nothing of it may run here again."""
         item = self._host.entry(uuid).container
+        for nic in item.spec.nics:
+            # Its connections live on elsewhere: no reset may be sent.
+            with contextlib.suppress(errors.ContainerError):
+                network.hold(nic, True)
         item.kill()
-        item.teardown()
         item.st.run = None
         item.st.moved = {'migration': migration, 'at': time.time()}
-        item.st.save(item.directory)
-        protocol.Journal(item.directory).remove()
+        try:
+            item.st.save(item.directory)
+            protocol.Journal(item.directory).remove()
+        except OSError as e:
+            # The journal stays: it says that only the destination knows.
+            LOG.error('instance %s: it has moved, which cannot be written '
+                      'down: %s', uuid, e)
+        try:
+            item.teardown()
+        except (OSError, errors.ContainerError) as e:
+            # It has moved all the same. Deleting what is left tries again.
+            LOG.error('instance %s: it has moved, and cannot be cleaned up '
+                      'here: %s', uuid, e)
 
     # Both
 

@@ -91,6 +91,12 @@ class OciRuntime:
     def start(self, uuid: str) -> None:
         self._call(uuid, 'start', uuid)
 
+    def waits(self, uuid: str) -> bool:
+        """Whether the init of a created container still waits to be started:
+        the start removes what it waits at.
+        """
+        return (self._root / uuid / 'exec.fifo').exists()
+
     def delete(self, uuid: str) -> None:
         """Remove what the runtime keeps of a container; idempotent.
 

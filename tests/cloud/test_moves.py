@@ -30,7 +30,7 @@ from tests import echo
 from tests import ping
 from tests import progress
 
-_MOVES = int(os.environ.get('PYCONTAINER_TEST_MOVES', '4'))
+_MOVES = int(os.environ.get('PYCONTAINER_TEST_MOVES', '2'))
 _FIGURES = base.LOGS.parent / 'moves.json'
 
 #: Commits rows one by one, each made of the one before: what was lost or

@@ -48,6 +48,7 @@ open("/run/answered", "w").close()
 time.sleep(100000)
 '''
 
+
 class ControlTestCase(faults.Helpers):
 
     def wait_at(self, name, point):

@@ -37,11 +37,13 @@ from nova_pycontainer.runtime.migration import images
 from nova_pycontainer.runtime.migration import layer_transfer
 from nova_pycontainer.runtime.migration import lazy
 from nova_pycontainer.runtime.migration import protocol
+from nova_pycontainer.runtime.migration import recovery
 from nova_pycontainer.runtime.migration import relay
 from nova_pycontainer.runtime.migration import restoring
 from nova_pycontainer.runtime.migration import room
 from nova_pycontainer.runtime.migration import sync
 from nova_pycontainer.runtime import network
+from nova_pycontainer.runtime import process
 from nova_pycontainer.runtime import unpack_client
 
 LOG = logging.getLogger(__name__)
@@ -90,7 +92,10 @@ class Destination:
         self._on_running = on_running
         self._on_failed = on_failed
         self._journal = protocol.Journal(item.directory)
+        #: What is only for the migration, and what makes a container. The
+        #: second is forgotten as soon as it runs.
         self._stack = contextlib.ExitStack()
+        self._undo = contextlib.ExitStack()
         self._data: dict[tuple[str, int], channel.Connection] = {}
         self._arrived = threading.Condition()
         self._abort = threading.Event()
@@ -101,6 +106,9 @@ class Destination:
         self._pages_end: socket.socket | None = None
         self._pages: relay.Relay | None = None
         self._daemon: lazy.Daemon | None = None
+        self._session: criu.Session | None = None
+        #: The init that CRIU makes, long before it is in its control group.
+        self._init: int | None = None
         self._images_error: BaseException | None = None
         #: Whether the console was no session's terminal.
         self._unowned = False
@@ -126,26 +134,46 @@ class Destination:
         """
         item = self._item
         try:
-            self._journal.write(
-                Phase.PREPARED, role='destination',
-                migration=self.progress.migration)
+            self._journal.write(Phase.PREPARED, **self._facts())
             item.disk.mount()
-            self._stack.callback(item.disk.unmount)
+            self._undo.callback(item.disk.unmount)
             limit = item.spec.limits.memory_bytes or (64 << 30)
             self._memory.mount(limit + limit // 4 + (256 << 20))
             self._stack.callback(self._memory.unmount)
             for nic in item.spec.nics:
                 network.plug(nic)
             procs = item.cgroup.create_legacy(item.spec.limits)
-            self._stack.callback(item.teardown)
+            self._undo.callback(item.teardown)
             self._session = self._stack.enter_context(
                 self._criu.session(cgroup_procs=procs))
+            self._journal.write(Phase.PREPARED, **self._facts())
             self._filler = guest.RamfsFiller()
             self._messages = self._criu.messages()
             self._stack.callback(self._filler.close)
         except BaseException:
-            self._stack.close()
+            self._take_back()
             raise
+
+    def _facts(self) -> dict[str, ty.Any]:
+        """For the journal."""
+        facts: dict[str, ty.Any] = {
+            'role': 'destination', 'migration': self.progress.migration,
+            'paused': self._paused, 'peer': self._peer,
+            'lazy': self._daemon is not None}
+        for name, pid in (
+                ('criu', self._session.pid if self._session else None),
+                ('init', self._init)):
+            with contextlib.suppress(ProcessLookupError):
+                if pid is not None:
+                    facts[name] = process.ProcessId.of(pid).to_dict()
+        return facts
+
+    def _take_back(self) -> None:
+        for stack in (self._stack, self._undo):
+            try:
+                stack.close()
+            except Exception:
+                LOG.exception('instance %s: cleaning up', self._item.uuid)
 
     # Connections of the source
 
@@ -224,13 +252,7 @@ class Destination:
             self._finish(e)
 
     def _finish(self, error: BaseException | None) -> None:
-        if (error is not None and self.committed and not self._resumed and
-                self._daemon is not None):
-            self._lose(errors.ContainerError(
-                'lost', 'the instance was lost: it could not be restored '
-                'after the source had committed', uuid=self._item.uuid,
-                cause=str(error)))
-        elif error is not None and not self._resumed:
+        if error is not None and not self._resumed:
             wrapped = (error if isinstance(error, errors.ContainerError)
                        else errors.ContainerError(
                            'internal', 'the migration failed here',
@@ -241,15 +263,15 @@ class Destination:
             # Written before the source is told: what it acts upon must
             # survive us.
             with contextlib.suppress(OSError):
-                self._journal.write(
-                    self.progress.phase, role='destination',
-                    migration=self.progress.migration)
+                self._journal.write(self.progress.phase, **self._facts())
         if not self._resumed:
+            recovery.silence(self._item)
+            recovery.end_restore(self._facts())
             self._item.cgroup.kill()
-        try:
-            self._stack.close()
-        except Exception:
-            LOG.exception('instance %s: cleaning up', self._item.uuid)
+        self._take_back()
+        if self._resumed:
+            # What failed is not the guest's concern any more.
+            self._arrived_all_the_same(error)
         if self._control is not None:
             if error is not None and not self._resumed:
                 with contextlib.suppress(errors.ContainerError):
@@ -383,7 +405,7 @@ class Destination:
                     'invalid', 'the source has no connection for pages')
             with self._pages_end as pages:
                 self._daemon = lazy.Daemon(
-                    self._criu, self._memory.path, pages)
+                    self._criu, self._memory.path, pages, item.cgroup)
             self._stack.callback(self._daemon.close)
             options.lazy_pages = True
         else:
@@ -391,17 +413,25 @@ class Destination:
             options.auto_dedup = True
         restore = restoring.Notified(self, dumped)
         guard: ty.ContextManager[object] = (
-            lazy.userfaultfd() if self._daemon else contextlib.nullcontext())
+            lazy.userfaultfd(self._memory.path.parent) if self._daemon
+            else contextlib.nullcontext())
         self.progress.steps['prepare-restore'] = time.monotonic() - began
+        assert self._session is not None
         try:
             with guard:
                 response = self._session.request(
                     self._criu.rpc.RESTORE, options, restore.notified,
                     _CRIU_TIMEOUT)
+        except errors.ContainerError as e:
+            if not self._resumed:
+                raise
+            LOG.warning('instance %s: it runs, and criu: %s', item.uuid, e)
+            response = None
         finally:
             restore.close()
         self.progress.steps['restore'] = time.monotonic() - began
-        if not response.success:
+        if response is not None and not response.success and (
+                not self._resumed):
             raise criu.failed(
                 'the instance cannot be restored', item.uuid, 'restore',
                 self._memory.path / 'restore.log', item.log_directory,
@@ -420,17 +450,25 @@ class Destination:
                 e.uuid = self._item.uuid
                 self._lose(e)
                 raise
+            if self._pages is not None:
+                # The source hears of the end in order.
+                self._pages.wait(_RETRY)
         # The source deletes its copy soon.
         unpack_client.sync_filesystem(self._item.disk.upper)
-        self._filler.close()
-        self._memory.unmount()
-        self._session.__exit__()
-        self._stack.pop_all()
+        self._take_back()
         self._journal.remove()
         self.progress.phase = Phase.COMPLETED
         self.progress.ended_at = time.time()
         if self._control is not None:
             self._control.close()
+
+    def _arrived_all_the_same(self, error: BaseException | None) -> None:
+        with contextlib.suppress(OSError):
+            self._journal.remove()
+        if self.progress.phase not in protocol.ENDED:
+            LOG.error('instance %s: it runs here, and the end of its '
+                      'migration failed: %s', self._item.uuid, error)
+            self.progress.phase = Phase.COMPLETED
 
     def _lose(self, error: errors.ContainerError) -> None:
         """A guest without its pages would hang or go wrong: end it. That this
@@ -443,12 +481,18 @@ class Destination:
 
     # In the middle of the restore
 
+    def begun(self, pid: int) -> None:
+        """CRIU has made the guest's init."""
+        self._init = pid
+
     def fill(self, pid: int, saved: list[dict[str, ty.Any]]) -> None:
         self._filler.fill(pid, saved, self._item.st.base_id)
 
     def ready(self, pid: int, master: int | None) -> None:
-        """Everything is restored and nothing has run. Ask for the right to,
-        and use it.
+        """Everything is restored and nothing has run. Ask for the right to.
+
+        It is used when CRIU has let go of all: until then it is certain that
+        nothing has run here.
 
         :raises ContainerError: it will never run here; its processes are
             dead
@@ -467,15 +511,13 @@ class Destination:
                 pid, self._began['run'], master, unowned=self._unowned)
             if not self.committed:
                 self.ask()
-            for nic in item.spec.nics:
-                network.hold(nic, False)
         except BaseException:
             # CRIU does not heed a refusal at this moment.
+            recovery.silence(item)
             item.cgroup.kill()
+            assert self._session is not None
             self._session.kill()
             raise
-        if not self._paused:
-            freezer.write_text('0')
 
     def ask(self) -> None:
         """Say that it can run here, and wait for the source's commit.
@@ -484,8 +526,7 @@ class Destination:
         """
         assert self._control is not None
         self._writing.result()
-        facts = {'role': 'destination', 'paused': self._paused,
-                 'migration': self.progress.migration, 'peer': self._peer}
+        facts = self._facts()
         self._journal.write(Phase.READY, **facts)
         self.progress.phase = Phase.READY
         faults.point('destination.ready')
@@ -518,15 +559,36 @@ class Destination:
             self.progress.phase = Phase.COMMITTED
 
     def resumed(self, pid: int) -> None:
-        """It runs. Tell the network, then the source."""
+        """CRIU is done: let it run. Tell the network, then the source.
+
+        :raises ContainerError: it will never run here
+        """
+        item = self._item
+        for nic in item.spec.nics:
+            network.hold(nic, False)
         self._resumed = True
-        faults.point('destination.resumed')
+        self._undo.pop_all()
+        if not self._paused:
+            (item.cgroup.v2 / 'cgroup.freeze').write_text('0')
         self.progress.phase = Phase.RUNNING
+        # None of these is a reason to end a guest that runs.
+        for tell in (self._announce, self._say_running, self._tell_host):
+            try:
+                tell(pid)
+            except Exception:
+                LOG.exception('instance %s: it runs', item.uuid)
+
+    def _announce(self, pid: int) -> None:
+        faults.point('destination.resumed')
         announce.announce(self._item, pid)
+
+    def _say_running(self, pid: int) -> None:
         if self._control is not None:
             with contextlib.suppress(errors.ContainerError):
                 self._control.send('running')
         faults.point('destination.running')
+
+    def _tell_host(self, pid: int) -> None:
         self._on_running()
 
     def _answer(self, connection: channel.Connection) -> None:
@@ -539,7 +601,12 @@ class Destination:
             elif theirs == Phase.COMMITTED and (
                     self.progress.phase == Phase.READY):
                 self._go.set()
-            control.send('phase', phase=self.progress.phase)
+                if self._control is not None:
+                    # As if it had come where it was expected.
+                    self._control.put('go')
+            # Whatever became of it since, it has run here.
+            control.send('phase', phase=Phase.COMPLETED if self._resumed
+                         else self.progress.phase)
         except errors.ContainerError as e:
             LOG.warning('instance %s: %s', self._item.uuid, e)
         finally:

@@ -254,13 +254,17 @@ class Control:
                 f'instead of {kind!r}')
         return frame
 
+    def put(self, kind: str, **fields: ty.Any) -> None:
+        """Let whoever receives get this, as if the peer had sent it."""
+        self._queue.put({'type': kind, **fields})
+
     def cancel(self, reason: str) -> None:
         """Let whoever receives stop waiting, as if the peer had aborted."""
-        self._queue.put({'type': 'abort', 'reason': reason})
+        self.put('abort', reason=reason)
 
     def fail(self, error: errors.ContainerError) -> None:
         """Let whoever receives fail with this."""
-        self._queue.put({'type': 'failed', 'error': error.to_dict()})
+        self.put('failed', error=error.to_dict())
 
     def close(self) -> None:
         self._connection.close()

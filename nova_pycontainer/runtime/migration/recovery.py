@@ -18,6 +18,7 @@ asks the other side's journal.
 """
 
 import contextlib
+import os
 import pathlib
 import threading
 import time
@@ -30,8 +31,10 @@ from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime.migration import announce
 from nova_pycontainer.runtime.migration import channel
 from nova_pycontainer.runtime.migration import keys
+from nova_pycontainer.runtime.migration import network_lock
 from nova_pycontainer.runtime.migration import protocol
 from nova_pycontainer.runtime import network
+from nova_pycontainer.runtime import process
 
 LOG = logging.getLogger(__name__)
 
@@ -40,6 +43,7 @@ Phase = protocol.Phase
 _CONNECT_TIMEOUT = 20.0
 _ANSWER_TIMEOUT = 60.0
 _RETRY = 2.0
+_KILL_TIMEOUT = 10.0
 #: Ten minutes.
 _CALL_OFF_TRIES = 300
 
@@ -112,6 +116,7 @@ class SourceQuestion:
         self._identity = identity
         self._endpoint = journal['endpoint']
         self._paused = bool(journal.get('paused'))
+        self._lazy = bool(journal.get('lazy'))
         self._moved, self._stays = moved, stays
         self._stop = threading.Event()
         self.progress = progress
@@ -144,12 +149,22 @@ class SourceQuestion:
                 self.progress.error = unknown(self._item.uuid, e).to_dict()
                 self._stop.wait(_RETRY)
                 continue
-            if phase in (Phase.RUNNING, Phase.COMPLETED, Phase.COMMITTED):
+            # "Committed" is not there yet, and may still fail.
+            if phase in (Phase.RUNNING, Phase.COMPLETED):
                 self.progress.error = None
                 self._moved()
                 return
             if phase in (Phase.ABORTED, Phase.FAILED):
-                thaw(self._item, self._paused)
+                if self._lazy:
+                    # See Source._stays.
+                    self.progress.error = errors.ContainerError(
+                        'lost', 'the instance was lost: the destination '
+                        'failed after the commit', uuid=self._item.uuid,
+                        remedy='Start it again: its disk is as it was then',
+                    ).to_dict()
+                    self._item.cgroup.kill()
+                else:
+                    thaw(self._item, self._paused)
                 self._stays()
                 return
             self._stop.wait(_RETRY)
@@ -217,6 +232,7 @@ class DestinationQuestion:
         return self.progress.phase
 
     def _give_up(self) -> None:
+        silence(self._item)
         self.progress.phase = Phase.FAILED
         self.progress.ended_at = time.time()
         self._failed()
@@ -236,12 +252,14 @@ class DestinationQuestion:
 
 
 class Answer:
-    """For a source that did not hear that its instance runs here."""
+    """For a source that did not hear whether its instance has run here."""
 
     asked = True
 
-    def __init__(self, progress: protocol.Progress) -> None:
-        progress.phase = Phase.COMPLETED
+    def __init__(
+        self, progress: protocol.Progress, phase: Phase = Phase.COMPLETED
+    ) -> None:
+        progress.phase = phase
         progress.ended_at = time.time()
         self.progress = progress
 
@@ -256,9 +274,10 @@ class Answer:
             control.close()
 
     def abort(self, reason: str) -> None:
-        raise errors.ContainerError(
-            'bad_state', 'the instance runs here already',
-            uuid=self.progress.uuid)
+        if self.progress.phase == Phase.COMPLETED:
+            raise errors.ContainerError(
+                'bad_state', 'the instance runs here already',
+                uuid=self.progress.uuid)
 
 
 def unknown(uuid: str, cause: BaseException) -> errors.ContainerError:
@@ -268,8 +287,34 @@ def unknown(uuid: str, cause: BaseException) -> errors.ContainerError:
         remedy='Bring the agent of the destination back')
 
 
+def end_restore(facts: ty.Mapping[str, ty.Any]) -> None:
+    """End a restore that nobody waits for, and what it has made. It may wait
+    for pages itself, and its processes for it.
+
+    :param facts: of the destination's journal
+    """
+    for name in ('criu', 'init'):
+        known = facts.get(name)
+        fd = process.ProcessId.from_dict(known).open() if known else None
+        if fd is not None:
+            process.send_signal(fd, 9)
+            process.exited(fd, _KILL_TIMEOUT)
+            os.close(fd)
+
+
+def silence(item: container.Container) -> None:
+    """Before restored processes are killed: what the kernel then sends for
+    their connections would end those of the source's.
+    """
+    for nic in item.spec.nics:
+        with contextlib.suppress(errors.ContainerError):
+            network.unplug(nic.devname)
+
+
 def thaw(item: container.Container, paused: bool) -> None:
     """Let an instance that did not leave run on as it was before."""
+    if item.st.run is not None:
+        network_lock.remove(int(item.st.run['process']['pid']), item.cgroup)
     for nic in item.spec.nics:
         with contextlib.suppress(errors.ContainerError):
             network.hold(nic, False)

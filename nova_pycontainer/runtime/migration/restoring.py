@@ -110,6 +110,9 @@ def _interfaces(
 class Owner(ty.Protocol):
     """Who restores. Each method may refuse by raising."""
 
+    def begun(self, pid: int) -> None:
+        """CRIU has made the guest's init, which is nowhere yet."""
+
     def fill(self, pid: int, saved: list[dict[str, ty.Any]]) -> None:
         """Mounts are made, and the ramfs ones empty."""
 
@@ -150,7 +153,9 @@ class Notified:
             self.close()
             self._master = script.fd
         if script.name == 'setup-namespaces':
+            assert script.pid is not None
             self._pid = script.pid
+            self._owner.begun(script.pid)
         elif script.name == 'post-setup-namespaces':
             assert self._pid is not None
             self._owner.fill(self._pid, self._ramfs)

@@ -135,6 +135,8 @@ class Source:
         self.progress = progress
         #: From here on only the peer can say who runs.
         self.committed = False
+        #: It has been so, whatever the peer has said since.
+        self._gave = False
 
     # What others may ask for
 
@@ -317,7 +319,9 @@ class Source:
                 self._criu, item, self._memory.path, external, pid)
             if dump.lazy:
                 options.lazy_pages = True
-                options.config_file = str(dump.lazy_config())
+                config = dump.lazy_config()
+                stack.callback(config.unlink, missing_ok=True)
+                options.config_file = str(config)
             dump.start()
             self.moment.before(pid, self._paused)
             began = time.monotonic()
@@ -326,19 +330,23 @@ class Source:
                     self._criu.rpc.DUMP, options, dump.notified,
                     # The last answer comes when the last page has gone.
                     _PASS_TIMEOUT if dump.lazy else _CRIU_TIMEOUT)
-            except BaseException:
+            except BaseException as e:
                 if not self.committed:
-                    self._thaw()
-                raise
-            if dump.lazy and response.success:
+                    self._stays(dump)
+                    raise
+                LOG.error('instance %s: it has committed, and then: %s',
+                          item.uuid, e)
+                response = None
+            if dump.lazy and response is not None and response.success:
                 self.drain_pages()
-            dump.wait_running()
+            if self.committed or dump.lazy:
+                self._learn(dump)
             self.progress.steps['dump'] = time.monotonic() - began
-            if not response.success:
+            if response is None or not response.success:
                 if self.committed:
                     # It was to kill what must not run here again.
                     LOG.error('instance %s: criu: %s', item.uuid,
-                              response.cr_errmsg)
+                              response and response.cr_errmsg)
                     return
                 self._thaw()
                 dump.settle()
@@ -346,6 +354,42 @@ class Source:
                     'the instance cannot be dumped', item.uuid, 'dump',
                     self._memory.path / 'criu.log', self._logs, response,
                     'Stop what is named, or migrate the instance cold')
+
+    def _learn(self, dump: '_Dump') -> None:
+        """After the commit, whatever went wrong here: where it runs.
+
+        :raises ContainerError: here, as before; ``lost``: nowhere
+        """
+        try:
+            dump.wait_running()
+            if self.progress.phase != Phase.RUNNING:
+                self.resolve()
+                self.progress.phase = Phase.RUNNING
+        except errors.ContainerError:
+            self.committed = False
+            self._stays(dump)
+            raise
+        except OSError as e:
+            if self.progress.phase != Phase.RUNNING:
+                raise
+            LOG.warning('instance %s: it runs there: %s', self._item.uuid, e)
+
+    def _stays(self, dump: '_Dump') -> None:
+        """The guest will not run elsewhere: let it go on.
+
+        :raises ContainerError: ``lost``: CRIU has begun to give its memory
+            away, and what it does then with the processes is not sure
+        """
+        if dump.lazy and self._gave:
+            self.close_pages()
+            # What it traces does not end before it does.
+            dump.session.kill()
+            self._item.kill()
+            raise errors.ContainerError(
+                'lost', 'the instance was lost: the destination failed after '
+                'the commit', uuid=self._item.uuid,
+                remedy='Start it again: its disk is as it was then')
+        self._thaw()
 
     def _thaw(self) -> None:
         """Whatever was tried: the guest is again as it was."""
@@ -379,8 +423,8 @@ class Source:
             self._journal.write(
                 Phase.COMMITTED, role='source',
                 migration=self.progress.migration, paused=self._paused,
-                endpoint=dataclasses.asdict(self._endpoint))
-            self.committed = True
+                endpoint=dataclasses.asdict(self._endpoint), lazy=self.lazy)
+            self.committed = self._gave = True
             self.progress.phase = Phase.COMMITTED
         faults.point('source.committed')
         with contextlib.suppress(protocol.PeerGone):
@@ -407,15 +451,10 @@ class Source:
                     'instance %s: committed, and the destination was lost: '
                     '%s; asking it', self._item.uuid, e)
                 self.resolve()
-            except errors.ContainerError as e:
-                if not self.lazy:
-                    # It says that it never ran there, and never will.
-                    self.committed = False
-                    raise
-                raise errors.ContainerError(
-                    'lost', 'the instance was lost: the destination failed '
-                    'after the commit', uuid=self._item.uuid,
-                    cause=str(e)) from e
+            except errors.ContainerError:
+                # It says that it never ran there, and never will.
+                self.committed = False
+                raise
         self.progress.phase = Phase.RUNNING
         faults.point('source.running')
 
@@ -434,7 +473,7 @@ class Source:
                 time.sleep(_RETRY)
                 continue
             self.progress.error = None
-            if phase in (Phase.COMMITTED, Phase.RUNNING, Phase.COMPLETED):
+            if phase in (Phase.RUNNING, Phase.COMPLETED):
                 return
             if phase in (Phase.ABORTED, Phase.FAILED):
                 self._journal.remove()
@@ -645,6 +684,9 @@ class _Dump:
             self._source.progress.frozen = time.monotonic() - self._frozen_at
         except BaseException as e:
             self._error = e
+            if not self._source.committed:
+                # Nobody will ask for a page any more.
+                self._source.close_pages()
 
     def wait_running(self) -> None:
         """With pages to follow, that it runs is known in another thread."""

@@ -1,0 +1,111 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+
+"""The lock that CRIU puts on a guest's network while it is dumped.
+
+A CRIU that is killed leaves it, and then the guest would go on without one of
+its connections. The tables are in the guest's own network namespace.
+"""
+
+import contextlib
+import os
+import pathlib
+import re
+import socket
+
+from oslo_log import log as logging
+from pyroute2.netlink import exceptions as nl_exceptions
+from pyroute2.nftables import main as nftables
+
+from nova_pycontainer.runtime import cgroup
+from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime import netns
+from nova_pycontainer.runtime import syscalls
+
+LOG = logging.getLogger(__name__)
+
+#: Of the protocol family "inet" (linux/netfilter.h).
+_INET = 1
+_NAME = 'CRIU-'
+_TCP_REPAIR = 19
+
+
+def remove(pid: int, group: cgroup.Cgroup) -> None:
+    """Remove the lock, unless CRIU is still there to do it; idempotent.
+
+    :param pid: the container's init
+    """
+    try:
+        if _traced(pid):
+            return
+        names = netns.within(pid, _locks)
+        if names:
+            LOG.warning('a CRIU that has died has left the network lock %s',
+                        names)
+            for file in [*group.v2.rglob('cgroup.procs')]:
+                for each in file.read_text().split():
+                    _end_repair(int(each))
+            netns.within(pid, lambda: _remove(names))
+    except (FileNotFoundError, ProcessLookupError):
+        return
+    except (OSError, errors.ContainerError,
+            nl_exceptions.NetlinkError) as e:
+        LOG.error('removing the network lock of process %d: %s', pid, e)
+
+
+def _end_repair(pid: int) -> None:
+    """Let the sockets of a process send again.
+
+    CRIU reads what they have in flight in a mode in which they keep silent
+    (TCP_REPAIR of tcp(7)).
+    """
+    try:
+        pidfd = os.pidfd_open(pid)
+        names = os.listdir(f'/proc/{pid}/fd')
+    except OSError:
+        return
+    try:
+        for name in names:
+            with contextlib.suppress(OSError):
+                if os.readlink(f'/proc/{pid}/fd/{name}').startswith(
+                        'socket:'):
+                    _end_repair_of(syscalls.pidfd_getfd(pidfd, int(name)))
+    finally:
+        os.close(pidfd)
+
+
+def _end_repair_of(fd: int) -> None:
+    with socket.socket(fileno=fd) as sock:
+        if sock.type == socket.SOCK_STREAM and sock.family in (
+                socket.AF_INET, socket.AF_INET6) and sock.getsockopt(
+                    socket.IPPROTO_TCP, _TCP_REPAIR):
+            sock.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR, 0)
+
+
+def _traced(pid: int) -> bool:
+    status = pathlib.Path(f'/proc/{pid}/status').read_text()
+    found = re.search(r'^TracerPid:\s*(\d+)$', status, re.M)
+    return found is not None and found[1] != '0'
+
+
+def _locks() -> list[str]:
+    with nftables.NFTables(nfgen_family=_INET) as nft:
+        names = [str(table.get_attr('NFTA_TABLE_NAME'))
+                 for table in nft.get_tables()]
+    return [name for name in names if name.startswith(_NAME)]
+
+
+def _remove(names: list[str]) -> None:
+    with nftables.NFTables(nfgen_family=_INET) as nft:
+        for name in names:
+            nft.table('del', name=name)

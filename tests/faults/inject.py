@@ -1,0 +1,198 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+
+"""What goes wrong: one class for each kind of fault.
+
+A step waits while :meth:`Fault.inject` works, and goes on before
+:meth:`Fault.after`.
+"""
+
+import contextlib
+import os
+import pathlib
+import signal
+import time
+
+from tests.faults import kernel
+
+#: So long a link is cut that heals.
+_CUT = 1.0
+
+
+class Fault:
+    """:ivar title: of the column in the table"""
+
+    #: What happens at the step itself, see nova_pycontainer.runtime.faults.
+    action = 'wait'
+    #: Whether it is the run's business to end it.
+    lasts = False
+
+    def __init__(self, title):
+        self.title = title
+
+    def inject(self, rig):
+        """:returns: whether there was something to break"""
+        return True
+
+    def after(self, rig):
+        """:returns: the same, of what could not be found before"""
+        return False
+
+    def heal(self, rig):
+        pass
+
+
+class Raise(Fault):
+    """Nobody dies; the step fails."""
+
+    action = 'raise'
+
+
+class KillAgent(Fault):
+
+    def __init__(self, title, *names):
+        super().__init__(title)
+        self._names = names
+
+    def inject(self, rig):
+        for name in self._names:
+            getattr(rig, name).kill_agent()
+        return True
+
+
+class Kill(Fault):
+    """kill -9 of a program that works for the agent.
+
+    :param words: of its command line
+    :param without: not in its command line
+    :param soon: it may also be the next one that starts
+    """
+
+    def __init__(self, title, name, *words, without='', soon=False):
+        super().__init__(title)
+        self._name, self._words, self._soon = name, words, soon
+        self._without = without
+
+    def _kill(self, rig, after=0):
+        found = kernel.programs(
+            getattr(rig, self._name), *self._words, without=self._without,
+            after=after)
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return bool(found)
+
+    def inject(self, rig):
+        self._last = kernel.last_pid()
+        self._passed = rig.passed()
+        return self._kill(rig)
+
+    def after(self, rig):
+        while (self._soon and rig.passed() == self._passed and
+                not rig.over()):
+            if self._kill(rig, self._last):
+                return True
+        return False
+
+
+class KillRuntime(Kill):
+    """kill -9 of the OCI runtime when the container is half made."""
+
+    def after(self, rig):
+        directory = pathlib.Path('/sys/fs/cgroup') / rig.a.cgroup_parent
+        while rig.passed() == self._passed and not rig.over():
+            if any(path.read_text() for path in directory.glob(
+                    '*/cgroup.procs')) and self._kill(rig, self._last):
+                return True
+        return False
+
+
+class CutLink(Fault):
+    """Nothing passes between the hosts, and nobody is told."""
+
+    def __init__(self, title, lasts):
+        super().__init__(title)
+        self.lasts = lasts
+
+    def inject(self, rig):
+        for host in (rig.a, rig.b):
+            host.run('tc', 'qdisc', 'add', 'dev', 'hostlink', 'root',
+                     'pfifo', 'limit', '0')
+        return True
+
+    def after(self, rig):
+        if not self.lasts:
+            time.sleep(_CUT)
+            self.heal(rig)
+        return True
+
+    def heal(self, rig):
+        for host in (rig.a, rig.b):
+            host.run('tc', 'qdisc', 'del', 'dev', 'hostlink', 'root',
+                     check=False)
+
+
+class FillDisk(Fault):
+    """Not a byte is left where a host keeps its instances."""
+
+    def __init__(self, title, name):
+        super().__init__(title)
+        self._name = name
+
+    def _path(self, rig):
+        host = getattr(rig, self._name)
+        return pathlib.Path(f'/proc/{host.pid}/root{host.directory}',
+                            'state/instances/.filler')
+
+    def inject(self, rig):
+        path = self._path(rig)
+        with open(path, 'wb', buffering=0) as f:
+            for size in (1 << 20, 4096, 1):
+                try:
+                    while f.write(bytes(size)) == size:
+                        pass
+                except OSError:
+                    continue
+        return True
+
+    def heal(self, rig):
+        self._path(rig).unlink(missing_ok=True)
+
+
+#: Of a migration from a to b.
+MIGRATION = {
+    'fails': Raise('the step fails'),
+    'agent-a': KillAgent("source's agent killed", 'a'),
+    'agent-b': KillAgent("destination's agent killed", 'b'),
+    'agents': KillAgent('both agents killed', 'a', 'b'),
+    'criu-a': Kill(
+        "source's criu killed", 'a', 'criu', without='lazy-pages'),
+    'criu-b': Kill(
+        "destination's criu killed", 'b', 'criu', without='lazy-pages'),
+    'pages': Kill('daemon for pages killed', 'b', 'criu', 'lazy-pages',
+                  soon=True),
+    'copier-a': Kill("source's rsync killed", 'a', 'rsync', soon=True),
+    'copier-b': Kill("destination's rsync killed", 'b', 'rsync', soon=True),
+    'link-1s': CutLink('link cut for 1 s', False),
+    'link-cut': CutLink('link cut', True),
+    'disk-a': FillDisk("source's disk full", 'a'),
+    'disk-b': FillDisk("destination's disk full", 'b'),
+}
+#: Of define, prepare, start and delete on a.
+LIFE = {
+    'fails': Raise('the step fails'),
+    'agent-a': KillAgent('agent killed', 'a'),
+    'runtime': Kill('crun killed', 'a', 'crun', soon=True),
+    'runtime-late': KillRuntime('crun killed, later', 'a', 'crun', soon=True),
+    'disk-a': FillDisk('disk full', 'a'),
+}

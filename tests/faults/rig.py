@@ -1,0 +1,501 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+
+"""Two hosts on which one row after the other is tried."""
+
+import os
+import pathlib
+import subprocess
+import threading
+import time
+import uuid as uuidlib
+
+from nova_pycontainer.runtime import errors
+from tests import echo
+from tests.faults import inject
+from tests.faults import kernel
+from tests.faults import points
+from tests.faults import witness
+from tests.runtime import base
+from tests.runtime import hosts
+
+ADDRESS = '203.0.113.10'
+#: Of the file system that a host has its instances on: with little of it a
+#: full disk is soon made.
+_DISK_MIB = 96
+_SUPERVISOR = 0.5
+_REACHED = 40.0
+_END = 150.0
+#: Longer than what a dead link is noticed in.
+_CUT_OFF = 75.0
+
+MODES = ('move', 'post-copy', 'life')
+#: Some seconds for the pages that follow the guest.
+_OPTIONS = {'move': {}, 'post-copy': {
+    'strategy': 'post-copy', 'permit_post_copy': True,
+    'bandwidth': 3 << 20}}
+#: What a source says when nobody has the guest any more.
+_LOST = 'lost'
+
+
+class Broken(AssertionError):
+    """A promise was not kept."""
+
+
+class Absent(Exception):
+    """There is nothing that this fault could break at this step."""
+
+
+def steps(mode):
+    return points.names('life' if mode == 'life' else 'migration')
+
+
+def faults(mode):
+    found = inject.LIFE if mode == 'life' else inject.MIGRATION
+    return {name: fault for name, fault in found.items()
+            if mode == 'post-copy' or name != 'pages'}
+
+
+class Rig(hosts.TwoHostsTestCase):
+    """``self.row(mode, step, fault)`` tries one."""
+
+    #: Whether the kernel's settings are these hosts' alone.
+    alone = True
+
+    def setUp(self):
+        self._hosts = []
+        super().setUp()
+        self.plan_go = self.top / 'go'
+        for host in (self.a, self.b):
+            self.addCleanup(self.fault_heal)
+            self._plan(host).write_text('')
+        self._finished = threading.Event()
+        self.fault = None
+
+    def _host(self, name, address):
+        made = super()._host(name, address)
+        # Layers that are missing, and are fetched, are part of it.
+        (made.directory / 'state' / 'layers').unlink()
+        made.record = self.top / 'points'
+        made.faults = f'@{self._plan(made)}'
+        instances = made.directory / 'state' / 'instances'
+        instances.mkdir(mode=0o700)
+        disk = made.directory / 'disk.img'
+        disk.touch()
+        os.truncate(disk, _DISK_MIB << 20)
+        subprocess.run(['mkfs.ext4', '-q', '-F', '-m', '0', str(disk)],
+                       check=True, timeout=60)
+        made.run('mount', '-o', 'loop', str(disk), str(instances))
+        return made
+
+    @staticmethod
+    def _plan(host):
+        return host.directory / 'plan'
+
+    # For the faults
+
+    def passed(self):
+        """The points that were passed, in their order."""
+        try:
+            return (self.top / 'points').read_text().split()
+        except FileNotFoundError:
+            return []
+
+    def over(self):
+        """Whether what was begun has ended."""
+        return self._finished.is_set()
+
+    def fault_heal(self):
+        fault, self.fault = self.fault, None
+        if fault is not None:
+            fault.heal(self)
+
+    # One row
+
+    def row(self, mode, step, name):
+        """Try one fault at one step.
+
+        :returns: what became of the guest, in a word
+        :raises Broken: a promise was not kept
+        :raises Absent: the fault does not make sense there
+        """
+        fault = faults(mode)[name]
+        self.plan_go.unlink(missing_ok=True)
+        (self.top / 'points').unlink(missing_ok=True)
+        self._finished.clear()
+        action = (f'wait:{self.plan_go}' if fault.action == 'wait'
+                  else fault.action)
+        self._before = {
+            h.name: kernel.traces(h, self.alone) for h in (self.a, self.b)}
+        runner = self._life if mode == 'life' else self._migration
+        try:
+            return runner(mode, step, fault, f'{step}={action}')
+        except (AssertionError, errors.ContainerError) as e:
+            raise Broken(f'{type(e).__name__}: {e}\n{self.logs()}') from e
+        finally:
+            self.plan_go.touch()
+            self.fault_heal()
+
+    def _arm(self, plan):
+        for host in (self.a, self.b):
+            self._plan(host).write_text(plan)
+
+    def _disarm(self):
+        self._arm('')
+
+    def _break(self, step, fault):
+        """Wait for the step, and let it go wrong.
+
+        :returns: whether there was something to break
+        """
+        base.wait_for(lambda: step in self.passed() or self.over(),
+                      f'the step {step}', _REACHED)
+        if step not in self.passed():
+            # It has ended between the two looks, or never comes so far.
+            raise AssertionError(f'the step {step} is not reached')
+        self.fault = fault
+        done = fault.inject(self)
+        self._disarm()
+        self.plan_go.touch()
+        done = fault.after(self) or done
+        if not fault.lasts and not isinstance(fault, inject.FillDisk):
+            self.fault = None
+        return done
+
+    def _supervise(self):
+        """What an init system does with a service that has died."""
+        for host in (self.a, self.b):
+            if host.process.poll() is not None:
+                time.sleep(_SUPERVISOR)
+                host.start_agent(**self.agent_options)
+
+    # A migration
+
+    def boot(self):
+        uuid = self.run_container(address=ADDRESS)
+        self.sh(self.a, uuid, witness.START)
+        self.witness = witness.Witness((self.a, self.b), uuid)
+        self.stream = echo.Echo(ADDRESS)
+        base.wait_for(lambda: self.witness.last('a') and
+                      self.stream.received, 'the guest to be busy')
+        return uuid
+
+    def _migration(self, mode, step, fault, plan):
+        if step.startswith('layer.'):
+            for layer in self.b.layer_list():
+                self.b.layer_delete(layer['key'])
+        uuid = self.boot()
+        try:
+            return self._moved(uuid, mode, step, fault, plan)
+        finally:
+            self.witness.close()
+            self.stream._stop.set()
+
+    def _moved(self, uuid, mode, step, fault, plan):
+        (self.top / 'points').unlink(missing_ok=True)
+        self._arm(plan)
+        migration = self.prepare_migration(
+            uuid, self.a, self.b, **_OPTIONS[mode])
+        watcher = threading.Thread(
+            target=self._watch, args=(migration,), daemon=True)
+        watcher.start()
+        # CRIU that is killed while it works inside of the guest's processes
+        # leaves sockets that give errors.
+        self._cut_allowed = fault is inject.MIGRATION['criu-a']
+        self.cut = ''
+        broken = self._break(step, fault)
+        committed = 'source.committed' in self.passed()
+        word = ''
+        if fault.lasts:
+            word = self._cut_off(uuid, migration) + ', then '
+        self._supervise()
+        verdict = self._verdict(uuid, migration, mode, committed)
+        self.fault_heal()
+        watcher.join()
+        if verdict == _LOST:
+            self._check_lost(uuid)
+        else:
+            self._check_runs(uuid, verdict)
+        if not broken:
+            raise Absent
+        return word + verdict + self.cut
+
+    def _watch(self, migration):
+        """Notice the end of it, as far as the source says it."""
+        while not self.over():
+            try:
+                if self.a.migration_status(migration, 1.0)['ended_at']:
+                    break
+            except errors.AgentUnavailable:
+                break
+            except errors.ContainerError:
+                break
+        self._finished.set()
+
+    def _cut_off(self, uuid, migration):
+        """The link does not heal: what holds until somebody mends it.
+
+        :returns: what the guest does
+        """
+        deadline = time.monotonic() + _CUT_OFF
+        while time.monotonic() < deadline and not self.over():
+            status = self.a.migration_status(migration)
+            if status['phase'] == 'committed' and status['error']:
+                break
+            self._at_most_one(uuid)
+            time.sleep(0.5)
+        running = self._at_most_one(uuid)
+        if not kernel.alive((self.a, self.b), uuid):
+            raise AssertionError('no copy is left while the link is cut')
+        self.fault_heal()
+        return {('a',): 'source', ('b',): 'destination'}.get(
+            tuple(running), 'frozen')
+
+    def _at_most_one(self, uuid):
+        running = kernel.running((self.a, self.b), uuid)
+        if len(running) > 1:
+            raise AssertionError('the guest runs on both hosts')
+        return running
+
+    def _status(self, uuid, migration):
+        """As the driver asks, see nova_pycontainer.migration."""
+        try:
+            return self.a.migration_status(migration, 1.0)
+        except errors.ContainerError as e:
+            if e.code != 'not_found':
+                raise
+        if self.a.info(uuid)['moved']:
+            return {'phase': 'completed', 'error': None}
+        return {'phase': 'failed', 'error': {
+            'code': 'aborted', 'message': 'ended with the agent'}}
+
+    def _verdict(self, uuid, migration, mode, committed):
+        """How it has ended, and what Nova does then.
+
+        :returns: "source", "destination", or "lost"
+        """
+        deadline = time.monotonic() + _END
+        status = self._status(uuid, migration)
+        while status['phase'] not in ('completed', 'aborted', 'failed'):
+            self._at_most_one(uuid)
+            if time.monotonic() > deadline:
+                raise AssertionError(f'it never ends: {status}')
+            status = self._status(uuid, migration)
+        self.status = status
+        if status['phase'] == 'completed':
+            base.wait_for(
+                lambda: self._runs_only('b', uuid) and
+                self.witness.moves('b', 2.0) or self._gone(uuid),
+                'the guest to run on the destination', 40)
+            if not self._gone(uuid):
+                self.a.delete(uuid)
+                return 'destination'
+        elif (status['error'] or {}).get('code') != _LOST:
+            base.wait_for(lambda: self._runs_only('a', uuid),
+                          'the guest to run on the source', 40)
+            self._roll_back(uuid, migration)
+            return 'source'
+        if mode != 'post-copy' or not committed and (
+                'source.committed' not in self.passed()):
+            raise AssertionError(f'the guest is lost: {status}')
+        return _LOST
+
+    def _runs_only(self, name, uuid):
+        running = self._at_most_one(uuid)
+        return running == [name]
+
+    def _gone(self, uuid):
+        return not kernel.alive((self.a, self.b), uuid)
+
+    def _roll_back(self, uuid, migration):
+        """See nova_pycontainer.migration_destination."""
+        try:
+            status = self.b.migration_status(migration)
+            if status['phase'] not in ('aborted', 'failed'):
+                self.b.migration_abort(migration, 'rolled back')
+                status = self.b.migration_status(migration)
+            here = status['phase'] in ('committed', 'running', 'completed')
+        except errors.ContainerError as e:
+            if e.code != 'not_found':
+                raise
+            here = bool(kernel.alive((self.b,), uuid))
+        if here:
+            raise AssertionError(
+                'the source has it, and the destination says so as well')
+        self.b.delete(uuid)
+
+    def _check_runs(self, uuid, verdict):
+        here, there = ((self.a, self.b) if verdict == 'source'
+                       else (self.b, self.a))
+        if not self.witness.moves(here.name):
+            raise AssertionError(f'the guest does nothing: {here.info(uuid)}')
+        self._exactly_one(here, there, uuid)
+        self._check_stream()
+        left = kernel.left(self._before[there.name], there, self.alone)
+        if left:
+            raise AssertionError('\n'.join(left))
+        # The verbs.
+        self.sh(here, uuid, 'true')
+        here.pause(uuid)
+        copy = kernel.Copy(here, uuid)
+        if not copy.frozen or copy.runs():
+            raise AssertionError(f'a paused guest runs: {copy}')
+        here.unpause(uuid)
+        self._disarm()
+        self.migrate(uuid, here, there)
+        self._exactly_one(there, here, uuid)
+        self._check_stream()
+        self._check_lines(there)
+        self.stream.finish()
+        there.delete(uuid)
+        self._check_clean()
+
+    def _exactly_one(self, here, there, uuid):
+        copies = {h.name: kernel.Copy(h, uuid) for h in (here, there)}
+        texts = {name: str(copy) for name, copy in copies.items()}
+        if (len(copies[here.name].inits) != 1 or copies[there.name].pids or
+                not copies[here.name].runs()):
+            raise AssertionError(
+                f'it is to run on host {here.name} alone: {texts}')
+        if here.info(uuid)['state'] != 'running':
+            raise AssertionError(f'it runs, and the agent says: '
+                                 f'{here.info(uuid)}')
+        self._check_lines(here)
+
+    def _check_lines(self, host):
+        problems = self.witness.problems(host.name)
+        if problems:
+            raise AssertionError('\n'.join(problems))
+
+    def _check_stream(self):
+        received = self.stream.received
+        base.wait_for(
+            lambda: self.stream.received > received + 20 or self.stream.error,
+            'the stream to go on')
+        if self.stream.error and self._cut_allowed:
+            self._cut_allowed = False
+            self.cut = ', connections cut'
+            self.stream = echo.Echo(ADDRESS)
+            return
+        if self.stream.error:
+            raise AssertionError(f'the stream broke: {self.stream.error!r}')
+
+    def _check_lost(self, uuid):
+        """No copy is left that could run, now or later, and the disk is as
+        after a power failure.
+        """
+        self._at_most_one(uuid)
+        running = kernel.running((self.a, self.b), uuid)
+        if running:
+            raise AssertionError(f'it is lost, and runs on {running}')
+        for host in (self.a, self.b):
+            host.restart_agent(host.faults, **self.agent_options)
+        time.sleep(3)
+        running = kernel.running((self.a, self.b), uuid)
+        if running:
+            raise AssertionError(f'it was lost, and now runs on {running}')
+        here, there = ((self.b, self.a)
+                       if self.status['phase'] == 'completed'
+                       else (self.a, self.b))
+        there.delete(uuid)
+        self.assertEqual('stopped', here.info(uuid)['state'])
+        here.prepare(uuid)
+        self.attach(here, uuid)
+        here.start_container(uuid)
+        self.sh(here, uuid, 'true')
+        if (len(kernel.Copy(here, uuid).inits) != 1 or
+                kernel.Copy(there, uuid).inits):
+            raise AssertionError('it is not started again')
+        self._check_lines(here)
+        here.delete(uuid)
+        self._check_clean()
+
+    def _check_clean(self):
+        left = [text for host in (self.a, self.b) for text in kernel.left(
+            self._before[host.name], host, self.alone)]
+        if left:
+            raise AssertionError('left behind:\n' + '\n'.join(left))
+
+    # Life on one host
+
+    def _life(self, mode, step, fault, plan):
+        uuid = str(uuidlib.uuid4())
+        self.spec()  # the layer is no step of it
+        drive = {'openstack/latest/meta_data.json': 'e30='}
+        spec = self.spec(address=ADDRESS, config_drive=drive)
+        failure = []
+
+        def verbs():
+            try:
+                self._verbs(uuid, spec)
+            except errors.ContainerError as e:
+                failure.append(e)
+            self._finished.set()
+
+        self._arm(plan)
+        thread = threading.Thread(target=verbs, daemon=True)
+        thread.start()
+        broken = self._break(step, fault)
+        thread.join(base.PATIENCE)
+        if thread.is_alive():
+            raise AssertionError('the verb does not return')
+        self.fault_heal()
+        self._supervise()
+        self._disarm()
+        self._check_view(uuid)
+        word = 'failed' if failure else 'done'
+        # Nova deletes what it could not make, and makes it again.
+        self.a.delete(uuid)
+        self._check_clean()
+        self._verbs(uuid, spec)
+        self._check_clean()
+        if not broken:
+            raise Absent
+        return word
+
+    def _verbs(self, uuid, spec):
+        """Make, run and remove a guest."""
+        self.a.define(uuid, spec)
+        self.a.prepare(uuid)
+        self.attach(self.a, uuid)
+        self.a.start_container(uuid)
+        self.sh(self.a, uuid, 'true')
+        copy = kernel.Copy(self.a, uuid)
+        if len(copy.inits) != 1 or copy.frozen:
+            raise AssertionError(f'it is to run: {copy}')
+        self.a.delete(uuid)
+
+    def _check_view(self, uuid):
+        """The agent says what the kernel says."""
+        copy = kernel.Copy(self.a, uuid)
+        try:
+            state = self.a.info(uuid)['state']
+        except errors.ContainerError as e:
+            if e.code != 'not_found':
+                raise
+            state = None
+        if len(copy.inits) > 1:
+            raise AssertionError(f'there are several: {copy}')
+        alive = state in ('created', 'running', 'paused')
+        if bool(copy.inits) != alive:
+            raise AssertionError(f'there is {copy}; the agent says {state}')
+        if not alive:
+            return
+        # What waits to be started executes the OCI runtime still.
+        started = 'crun' not in os.path.basename(pathlib.Path(
+            f'/proc/{copy.inits[0]}/comm').read_text().strip()) and (
+                'init' in kernel.command(copy.inits[0]))
+        if started != (state == 'running'):
+            raise AssertionError(
+                f'init is {kernel.command(copy.inits[0])!r}, and the agent '
+                f'says {state}')
