@@ -368,8 +368,11 @@ class Destination:
                     if images.receive(
                             self._memory.path, connection, progress) is None:
                         return
+                # Before the connection is closed, which takes a second.
+                self._images_done.set()
             except BaseException as e:
                 self._images_error = e
+                self._images_done.set()
                 if self._control is not None and isinstance(
                         e, errors.ContainerError):
                     # Who waits for the source tells it why, before it only
@@ -377,7 +380,6 @@ class Destination:
                     self._control.fail(e)
             finally:
                 connection.close()
-            self._images_done.set()
 
     def _restore(self, dumped: cabc.Mapping[str, ty.Any]) -> None:
         item = self._item
