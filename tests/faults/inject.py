@@ -185,7 +185,6 @@ MIGRATION = {
     'copier-b': Kill("destination's rsync killed", 'b', 'rsync', soon=True),
     'link-1s': CutLink('link cut for 1 s', False),
     'link-cut': CutLink('link cut', True),
-    'disk-a': FillDisk("source's disk full", 'a'),
     'disk-b': FillDisk("destination's disk full", 'b'),
 }
 #: Of define, prepare, start and delete on a.

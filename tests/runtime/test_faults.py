@@ -44,7 +44,7 @@ class FaultsTestCase(rig.Rig):
             ('layer.fetching', 'agent-b', 'source'),
             ('destination.prepared', 'copier-a', 'source'),
             ('source.final-pass', 'disk-b', 'source|destination'),
-            ('source.dumped', 'criu-a', 'source'),
+            ('source.dumped', 'criu-a', 'source|destination'),
             ('destination.restored', 'criu-b', 'source'),
             ('destination.ready', 'link-1s', 'destination'))
 
@@ -67,7 +67,7 @@ class FaultsTestCase(rig.Rig):
         self.try_all(
             'life',
             ('disk', 'disk-a', 'failed'),
-            ('create', 'runtime', 'failed'),
+            ('create', 'disk-a', 'failed'),
             ('record', 'agent-a', 'failed'),
             ('start.running', 'agent-a', 'failed'),
             ('delete.killed', 'agent-a', 'failed'))
