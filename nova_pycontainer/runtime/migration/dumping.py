@@ -34,6 +34,7 @@ _TRANSIENT = (
     'Can\'t lookup mount', 'No such process', 'in-flight', 'inflight',
     'pid: unable to find', 'Unable to seize', 'Task is still busy',
     'error parsing [inotify', 'ctty inheritance',
+    'Control messages in queue',
 )
 _TRIES = 8
 _PAUSE = 0.5
