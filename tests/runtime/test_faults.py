@@ -52,7 +52,6 @@ class FaultsTestCase(rig.Rig):
         self.try_all(
             'move',
             ('source.committed', 'criu-a', 'destination'),
-            ('source.go', 'fails', 'destination'),
             ('destination.committed', 'agents', 'destination'),
             ('destination.running', 'fails', 'destination'))
 
