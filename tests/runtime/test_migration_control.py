@@ -117,11 +117,17 @@ class ControlTestCase(faults.Helpers):
         """A guest with an unread netlink message cannot be dumped, until it
         has read it.
         """
+        self._tried_again()
+
+    def test_dump_with_pages_to_follow_is_tried_again(self):
+        self._tried_again(strategy='post-copy', permit_post_copy=True)
+
+    def _tried_again(self, **options):
         uuid = self.run_container('debian13', memory=256, init={
             'argv': ['/usr/bin/python3', '-c', _UNREAD]})
         base.wait_for(lambda: self.sh(
             self.a, uuid, 'ls /run/asked || :'), 'the question')
-        migration = self.prepare_migration(uuid, self.a, self.b)
+        migration = self.prepare_migration(uuid, self.a, self.b, **options)
         base.wait_for(lambda: 'the dump is tried again' in
                       self.a.log.read_text(), 'the first try')
         self.sh(self.a, uuid, 'touch /run/read')

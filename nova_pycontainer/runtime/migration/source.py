@@ -339,7 +339,7 @@ class Source:
                 response = None
             if dump.lazy and response is not None and response.success:
                 self.drain_pages()
-            if self.committed or dump.lazy:
+            if self._gave:
                 self._learn(dump)
             self.progress.steps['dump'] = time.monotonic() - began
             if response is None or not response.success:
