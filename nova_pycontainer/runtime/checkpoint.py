@@ -36,12 +36,11 @@ from nova_pycontainer.runtime import faults
 from nova_pycontainer.runtime.migration import announce
 from nova_pycontainer.runtime.migration import clocks
 from nova_pycontainer.runtime.migration import dumping
-from nova_pycontainer.runtime.migration import gone_addresses
 from nova_pycontainer.runtime.migration import guest
 from nova_pycontainer.runtime.migration import moment
-from nova_pycontainer.runtime.migration import neighbours
 from nova_pycontainer.runtime.migration import recovery
 from nova_pycontainer.runtime.migration import restoring
+from nova_pycontainer.runtime.migration import room
 from nova_pycontainer.runtime import network
 from nova_pycontainer.runtime import state
 from nova_pycontainer.runtime import syscalls
@@ -52,8 +51,6 @@ LOG = logging.getLogger(__name__)
 #: CRIU works this long between two notifications at most: the pages go to a
 #: disk.
 _CRIU_TIMEOUT = 1800.0
-#: With less than this a disk is full, whatever an error said.
-_FULL = 16 << 20
 _FACTS = 'dumped.json'
 
 
@@ -118,9 +115,7 @@ class Saver:
         external = guest.external_mounts(self._pid)
         facts: dict[str, ty.Any] = {
             'external': external, 'run': item.st.run,
-            'neighbours': neighbours.save(self._pid),
-            'netdevs': network.names_inside(item.spec.nics, self._pid),
-            'addresses': gone_addresses.find(self._pid)}
+            **dumping.network_facts(item, self._pid)}
 
         def notified(script: criu.Script) -> None:
             if script.name == 'network-lock':
@@ -169,9 +164,8 @@ class Saver:
 
     def _raise_full(self) -> None:
         """:raises ContainerError: ``no_space``, if that was the reason"""
-        found = os.statvfs(self._directory)
-        free = found.f_bavail * found.f_frsize
-        if free < _FULL:
+        free = room.free_if_full(self._directory)
+        if free is not None:
             raise errors.ContainerError(
                 'no_space', 'the memory of the instance does not fit on its '
                 'disk', uuid=self._item.uuid, step='dump',

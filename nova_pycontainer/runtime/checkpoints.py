@@ -31,7 +31,6 @@ from oslo_log import log as logging
 from nova_pycontainer.runtime import checkpoint
 from nova_pycontainer.runtime import config as rconfig
 from nova_pycontainer.runtime import criu
-from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime.migration import recovery
 from nova_pycontainer.runtime import rescue
 from nova_pycontainer.runtime import state
@@ -70,10 +69,7 @@ class Checkpoints:
         """
         with self._host.locked(uuid) as entry:
             self._host.require(entry, 'running')
-            if entry.migration is not None:
-                raise errors.ContainerError(
-                    'bad_state', 'the instance is being migrated', uuid=uuid,
-                    remedy='Wait for the end of its migration')
+            entry.check_stays()
             item = entry.container
             rescue.check_not(item)
             self._host.snapshots.check_movable(uuid)

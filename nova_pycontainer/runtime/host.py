@@ -95,6 +95,14 @@ class Entry:
         #: The migration that it takes part in, on either side.
         self.migration: _Migration | None = None
 
+    def check_stays(self) -> None:
+        """:raises ContainerError: ``bad_state``: it is being migrated"""
+        if self.migration is not None:
+            raise errors.ContainerError(
+                'bad_state', 'the instance is being migrated',
+                uuid=self.container.uuid,
+                remedy='Wait for the end of its migration')
+
 
 _Entries = list[Entry]
 

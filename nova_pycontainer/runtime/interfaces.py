@@ -75,11 +75,7 @@ class Interfaces:
 
     @staticmethod
     def _check(entry: 'host.Entry') -> None:
-        if entry.migration is not None:
-            raise errors.ContainerError(
-                'bad_state', 'the instance is being migrated',
-                uuid=entry.container.uuid,
-                remedy='Wait for the end of its migration')
+        entry.check_stays()
         if entry.container.status() == 'suspended':
             raise errors.ContainerError(
                 'bad_state', 'the instance is suspended, and its memory '

@@ -20,14 +20,13 @@ it hears as little.
 
 import contextlib
 import errno
-import os
 import socket
 
 from oslo_log import log as logging
 
 from nova_pycontainer.runtime import cgroup
 from nova_pycontainer.runtime.migration import clocks
-from nova_pycontainer.runtime import syscalls
+from nova_pycontainer.runtime.migration import sockets
 
 LOG = logging.getLogger(__name__)
 
@@ -42,32 +41,17 @@ def release(group: cgroup.Cgroup) -> int:
     changed = 0
     seen: set[str] = set()
     for pid in clocks.processes(group):
-        with contextlib.suppress(OSError):
-            changed += _release(pid, seen)
-    return changed
-
-
-def _release(pid: int, seen: set[str]) -> int:
-    changed = 0
-    pidfd = os.pidfd_open(pid)
-    try:
-        for number in os.listdir(f'/proc/{pid}/fd'):
-            # Descriptors come and go.
+        for link, item in sockets.of(pid):
+            if link in seen:
+                continue
+            seen.add(link)
             with contextlib.suppress(OSError):
-                link = os.readlink(f'/proc/{pid}/fd/{number}')
-                if not link.startswith('socket:') or link in seen:
-                    continue
-                seen.add(link)
-                with socket.socket(fileno=syscalls.pidfd_getfd(
-                        pidfd, int(number))) as item:
-                    if _lost(item):
-                        LOG.info('%s of process %d is bound to an interface '
-                                 'that is gone', link, pid)
-                        item.setsockopt(socket.SOL_SOCKET,
-                                        socket.SO_BINDTODEVICE, b'lo\0')
-                        changed += 1
-    finally:
-        os.close(pidfd)
+                if _lost(item):
+                    LOG.info('%s of process %d is bound to an interface '
+                             'that is gone', link, pid)
+                    item.setsockopt(socket.SOL_SOCKET,
+                                    socket.SO_BINDTODEVICE, b'lo\0')
+                    changed += 1
     return changed
 
 

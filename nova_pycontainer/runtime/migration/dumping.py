@@ -23,7 +23,10 @@ from oslo_log import log as logging
 from nova_pycontainer.runtime import container
 from nova_pycontainer.runtime import criu
 from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime.migration import gone_addresses
 from nova_pycontainer.runtime.migration import guest
+from nova_pycontainer.runtime.migration import neighbours
+from nova_pycontainer.runtime import network
 
 LOG = logging.getLogger(__name__)
 
@@ -51,6 +54,17 @@ def options(
         cgroup='/' + item.cgroup.path))
     made.pid = pid
     return made
+
+
+def network_facts(item: container.Container, pid: int) -> dict[str, ty.Any]:
+    """What of a container's network CRIU leaves to us; see :mod:`.restoring`.
+
+    :param pid: its init
+    :raises ContainerError: ``unsupported``: an interface's name
+    """
+    return {'neighbours': neighbours.save(pid),
+            'netdevs': network.names_inside(item.spec.nics, pid),
+            'addresses': gone_addresses.find(pid)}
 
 
 def retried(

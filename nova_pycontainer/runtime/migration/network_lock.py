@@ -10,7 +10,6 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
-
 """The lock that CRIU puts on a guest's network while it is dumped.
 
 A CRIU that is killed leaves it, and then the guest would go on without one of
@@ -18,7 +17,6 @@ its connections. The tables are in the guest's own network namespace.
 """
 
 import contextlib
-import os
 import pathlib
 import re
 import socket
@@ -29,8 +27,9 @@ from pyroute2.nftables import main as nftables
 
 from nova_pycontainer.runtime import cgroup
 from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime.migration import clocks
+from nova_pycontainer.runtime.migration import sockets
 from nova_pycontainer.runtime import netns
-from nova_pycontainer.runtime import syscalls
 
 LOG = logging.getLogger(__name__)
 
@@ -52,9 +51,8 @@ def remove(pid: int, group: cgroup.Cgroup) -> None:
         if names:
             LOG.warning('a CRIU that has died has left the network lock %s',
                         names)
-            for file in [*group.v2.rglob('cgroup.procs')]:
-                for each in file.read_text().split():
-                    _end_repair(int(each))
+            for each in clocks.processes(group):
+                _end_repair(each)
             netns.within(pid, lambda: _remove(names))
     except (FileNotFoundError, ProcessLookupError):
         return
@@ -69,27 +67,12 @@ def _end_repair(pid: int) -> None:
     CRIU reads what they have in flight in a mode in which they keep silent
     (TCP_REPAIR of tcp(7)).
     """
-    try:
-        pidfd = os.pidfd_open(pid)
-        names = os.listdir(f'/proc/{pid}/fd')
-    except OSError:
-        return
-    try:
-        for name in names:
-            with contextlib.suppress(OSError):
-                if os.readlink(f'/proc/{pid}/fd/{name}').startswith(
-                        'socket:'):
-                    _end_repair_of(syscalls.pidfd_getfd(pidfd, int(name)))
-    finally:
-        os.close(pidfd)
-
-
-def _end_repair_of(fd: int) -> None:
-    with socket.socket(fileno=fd) as sock:
-        if sock.type == socket.SOCK_STREAM and sock.family in (
-                socket.AF_INET, socket.AF_INET6) and sock.getsockopt(
-                    socket.IPPROTO_TCP, _TCP_REPAIR):
-            sock.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR, 0)
+    for _, sock in sockets.of(pid):
+        with contextlib.suppress(OSError):
+            if sock.type == socket.SOCK_STREAM and sock.family in (
+                    socket.AF_INET, socket.AF_INET6) and sock.getsockopt(
+                        socket.IPPROTO_TCP, _TCP_REPAIR):
+                sock.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR, 0)
 
 
 def _traced(pid: int) -> bool:

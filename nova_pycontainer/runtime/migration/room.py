@@ -66,7 +66,7 @@ def needed(
             code = e.code
         elif e.errno in (errno.ENOSPC, errno.EDQUOT):
             code = 'no_space'
-        free = _free(directory)
+        free = free_if_full(directory)
         if code == 'no_space':
             raise _full(what, cause, remedy) from e
         if free is not None and code in (None, 'internal'):
@@ -76,7 +76,7 @@ def needed(
         raise
 
 
-def _free(directory: pathlib.Path | None) -> int | None:
+def free_if_full(directory: pathlib.Path | None) -> int | None:
     """Bytes that are free, if it is next to nothing."""
     if directory is None:
         return None

@@ -31,13 +31,11 @@ from nova_pycontainer.runtime import layers
 from nova_pycontainer.runtime.migration import bandwidth
 from nova_pycontainer.runtime.migration import channel
 from nova_pycontainer.runtime.migration import dumping
-from nova_pycontainer.runtime.migration import gone_addresses
 from nova_pycontainer.runtime.migration import guest
 from nova_pycontainer.runtime.migration import images
 from nova_pycontainer.runtime.migration import keys
 from nova_pycontainer.runtime.migration import layer_transfer
 from nova_pycontainer.runtime.migration import moment
-from nova_pycontainer.runtime.migration import neighbours
 from nova_pycontainer.runtime.migration import protocol
 from nova_pycontainer.runtime.migration import recovery
 from nova_pycontainer.runtime.migration import relay
@@ -580,9 +578,7 @@ class _Dump:
             target=self._copy_files, name='final-pass', daemon=True)
         self._error: BaseException | None = None
         self._ramfs: list[dict[str, ty.Any]] = []
-        self._neighbours = neighbours.save(pid)
-        self._netdevs = network.names_inside(source.item.spec.nics, pid)
-        self._addresses = gone_addresses.find(pid)
+        self._network = dumping.network_facts(source.item, pid)
         self._frozen_at = 0.0
 
     def lazy_config(self) -> pathlib.Path:
@@ -659,9 +655,7 @@ class _Dump:
             source.final_pass(None)
         source.commit({
             'external': self._external, 'cgroups': cgroups,
-            'ramfs': self._ramfs, 'neighbours': self._neighbours,
-            'netdevs': self._netdevs, 'addresses': self._addresses,
-            'lazy': self.lazy,
+            'ramfs': self._ramfs, 'lazy': self.lazy, **self._network,
             'moment': source.moment.dumped()})
         if self.lazy:
             # It runs only if CRIU goes on from here and serves its pages.

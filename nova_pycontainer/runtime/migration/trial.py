@@ -33,8 +33,10 @@ from nova_pycontainer.runtime import config as rconfig
 from nova_pycontainer.runtime import container
 from nova_pycontainer.runtime import criu
 from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime.migration import dumping
 from nova_pycontainer.runtime.migration import guest
 from nova_pycontainer.runtime.migration import images
+from nova_pycontainer.runtime.migration import restoring
 from nova_pycontainer.runtime.migration import terminals
 from nova_pycontainer.runtime import process
 from nova_pycontainer.runtime import state
@@ -180,11 +182,8 @@ class Trial:
         external = guest.external_mounts(pid)
         cgroups = guest.save_cgroups(item.cgroup)
         with self._criu.session() as session:
-            options = self._criu.options(criu.Options(
-                images=memory.path, root=item.root,
-                external=guest.dump_externals(external),
-                cgroup='/' + item.cgroup.path))
-            options.pid = pid
+            options = dumping.options(
+                self._criu, item, memory.path, external, pid)
             response = session.request(
                 self._criu.rpc.DUMP, options, lambda script: None, _TIMEOUT)
             if not response.success:
@@ -213,12 +212,8 @@ class Trial:
         with contextlib.ExitStack() as stack:
             session = stack.enter_context(
                 self._criu.session(cgroup_procs=procs))
-            options = self._criu.options(criu.Options(
-                images=memory.path, root=item.root,
-                external=guest.restore_externals(
-                    external, item.drive_source, {}),
-                cgroup='/' + item.cgroup.path, log='restore.log'))
-            options.rst_sibling = True
+            options = restoring.options(
+                self._criu, item, memory.path, {'external': external})
             response = session.request(
                 self._criu.rpc.RESTORE, options, notified, _TIMEOUT)
             if not response.success:

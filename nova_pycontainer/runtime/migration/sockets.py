@@ -1,0 +1,47 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""The sockets of a guest's processes, as descriptors of our own."""
+
+import collections.abc as cabc
+import contextlib
+import os
+import socket
+
+from nova_pycontainer.runtime import syscalls
+
+
+def of(pid: int) -> cabc.Iterator[tuple[str, socket.socket]]:
+    """All sockets that a process has open: what /proc calls it, and itself.
+
+    Each is valid until the next one is asked for. Descriptors that come and
+    go meanwhile are passed over, and a process that is gone has none.
+    """
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:
+        return
+    try:
+        with contextlib.suppress(OSError):
+            for number in os.listdir(f'/proc/{pid}/fd'):
+                try:
+                    link = os.readlink(f'/proc/{pid}/fd/{number}')
+                    if not link.startswith('socket:'):
+                        continue
+                    item = socket.socket(fileno=syscalls.pidfd_getfd(
+                        pidfd, int(number)))
+                except OSError:
+                    continue
+                with item:
+                    yield link, item
+    finally:
+        os.close(pidfd)
