@@ -165,7 +165,13 @@ def main() -> int:
     # From here on every file is the guest's: nothing is imported any more.
     sys.meta_path.clear()
     _enter(document['pid'])
-    child = os.fork()
+    try:
+        child = os.fork()
+    except OSError as e:
+        # Mostly a guest that has as many processes as it may.
+        print(f'{document["argv"][0]}: Cannot fork in the container: '
+              f'{e.strerror}', file=sys.stderr)
+        return 125
     if child == 0:
         try:
             _become(document)

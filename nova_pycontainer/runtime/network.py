@@ -283,6 +283,10 @@ def statistics(nic: Nic) -> dict[str, int] | None:
         for ours, theirs in names.items():
             with open(os.path.join(base, theirs)) as f:
                 result[ours] = int(f.read())
-    except FileNotFoundError:
+    except OSError as e:
+        # Of a device that is on its way out, net/core/net-sysfs.c says
+        # EINVAL.
+        if e.errno not in (errno.ENOENT, errno.ENODEV, errno.EINVAL):
+            raise
         return None
     return result

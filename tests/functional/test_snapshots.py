@@ -82,6 +82,14 @@ class TestCase(base.TestCase):
                 'OS-EXT-STS:task_state'], 'the end of the snapshot')
         return made['image_id']
 
+    def members(self, image_id):
+        """What is in an image: everything that tar(5) tells of each name."""
+        with tarfile.open(fileobj=io.BytesIO(
+                self.store.data(image_id))) as archive:
+            return {member.name: member.get_info() | member.pax_headers | {
+                'data': archive.extractfile(member).read()
+                if member.isreg() else None} for member in archive}
+
 
 class SnapshotsTest(TestCase):
 
@@ -120,7 +128,15 @@ class SnapshotsTest(TestCase):
         self.action(server, 'SHUTOFF', 'os-stop')
         stopped = self.image_of(server)
         self.assertEqual('stopped', self.info(server)['state'])
-        self.assertEqual(self.store.data(paused), self.store.data(stopped))
+        before, after = self.members(paused), self.members(stopped)
+        # For a moment, CRIU's dump has a mount point of its own there.
+        for members in (before, after):
+            for changed in ('mtime', 'chksum'):
+                del members['./tmp'][changed]
+        self.assertEqual({}, {
+            name: (before.get(name), after.get(name))
+            for name in before | after
+            if before.get(name) != after.get(name)})
 
     def test_task_states(self):
         seen = []

@@ -20,6 +20,7 @@ import time
 import uuid as uuidlib
 
 from nova_pycontainer.runtime import host
+from nova_pycontainer.runtime import network
 from tests.runtime import base
 
 
@@ -418,6 +419,28 @@ class NetworkTestCase(base.HostTestCase):
         self.host.stop(uuid, 30)
         self.assertEqual([], self._outer())
         self.host.unplug(uuid, [n['devname'] for n in nics])
+
+    def test_statistics_of_an_interface_on_its_way_out(self):
+        nic = network.Nic.from_dict(self._nic(1))
+        over = threading.Event()
+
+        def come_and_go():
+            while not over.is_set():
+                for command in (['add', nic.devname, 'type', 'veth'],
+                                ['delete', nic.devname]):
+                    subprocess.run(['ip', 'link', *command], check=True,
+                                   timeout=30)
+
+        thread = threading.Thread(target=come_and_go)
+        thread.start()
+        self.addCleanup(thread.join)
+        self.addCleanup(over.set)
+        seen = set()
+        deadline = time.monotonic() + 5
+        while time.monotonic() < deadline:
+            found = network.statistics(nic)
+            seen.add(found and found['rx_octets'])
+        self.assertEqual({None, 0}, seen)
 
     def test_failed_plug_takes_back_what_it_made(self):
         good, bad = self._nic(1), self._nic(2)

@@ -56,6 +56,10 @@ class LimitsTestCase(base.HostTestCase):
         base.wait_for(lambda: self.host.info(bomb)['pids'] >= 60,
                       'the bomb to fill its limit')
         self.assertLessEqual(self.host.info(bomb)['pids'], 64)
+        # The last one, for which there may have been room.
+        base.wait_for(
+            lambda: b'true: Cannot fork in the container' in self.host.exec(
+                bomb, ['true']).stderr, 'the bomb to leave no room')
         self.assertEqual('0', self.sh(victim, 'id -u'))
         self.host.delete(bomb)
         self.assertEqual([], self.traces(bomb))

@@ -150,6 +150,8 @@ class Source:
                     'already', uuid=self._item.uuid)
             self._abort_reason = reason
             self._abort.set()
+        LOG.info('instance %s: the migration is aborted: %s',
+                 self._item.uuid, reason)
         # What waits for the destination need not wait for its answer.
         if self._control is not None:
             self._control.cancel(reason)
@@ -184,6 +186,10 @@ class Source:
         except BaseException as e:
             if not self.committed:
                 self._fail(e)
+                if self._abort_reason:
+                    # What was in the middle of something ends with an error
+                    # of its own.
+                    self._check_abort()
             raise
 
     def _fail(self, error: BaseException) -> None:
