@@ -139,9 +139,10 @@ run_runtime() {
     for image in busybox debian12 debian13 sysvinit; do
         "$REPO/tools/images/build.sh" "$image" >/dev/null
     done
-    local -a command=("$LIB_DIR/in-host.sh" env OS_TEST_TIMEOUT=600)
+    local -a command=(env OS_TEST_TIMEOUT=600
+                      PYTHON="$LIB_DIR/in-host.sh $VENV/bin/python")
     if [ ${#arguments[@]} -gt 0 ]; then
-        stestr_group runtime 1 2100 "${command[@]}"
+        stestr_group runtime 2 2100 "${command[@]}"
         return
     fi
     # These wait for minutes and leave the processors alone, so they run
@@ -152,7 +153,7 @@ run_runtime() {
         >"$results/waiting.log" 2>&1 &
     local beside=$!
     lane=runtime selection=(--exclude-regex "$waiting")
-    stestr_group runtime 1 2100 "${command[@]}" || rc=1
+    stestr_group runtime 2 2100 "${command[@]}" || rc=1
     wait "$beside" || rc=1
     cat "$results/waiting.log"
     cat "$results/waiting.subunit" >>"$results/runtime.subunit" || rc=1

@@ -208,10 +208,11 @@ class RealLiveMigrationTest(migration_base.TestCase):
             f'/servers/{server["id"]}/migrations/{self.record(server).id}',
             check_response_status=[202])
 
-    def aborted(self, server):
-        """How many aborts the source's agent has heard of."""
-        return self.agents.log('host1').count(
-            f'{server["id"]}: the migration is aborted')
+    def wait_for_aborts(self, server, number):
+        """Until the source's agent has heard of so many."""
+        self.wait_for(lambda: self.agents.log('host1').count(
+            f'{server["id"]}: the migration is aborted') == number,
+            f'abort {number}')
 
     def test_abort(self):
         server = self.counting()
@@ -220,7 +221,7 @@ class RealLiveMigrationTest(migration_base.TestCase):
                 'source.dumped', 'source.ready'), 1):
             go = self.hold(server, point)
             self.abort(server)
-            self.wait_for(lambda: self.aborted(server) == number, 'the abort')
+            self.wait_for_aborts(server, number)
             go.touch()
             self.wait_for_migration(server, 'cancelled')
             self.assertIn('aborted by the operator', self.reason(server))
