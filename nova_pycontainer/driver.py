@@ -20,6 +20,7 @@ together.
 import functools
 import time
 
+from nova.compute import task_states
 import nova.conf
 from nova import exception
 from nova.virt import driver
@@ -44,6 +45,7 @@ from nova_pycontainer import migration_destination
 from nova_pycontainer import migration_recovery
 from nova_pycontainer import power
 from nova_pycontainer import rescue
+from nova_pycontainer import resize
 from nova_pycontainer.runtime import errors
 from nova_pycontainer import snapshot
 from nova_pycontainer import spawn
@@ -133,6 +135,9 @@ class PyContainerDriver(driver.ComputeDriver):
             self._migration_source, self.virtapi)
         self._migration_destination = migration_destination.Destination(
             self._client, self._images, options)
+        self._resizer = resize.Resizer(
+            self._client, self._spawner, self._power,
+            self._migration_destination, options, host)
         self._watcher = events.Watcher(
             self._client, self.emit_event, self._agent_up, self._agent_down,
             patience=options.agent_lost_timeout)
@@ -274,6 +279,12 @@ class PyContainerDriver(driver.ComputeDriver):
 
     def destroy(self, context, instance, network_info, block_device_info=None,
                 destroy_disks=True, destroy_secrets=True):
+        if instance.task_state == task_states.RESIZE_REVERTING and (
+                self._resizer.stays(context, instance)):
+            with driver_errors.translated(
+                    instance, failure=exception.InstanceTerminationFailure):
+                self._resizer.shut_down(instance, network_info)
+            return
         if destroy_disks:
             self._migration_source.deleted(instance)
         self.cleanup(context, instance, network_info, block_device_info,
@@ -390,6 +401,7 @@ class PyContainerDriver(driver.ComputeDriver):
 
     @_periodic
     def manage_image_cache(self, context, all_instances):
+        self._resizer.forget(context)
         self._image_cache.manage()
 
     def cache_image(self, context, image_id):
@@ -425,6 +437,42 @@ class PyContainerDriver(driver.ComputeDriver):
         with driver_errors.translated(
                 instance, failure=driver_errors.detach_failure(instance)):
             self._spawner.detach_interface(instance, vif)
+
+    # Cold migration and resize, in the order of the calls. D is called on the
+    # destination, S on the source.
+
+    def migrate_disk_and_power_off(  # S
+            self, context, instance, dest, flavor, network_info,
+            block_device_info=None, timeout=0, retry_interval=0):
+        with driver_errors.translated(
+                instance, failure=exception.ResizeError):
+            return self._resizer.leave(
+                context, instance, flavor, network_info, timeout)
+
+    def finish_migration(  # D
+            self, context, migration, instance, disk_info, network_info,
+            image_meta, resize_instance, allocations,
+            block_device_info=None, power_on=True, share_info=None):
+        with driver_errors.translated(
+                instance, image_id=instance.image_ref,
+                failure=exception.MigrationError):
+            self._resizer.arrive(
+                context, instance, migration, disk_info, network_info,
+                power_on)
+
+    def confirm_migration(  # S
+            self, context, migration, instance, network_info):
+        with driver_errors.translated(
+                instance, failure=exception.InstanceTerminationFailure):
+            self._resizer.confirm(instance, network_info, migration)
+
+    def finish_revert_migration(  # S
+            self, context, instance, network_info, migration,
+            block_device_info=None, power_on=True, share_info=None):
+        with driver_errors.translated(
+                instance, image_id=instance.image_ref,
+                failure=exception.InstancePowerOnFailure):
+            self._resizer.revert(instance, network_info, power_on)
 
     # Live migration, in the order of the calls. D is called on the
     # destination, S on the source.

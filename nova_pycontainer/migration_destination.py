@@ -68,9 +68,9 @@ class Destination:
         vifs = migration_data.destination_vifs(data, network_info)
         with driver_steps.Steps('pre_live_migration', instance) as steps:
             with steps.step('leftovers'):
-                self._remove_leftovers(instance)
+                self.remove_leftovers(instance)
             with steps.step('layer'):
-                self._layer(context, instance, facts['spec'])
+                self.get_layer(context, instance, facts['spec'])
             with steps.step('network'):
                 vifs = _in_order(vifs, facts['spec']['nics'])
                 nics = vif.nics(vifs, self._conf.tx_offload)
@@ -94,7 +94,7 @@ class Destination:
             for key in ('address', 'port', 'fingerprint', 'protocol')})
         return data
 
-    def _remove_leftovers(self, instance):
+    def remove_leftovers(self, instance):
         """Remove what an earlier stay has left here.
 
         :raises nova.exception.MigrationError: it is alive
@@ -115,7 +115,7 @@ class Destination:
                     state, instance=instance)
         self._client.delete(instance.uuid)
 
-    def _layer(self, context, instance, spec):
+    def get_layer(self, context, instance, spec):
         """Have the image's layer here, if Glance still has the image.
 
         Its key names the data, so that a layer of that key is the right one

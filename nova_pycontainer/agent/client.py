@@ -373,6 +373,36 @@ class Client:
         self._call('migration_abort', {
             'migration': migration, 'reason': reason}, 60.0)
 
+    def transfer_offer(
+        self, uuid: str, migration: str, destination: Json,
+        options: Json | None = None,
+    ) -> Json:
+        """Let another host have a container that is down; it is not started
+        here until that is withdrawn.
+
+        :returns: ``facts`` for :meth:`transfer_take` there
+        """
+        return ty.cast(Json, self._call('transfer_offer', {
+            'uuid': uuid, 'migration': migration,
+            'destination': destination, 'options': options}))
+
+    def transfer_withdraw(self, uuid: str) -> Json:
+        """It stays here. Idempotent."""
+        return ty.cast(Json, self._call('transfer_withdraw', {'uuid': uuid}))
+
+    def transfer_take(
+        self, uuid: str, migration: str, spec: Json, facts: Json,
+        options: Json | None = None,
+    ) -> Json:
+        """Start to copy a container that another host offers.
+
+        :meth:`migration_status` tells how it goes; nothing is here if that
+        fails.
+        """
+        return ty.cast(Json, self._call('transfer_take', {
+            'uuid': uuid, 'migration': migration, 'spec': spec,
+            'facts': facts, 'options': options}, 120.0))
+
     def migration_check_source(self, uuid: str) -> Json:
         """What of a container has to move, and what cannot.
 

@@ -124,6 +124,14 @@ VERBS: ty.Final[dict[str, Verb]] = {
         'migrations.force_complete', {'migration': _UUID}),
     'migration_abort': Verb('migrations.abort', {
         'migration': _UUID, 'reason': _TEXT}, limit_s=120.0),
+    # Cold migration. As above, of a container that is down.
+    'transfer_offer': Verb('transfers.offer', {
+        'uuid': _UUID, 'migration': _UUID, 'destination': _OBJECT,
+        'options?': _CHANGES}),
+    'transfer_withdraw': Verb('transfers.withdraw', {'uuid': _UUID}),
+    'transfer_take': Verb('transfers.take', {
+        'uuid': _UUID, 'migration': _UUID, 'spec': _OBJECT,
+        'facts': _OBJECT, 'options?': _CHANGES}, limit_s=180.0),
     'migration_check_source': Verb(
         'checks.source', {'uuid': _UUID}, limit_s=60.0),
     'migration_check_destination': Verb(

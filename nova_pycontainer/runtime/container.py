@@ -84,6 +84,7 @@ class Container:
         self.directory = config.instances_dir / st.uuid
         self.root = config.run_dir / 'root' / st.uuid
         self.log = self.directory / 'console.log'
+        self.log_bytes = config.console_log_bytes
         #: Logs that outlive the instance on this host.
         self.log_directory = config.state_dir / 'logs'
         self.exit_file = self.directory / 'exit.json'
@@ -166,6 +167,8 @@ class Container:
             'created_at': self.st.created_at,
             # It runs on another host; what is here is only left over.
             'moved': self.st.moved,
+            # Another host may have it.
+            'offered': self.st.offered is not None,
             'rescue': self.st.rescue is not None,
             'started_at': run['started_at'] if run and live else None,
             'spec': {k: v for k, v in self.st.spec.items()
@@ -213,7 +216,6 @@ class Container:
 
         :param layer: root directory of the image's layer
         """
-        c = self._config
         init = initd.make(
             layer, self.uuid, argv=self.spec.init_argv,
             env=self.spec.init_env, stop_signal=self.spec.stop_signal)
@@ -236,7 +238,7 @@ class Container:
                 with r.step('console', self._release_console):
                     self._keeper.hold(
                         self.uuid, master, str(self.log),
-                        c.console_log_bytes, fresh=True)
+                        self.log_bytes, fresh=True)
             finally:
                 os.close(master)
             with r.step('network', self.unplug_all):
@@ -399,8 +401,8 @@ class Container:
             master = os.dup(master)
         try:
             self._keeper.hold(
-                self.uuid, master, str(self.log),
-                self._config.console_log_bytes, fresh=unowned)
+                self.uuid, master, str(self.log), self.log_bytes,
+                fresh=unowned)
         finally:
             os.close(master)
         self.exit_file.unlink(missing_ok=True)

@@ -226,6 +226,57 @@ class Disk:
                     raise
                 time.sleep(0.01)
 
+    def resize(self, limit: int | None) -> None:
+        """Change the limit of a disk that is not in use.
+
+        :raises ContainerError: ``no_space``: what is on it does not fit;
+            ``unsupported``: a disk with a limit cannot become one without, or
+            the other way round; ``bad_state``
+        """
+        if self._method == 'project':
+            if limit is not None:
+                used = self._project_usage()
+                if used > limit:
+                    raise _does_not_fit(limit, f'{used} bytes are in use')
+            self._limit = limit or 0
+            self._set_project()
+            return
+        if limit is None or self._limit == 0:
+            raise errors.ContainerError(
+                'unsupported', 'a disk without a limit cannot get one here, '
+                'nor lose it', remedy='Migrate it to another host with that')
+        if self._method == 'loop':
+            self._resize_image(max(limit, _LOOP_MIN_BYTES))
+        self._limit = limit
+
+    def _project_usage(self) -> int:
+        fd = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            block = _DqBlk()
+            syscalls.quotactl_fd(
+                fd, (_Q_GETQUOTA << 8) | _PRJQUOTA, self._project,
+                ctypes.byref(block))
+            return int(block.curspace)
+        finally:
+            os.close(fd)
+
+    def _resize_image(self, size: int) -> None:
+        if os.path.ismount(self.directory):
+            raise errors.ContainerError(
+                'bad_state', 'the disk is in use')
+        # resize2fs wants a file system that was just checked. The kernel
+        # wrote it, and no guest can write below it.
+        _run(['e2fsck', '-fp', str(self._image)])
+        if size > self._image.stat().st_size:
+            os.truncate(self._image, size)
+            _run(['resize2fs', str(self._image)])
+            return
+        try:
+            _run(['resize2fs', str(self._image), f'{size >> 10}K'])
+        except errors.ContainerError as e:
+            raise _does_not_fit(size, e.cause or e.message) from e
+        os.truncate(self._image, size)
+
     def usage(self) -> tuple[int, int] | None:
         """Bytes used and bytes free, or None while it is not mounted."""
         if self._method == 'loop' and not os.path.ismount(self.directory):
@@ -250,6 +301,12 @@ class Disk:
                 ctypes.byref(_DqBlk(valid=_QIF_LIMITS)))
         finally:
             os.close(fd)
+
+
+def _does_not_fit(limit: int, cause: str) -> errors.ContainerError:
+    return errors.ContainerError(
+        'no_space', f'what is on the disk does not fit into {limit} bytes',
+        cause=cause, remedy='Delete files in the guest first')
 
 
 def _run(argv: list[str]) -> str:

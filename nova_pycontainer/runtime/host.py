@@ -34,6 +34,7 @@ from oslo_log import log as logging
 from nova_pycontainer.runtime import cgroup
 from nova_pycontainer.runtime import checkpoints
 from nova_pycontainer.runtime import config as rconfig
+from nova_pycontainer.runtime import console_log
 from nova_pycontainer.runtime import consoles
 from nova_pycontainer.runtime import container
 from nova_pycontainer.runtime import criu
@@ -58,6 +59,7 @@ from nova_pycontainer.runtime import rescue
 from nova_pycontainer.runtime import snapshots
 from nova_pycontainer.runtime import spec as rspec
 from nova_pycontainer.runtime import state
+from nova_pycontainer.runtime import transfers
 from nova_pycontainer.runtime import watcher
 
 LOG = logging.getLogger(__name__)
@@ -152,6 +154,7 @@ class Host:
         self.migrations.start()
         self.rescues = rescue.Rescues(self)
         self.snapshots = snapshots.Snapshots(self, c)
+        self.transfers = transfers.Transfers(self)
         missing = self._hierarchies.missing()
         if missing:
             LOG.error('no cgroup hierarchy has the controllers %s: limits '
@@ -159,6 +162,7 @@ class Host:
         self._load()
         self.snapshots.recover()
         self.rescues.recover()
+        self.transfers.recover()
         self.consoles = consoles.Consoles(
             self, consoles.load_key(c.state_dir / 'keys' / 'console.key'),
             c.console_listen, c.console_port)
@@ -464,10 +468,9 @@ class Host:
                 'invalid', f'{sorted(unknown)} cannot be changed')
         st = old.st
         new_spec = st.spec | changes
-        if (rspec.Spec.from_dict(new_spec).disk_bytes !=
-                old.spec.disk_bytes):
-            raise errors.ContainerError(
-                'unsupported', 'the size of a disk cannot be changed here')
+        size = rspec.Spec.from_dict(new_spec).disk_bytes
+        if size != old.spec.disk_bytes:
+            old.disk.resize(size)
         st.spec = new_spec
         item = self.make(st)
         if drive is not no_drive:
@@ -483,6 +486,7 @@ class Host:
                 'bad_state', 'the instance has moved to another host and '
                 'runs there', uuid=item.uuid,
                 remedy='Delete what is left of it here')
+        transfers.check_not(item)
         item.prepare(self.layer_root(item))
         self.watch(item.uuid)
 
@@ -611,6 +615,8 @@ class Host:
                 raise
             return
         self._abort_migration(entry)
+        if not keep_disk:
+            self.transfers.end(uuid)
         self.snapshots.abort(uuid, wait=True)
         with entry.lock:
             if entry.deleted:
@@ -731,14 +737,7 @@ class Host:
 
     def console_log(self, uuid: str, max_bytes: int = 102400) -> bytes:
         """The end of the console's output, also of a stopped container."""
-        log = self.entry(uuid).container.log
-        parts: list[bytes] = []
-        for path in (log.with_name(log.name + '.1'), log):
-            try:
-                parts.append(path.read_bytes())
-            except FileNotFoundError:
-                continue
-        return b''.join(parts)[-max_bytes:]
+        return console_log.read(self.entry(uuid).container.log, max_bytes)
 
     def console_connect(
         self, uuid: str, accept: cabc.Callable[[], socket.socket]

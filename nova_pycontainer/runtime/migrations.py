@@ -14,7 +14,9 @@
 """
 
 import collections
+import collections.abc as cabc
 import contextlib
+import dataclasses
 import pathlib
 import threading
 import time
@@ -27,6 +29,7 @@ from nova_pycontainer.runtime import container
 from nova_pycontainer.runtime import criu
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime.migration import channel
+from nova_pycontainer.runtime.migration import cold
 from nova_pycontainer.runtime.migration import destination as dst
 from nova_pycontainer.runtime.migration import identity
 from nova_pycontainer.runtime.migration import images
@@ -66,7 +69,7 @@ class Migrations:
             str, src.Source | recovery.SourceQuestion] = {}
         self._destinations: dict[
             str, dst.Destination | recovery.DestinationQuestion |
-            recovery.Answer] = {}
+            recovery.Answer | cold.Offer | cold.Taking] = {}
         self._changed = threading.Condition()
         self._listener: listener.Listener | None = None
 
@@ -262,10 +265,41 @@ class Migrations:
         self._expect(migration, uuid, source)
         return self.identity()
 
-    def _expect(self, migration: str, uuid: str, source: Info) -> None:
+    def _expect(self, migration: str, uuid: str, source: Info,
+                roles: cabc.Iterable[str] = dst.ROLES) -> None:
         assert self._listener is not None
         self._listener.expect(
-            migration, uuid, recovery.peer(source), dst.ROLES, _ANSWER_FOR)
+            migration, uuid, recovery.peer(source), roles, _ANSWER_FOR)
+
+    # For cold migrations
+
+    def expect(self, migration: str, uuid: str, peer: Info, offer: cold.Offer,
+               roles: cabc.Iterable[str]) -> None:
+        """Let another host connect to an offer."""
+        self.add(migration, offer)
+        self._expect(migration, uuid, peer, roles)
+
+    def add(self, migration: str, job: cold.Offer | cold.Taking) -> None:
+        """Answer who asks for a migration."""
+        with self._lock:
+            self._destinations[migration] = job
+
+    def forget(self, migration: str) -> None:
+        assert self._listener is not None
+        self._listener.forget(migration)
+        with self._lock:
+            self._destinations.pop(migration, None)
+
+    def connect(self, endpoint: src.Endpoint, hello: channel.Hello,
+                timeout: float) -> channel.Connection:
+        """Connect to another host."""
+        return channel.connect(
+            endpoint.address, endpoint.port, self._identity,
+            recovery.peer(dataclasses.asdict(endpoint)), hello, timeout)
+
+    def ended(self, progress: protocol.Progress) -> None:
+        progress.ended_at = time.time()
+        self._remember(progress)
 
     def _directory(self, migration: str) -> pathlib.Path:
         return self._config.run_dir / 'migration' / migration

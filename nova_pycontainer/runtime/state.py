@@ -120,6 +120,8 @@ class State:
     suspended: dict[str, ty.Any] | None = None
     #: What is different about it while it is being rescued.
     rescue: dict[str, ty.Any] | None = None
+    #: Who may read it, to have it on another host; see :mod:`.transfers`.
+    offered: dict[str, ty.Any] | None = None
 
     def save(self, directory: pathlib.Path) -> None:
         data = dataclasses.asdict(self)

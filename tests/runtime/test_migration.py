@@ -87,6 +87,7 @@ class SystemdMigrationTestCase(hosts.TwoHostsTestCase):
         uuid, address = self._boot(name)
         stream = echo.Echo(address)
         here, there = self.a, self.b
+        booted = here.console_log(uuid)
         gaps = []
         for _ in range(moves):
             stream.reset()
@@ -106,6 +107,9 @@ class SystemdMigrationTestCase(hosts.TwoHostsTestCase):
         self.assertEqual([], there.list())
         base.wait_for(
             lambda: b'moved' in here.console_log(uuid), 'the console')
+        # What was there before the moves is there still.
+        self.assertNotEqual(b'', booted)
+        self.assertEqual(booted, here.console_log(uuid)[:len(booted)])
 
     def _goes_on(self, stream):
         received = stream.received

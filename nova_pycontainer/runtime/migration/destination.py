@@ -23,6 +23,7 @@ import typing as ty
 
 from oslo_log import log as logging
 
+from nova_pycontainer.runtime import console_log
 from nova_pycontainer.runtime import container
 from nova_pycontainer.runtime import criu
 from nova_pycontainer.runtime import errors
@@ -397,6 +398,7 @@ class Destination:
                 self._memory.path, self._messages, self._moment)
         item.mount_root(self._layers.require(item.spec.layer).root)
         restoring.make_surroundings(item, dumped)
+        console_log.unpack(item.log, dumped.get('console'), item.log_bytes)
         options = restoring.options(
             self._criu, item, self._memory.path, dumped)
         if dumped.get('lazy'):

@@ -23,6 +23,7 @@ import typing as ty
 
 from oslo_log import log as logging
 
+from nova_pycontainer.runtime import console_log
 from nova_pycontainer.runtime import container
 from nova_pycontainer.runtime import criu
 from nova_pycontainer.runtime import errors
@@ -662,7 +663,9 @@ class _Dump:
         source.commit({
             'external': self._external, 'cgroups': cgroups,
             'ramfs': self._ramfs, 'lazy': self.lazy, **self._network,
-            'moment': source.moment.dumped()})
+            'moment': source.moment.dumped(),
+            'console': console_log.pack(
+                source.item.log, source.item.log_bytes)})
         if self.lazy:
             # It runs only if CRIU goes on from here and serves its pages.
             self._waiter = threading.Thread(

@@ -1,0 +1,234 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Cold migration and resize: on the source, then on the destination.
+
+Nova tells the source first and the destination last, so that the destination
+comes for the files, over the channel of the agents. The source keeps its copy
+until the user confirms, and starts it again if the user reverts.
+
+A resize on the same host leaves the container where it is.
+"""
+
+import time
+
+from nova import exception
+from nova.i18n import _
+from nova import objects
+from oslo_log import log as logging
+
+from nova_pycontainer import errors as driver_errors
+from nova_pycontainer import flavor as driver_flavor
+from nova_pycontainer import migration_data
+from nova_pycontainer import migration_destination
+from nova_pycontainer.runtime import errors
+from nova_pycontainer import spawn
+from nova_pycontainer import steps as driver_steps
+
+LOG = logging.getLogger(__name__)
+
+_POLL_S = 10.0
+_RETRY_S = 1.0
+_ALIVE = ('created', 'running', 'paused')
+
+
+class Resizer:
+    """Moves servers that are down, and changes their flavors.
+
+    :param client: client of the agent
+    :param conf: the options of ``[pycontainer]``
+    :param host: name of this compute service
+    """
+
+    def __init__(self, client, spawner, power, destination, conf, host):
+        self._client = client
+        self._spawner = spawner
+        self._power = power
+        self._destination = destination
+        self._conf = conf
+        self._host = host
+
+    # Source
+
+    def leave(self, context, instance, flavor, network_info, timeout):
+        """Stop the server, and let its new host have it.
+
+        :param timeout: seconds that the guest has to shut down by itself
+        :returns: what :meth:`arrive` has to know
+        :raises nova.exception.InstanceFaultRollback: it goes on as before
+        """
+        record = _record(context, instance)
+        info = self._client.info(instance.uuid)
+        try:
+            self._check(instance, flavor, info, self._is_here(record))
+            peer = (None if self._is_here(record) else
+                    migration_data.recorded_identity(
+                        context, record.dest_compute))
+        except exception.NovaException as e:
+            raise exception.InstanceFaultRollback(e) from e
+        try:
+            with driver_steps.Steps('resize', instance) as steps:
+                with steps.step('stop', lambda: self._again(
+                        instance, network_info, info)):
+                    self._client.stop(instance.uuid, timeout)
+                facts = {}
+                if peer is not None:
+                    with steps.step(
+                            'offer', lambda: self._client.transfer_withdraw(
+                                instance.uuid)):
+                        facts = self._client.transfer_offer(
+                            instance.uuid, record.uuid, peer,
+                            migration_destination.options(self._conf))
+                with steps.step('unplug_vifs'):
+                    # One port is of one host.
+                    self._spawner.unplug(instance, network_info)
+                steps.success()
+        except (errors.ContainerError, exception.NovaException) as e:
+            if isinstance(e, errors.ContainerError):
+                e = driver_errors.to_nova(e, failure=exception.ResizeError)
+            raise exception.InstanceFaultRollback(e) from e
+        return migration_data.dump_disk_info(
+            facts=facts, here=peer is None, migration=record.uuid)
+
+    def _is_here(self, record):
+        """Whether source and destination are one host, this one."""
+        return record.source_compute == record.dest_compute
+
+    def _check(self, instance, flavor, info, here):
+        """:raises nova.exception.NovaException: there cannot be such a server
+        """
+        new = driver_flavor.resources(flavor, self._conf.pids_max)
+        old = info['resources'].get('disk_bytes')
+        if new['disk_bytes'] and old and new['disk_bytes'] < old:
+            raise exception.ResizeError(reason=_(
+                'the root disk of flavor %s is smaller than the one that the '
+                'server has, which is not made smaller') % flavor.name)
+        if here and bool(new['disk_bytes']) != bool(old) and (
+                info['disk']['method'] == 'loop'):
+            raise exception.ResizeError(reason=_(
+                'on one host, a root disk of any size cannot become one of a '
+                'certain size, nor the other way round'))
+
+    def _again(self, instance, network_info, info):
+        if info['state'] in _ALIVE:
+            self._power.on(instance, network_info)
+
+    def confirm(self, instance, network_info, record):
+        """Remove what the server has left here."""
+        if not self._is_here(record):
+            self._spawner.remove(instance, network_info)
+
+    def revert(self, instance, network_info, power_on):
+        """Have the server here again, as it was before.
+
+        Also after a crash at any point before it was another host's.
+        """
+        self._client.transfer_withdraw(instance.uuid)
+        if power_on:
+            self._power.on(instance, network_info)
+
+    # Destination
+
+    def arrive(self, context, instance, record, disk_info, network_info,
+               power_on):
+        """Get the server, and start it with its new flavor.
+
+        :raises nova.exception.MigrationError: nothing is left of it here; it
+            is on its source still
+        :raises ContainerError: the same, of the agent's
+        """
+        told = migration_data.load_disk_info(disk_info)
+        if told['here']:
+            if power_on:
+                self._power.on(instance, network_info)
+            return
+        uuid, facts = instance.uuid, told['facts']
+        spec = facts['spec'] | {'resources': driver_flavor.resources(
+            instance.flavor, self._conf.pids_max)}
+        with driver_steps.Steps('finish_migration', instance) as steps:
+            with steps.step('leftovers'):
+                self._destination.remove_leftovers(instance)
+            with steps.step('layer'):
+                self._destination.get_layer(context, instance, spec)
+            with steps.step('take', lambda: self._client.delete(uuid)):
+                self._take(instance, record, spec, facts)
+            # The compute manager saves it with the instance.
+            instance.system_metadata[spawn.BASE_ID] = str(facts['base_id'])
+            if power_on:
+                with steps.step('start'):
+                    self._power.on(instance, network_info)
+            steps.success()
+
+    def _take(self, instance, record, spec, facts):
+        self._client.transfer_take(
+            instance.uuid, record.uuid, spec, facts,
+            migration_destination.options(self._conf))
+        lost = None
+        while True:
+            try:
+                status = self._client.migration_status(record.uuid, _POLL_S)
+            except errors.AgentUnavailable as e:
+                lost = lost or time.monotonic()
+                if time.monotonic() - lost > self._conf.agent_start_timeout:
+                    raise
+                LOG.warning('%s', e, instance=instance)
+                time.sleep(_RETRY_S)
+                continue
+            except errors.ContainerError as e:
+                if e.code != 'not_found':
+                    raise
+                raise exception.MigrationError(reason=_(
+                    'the agent was restarted while it copied the server. '
+                    'All of it is on %s still') % record.source_compute
+                ) from e
+            lost = None
+            if status['phase'] == 'completed':
+                LOG.info('The server has come: %s', status, instance=instance)
+                return
+            if status['phase'] in ('failed', 'aborted'):
+                raise errors.ContainerError.from_dict(status['error'])
+
+    def stays(self, context, instance):
+        """Whether a server whose resize is reverted was resized here.
+
+        Nova has it destroyed in its new size before it has the old one
+        again.
+        """
+        record = _record(context, instance)
+        return record is not None and self._is_here(record)
+
+    def shut_down(self, instance, network_info):
+        """All of :meth:`.spawn.Spawner.remove` but the loss of the disk."""
+        self._power.off(instance, 0)
+        self._spawner.unplug(instance, network_info)
+
+    def forget(self, context):
+        """Remove what servers have left here that were deleted elsewhere,
+        after a migration that did not come to its end.
+        """
+        for info in self._client.list():
+            if not info.get('offered'):
+                continue
+            try:
+                objects.Instance.get_by_uuid(context, info['uuid'])
+            except exception.InstanceNotFound:
+                LOG.warning('Removing what is left of server %s, which was '
+                            'to move to another host and was deleted',
+                            info['uuid'])
+                self._client.delete(info['uuid'])
+
+
+def _record(context, instance):
+    """The migration that a server is in, or None."""
+    moving = instance.migration_context
+    return moving and objects.Migration.get_by_id_and_instance(
+        context, moving.migration_id, instance.uuid)

@@ -1,0 +1,215 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""The verbs of cold migration.
+
+A container that was offered to another host is not started here any more,
+and stays as it is until it is withdrawn or deleted: whether the other host's
+is the one, the caller knows. ``state.json`` says so, so that no restart of
+the agent forgets it.
+"""
+
+import dataclasses
+import threading
+import typing as ty
+
+from oslo_log import log as logging
+
+from nova_pycontainer.runtime import config as rconfig
+from nova_pycontainer.runtime import container
+from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime.migration import channel
+from nova_pycontainer.runtime.migration import cold
+from nova_pycontainer.runtime.migration import protocol
+from nova_pycontainer.runtime.migration import room
+from nova_pycontainer.runtime.migration import source
+from nova_pycontainer.runtime.migration import versions
+from nova_pycontainer.runtime import rescue
+
+if ty.TYPE_CHECKING:
+    from nova_pycontainer.runtime import host
+
+LOG = logging.getLogger(__name__)
+
+_CONNECT_TIMEOUT = 20.0
+
+Info = dict[str, ty.Any]
+
+
+def check_not(item: container.Container) -> None:
+    """:raises ContainerError: ``bad_state``: it was offered"""
+    if item.st.offered:
+        raise errors.ContainerError(
+            'bad_state', 'the instance is being moved to another host',
+            uuid=item.uuid,
+            remedy='Confirm or revert its migration first')
+
+
+class Transfers:
+    """The offers of one host, and what it takes."""
+
+    def __init__(self, owner: 'host.Host') -> None:
+        self._host = owner
+        self._lock = threading.Lock()
+        self._offers: dict[str, cold.Offer] = {}
+
+    def recover(self) -> None:
+        """Go on with the offers of before."""
+        for entry in self._host.entries():
+            if entry.container.st.offered:
+                self._open(entry.container)
+
+    # Source
+
+    def offer(self, uuid: str, migration: str, destination: Info,
+              options: Info | None = None) -> Info:
+        """Let one other host read a container that is down.
+
+        :param destination: that host, as its ``host_info`` says
+        :returns: what it needs: ``source``, ``spec``, ``base_id``, ``layer``,
+            ``drive``
+        :raises ContainerError: ``bad_state``
+        """
+        rconfig.check_uuid(migration)
+        versions.check(destination, 'destination')
+        opts = protocol.Options.from_dict(options or {})
+        with self._host.locked(uuid) as entry:
+            item = entry.container
+            self._host.require(entry, 'defined', 'stopped')
+            entry.check_stays()
+            self._host.snapshots.check_movable(uuid)
+            rescue.check_not(item)
+            if item.st.moved:
+                raise errors.ContainerError(
+                    'bad_state', 'the instance has moved to another host',
+                    uuid=uuid)
+            layer = self._host.layers.require(item.spec.layer)
+            self.end(uuid)
+            item.st.offered = {
+                'migration': migration, 'peer': destination,
+                'bandwidth': opts.bandwidth}
+            item.st.save(item.directory)
+            self._open(item)
+            return {
+                'source': self._host.migrations.identity(),
+                'spec': {k: v for k, v in item.st.spec.items()
+                         if k != 'config_drive'},
+                'base_id': item.st.base_id,
+                'layer': layer.to_dict(),
+                'drive': item.config_drive.exists()}
+
+    def _open(self, item: container.Container) -> None:
+        assert item.st.offered is not None
+        migration = str(item.st.offered['migration'])
+        offer = cold.Offer(
+            item, self._host.layers,
+            protocol.Progress(migration, item.uuid, 'source'),
+            item.st.offered.get('bandwidth'))
+        with self._lock:
+            self._offers[item.uuid] = offer
+        self._host.migrations.expect(
+            migration, item.uuid, item.st.offered['peer'], offer, cold.ROLES)
+
+    def withdraw(self, uuid: str) -> Info:
+        """Have it here again; idempotent."""
+        self.end(uuid)
+        with self._host.locked(uuid) as entry:
+            item = entry.container
+            if item.st.offered is not None:
+                item.st.offered = None
+                item.st.save(item.directory)
+            return item.info()
+
+    def end(self, uuid: str) -> None:
+        """Let nobody read it any more; idempotent."""
+        with self._lock:
+            offer = self._offers.pop(uuid, None)
+        if offer is not None:
+            self._host.migrations.forget(offer.progress.migration)
+            offer.abort('the offer was withdrawn')
+
+    # Destination
+
+    def take(self, uuid: str, migration: str, spec: Info, facts: Info,
+             options: Info | None = None) -> Info:
+        """Start to copy a container of another host; it is down after that.
+
+        :param spec: as for :meth:`.host.Host.define`
+        :param facts: what :meth:`offer` has returned there
+        :returns: progress; :meth:`.migrations.Migrations.status` has more
+        """
+        rconfig.check_uuid(migration)
+        versions.check(facts['source'], 'source')
+        opts = protocol.Options.from_dict(options or {})
+        endpoint = source.Endpoint.from_dict(facts['source'])
+        with room.needed('the disk and the description of the guest'):
+            self._host.define(
+                uuid, {**spec, 'base_id': facts['base_id']},
+                layer_later=True)
+        progress = protocol.Progress(migration, uuid, 'destination')
+        try:
+            entry = self._host.entry(uuid)
+            item = entry.container
+            # An agent that starts finds what is only a part.
+            protocol.Journal(item.directory).write(
+                protocol.Phase.PREPARED, role='destination',
+                migration=migration, paused=False,
+                peer=dataclasses.asdict(endpoint), lazy=False)
+
+            def connect(role: str, seq: int) -> channel.Connection:
+                return self._host.migrations.connect(
+                    endpoint, channel.Hello(migration, uuid, role, seq),
+                    _CONNECT_TIMEOUT)
+
+            taking = cold.Taking(
+                item, self._host.layers, connect, facts['layer'],
+                bool(facts.get('drive')), progress, opts.bandwidth)
+        except BaseException:
+            self._host.delete(uuid)
+            raise
+        entry.migration = taking
+        self._host.migrations.add(migration, taking)
+        threading.Thread(
+            target=self._run, args=(uuid, taking),
+            name=f'taking-{uuid[:8]}', daemon=True).start()
+        return progress.to_dict()
+
+    def _run(self, uuid: str, taking: cold.Taking) -> None:
+        progress = taking.progress
+        entry = self._host.entry(uuid)
+        phase = protocol.Phase.FAILED
+        try:
+            # Who wants to do something with it waits for the end.
+            with entry.lock:
+                taking.run()
+                protocol.Journal(entry.container.directory).remove()
+            phase = protocol.Phase.COMPLETED
+        except BaseException as e:
+            if not isinstance(e, errors.ContainerError):
+                LOG.exception('instance %s: it cannot be taken', uuid)
+                e = errors.ContainerError(
+                    'internal', 'the migration failed', uuid=uuid,
+                    cause=repr(e))
+            LOG.warning('instance %s: %s', uuid, e)
+            progress.error = e.to_dict()
+            if e.code == 'aborted':
+                phase = protocol.Phase.ABORTED
+        finally:
+            entry.migration = None
+            if phase != protocol.Phase.COMPLETED:
+                try:
+                    self._host.delete(uuid)
+                except (OSError, errors.ContainerError) as e:
+                    LOG.error('instance %s: what has come of it stays: %s',
+                              uuid, e)
+            progress.phase = phase
+            self._host.migrations.ended(progress)

@@ -1,0 +1,215 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Cold migration and resize, with real containers on two hosts."""
+
+from nova.compute import power_state
+from nova.tests.functional.api import client
+
+from nova_pycontainer.runtime import errors
+from tests.functional import agents
+from tests.functional import test_snapshots
+
+GIB = 1 << 30
+
+
+class ResizeTest(test_snapshots.TestCase):
+
+    def setUp(self):
+        if agents.Agents is not agents.Real:
+            self.skipTest('containers need root; run tools/run_tests.sh')
+        super().setUp()
+        self.large = self._create_flavor(
+            memory_mb=384, vcpu=2, disk=2, ephemeral=0)
+
+    def start(self, **values):
+        """A server with files of its own, and what its console has said."""
+        server = self.boot(**values)
+        self.change(server)
+        self.sh(server, 'echo seen by all > /dev/console; sync')
+        self.wait_for(lambda: b'seen by all' in self.log(server),
+                      'the console')
+        return server
+
+    def log(self, server, host='host1'):
+        return self.agents.client(host).console_log(server['id'])
+
+    def containers(self, host):
+        return {info['uuid'] for info in self.agents.client(host).list()}
+
+    def resize(self, server, flavor=None, **values):
+        return self.action(server, 'VERIFY_RESIZE', 'resize', {
+            'flavorRef': flavor or self.large, **values})
+
+    def confirm(self, server, status='ACTIVE'):
+        self.api.post_server_action(server['id'], {'confirmResize': None})
+        return self.wait_for(
+            lambda: self._settled(server, status), 'confirmResize')
+
+    def assert_size(self, server, host, memory, disk):
+        resources = self.info(server, host)['resources']
+        self.assertEqual((memory << 20, disk * GIB), (
+            resources['memory_bytes'], resources['disk_bytes']))
+        size = self.sh(server, "df -k / | awk 'END { print $2 }'", host)
+        self.assertAlmostEqual(disk, int(size) / (1 << 20), delta=0.15)
+
+    def assert_only_at(self, server, host):
+        self.assertEqual(
+            {'host1': set(), 'host2': set()} | {host: {server['id']}},
+            {name: self.containers(name) for name in ('host1', 'host2')})
+
+    def test_migrate_and_confirm(self):
+        server = self.start(config_drive=True)
+        self.action(server, 'VERIFY_RESIZE', 'migrate', {'host': 'host2'})
+        self.assert_changed(server, 'host2')
+        self.assertIn(b'seen by all', self.log(server, 'host2'))
+        self.assertIn(server['id'], self.sh(
+            server, 'cat /config-drive/openstack/latest/meta_data.json',
+            'host2'))
+        # The source has it still, and does not start it.
+        info = self.info(server)
+        self.assertEqual(('stopped', True), (
+            info['state'], info['offered']))
+        error = self.assertRaises(
+            errors.ContainerError, self.agents.client('host1').prepare,
+            server['id'])
+        self.assertIn('moved to another host', str(error))
+        self.confirm(server)
+        self.assert_only_at(server, 'host2')
+        self.assert_changed(server, 'host2')
+        self.action(server, 'VERIFY_RESIZE', 'migrate', {'host': 'host1'})
+        self.confirm(server)
+        self.assert_only_at(server, 'host1')
+        self.assert_changed(server)
+        self.delete(server)
+        self.assert_nothing_left()
+        self.assert_nothing_left('host2')
+
+    def test_migrate_and_revert(self):
+        server = self.start()
+        self.action(server, 'VERIFY_RESIZE', 'migrate', {'host': 'host2'})
+        self.sh(server, 'rm -r /data', 'host2')
+        self.action(server, 'ACTIVE', 'revertResize')
+        self.assert_changed(server)
+        self.assert_only_at(server, 'host1')
+
+    def test_migrate_a_stopped_server(self):
+        server = self.start()
+        self.action(server, 'SHUTOFF', 'os-stop')
+        self.action(server, 'VERIFY_RESIZE', 'migrate', {'host': 'host2'})
+        self.assertEqual('defined', self.info(server, 'host2')['state'])
+        self.confirm(server, 'SHUTOFF')
+        self.assert_only_at(server, 'host2')
+        self.action(server, 'ACTIVE', 'os-start')
+        self.assert_changed(server, 'host2')
+
+    def test_resize_to_another_host(self):
+        server = self.start()
+        self.resize(server)
+        self.assert_size(server, 'host2', 384, 2)
+        self.assert_changed(server, 'host2')
+        self.action(server, 'ACTIVE', 'revertResize')
+        self.assert_size(server, 'host1', 256, 1)
+        self.resize(server)
+        self.confirm(server)
+        self.assert_only_at(server, 'host2')
+        self.assert_size(server, 'host2', 384, 2)
+        self.action(server, 'ACTIVE', 'reboot', {'type': 'HARD'})
+        self.assert_size(server, 'host2', 384, 2)
+        self.assert_changed(server, 'host2')
+
+    def test_resize_on_one_host(self):
+        self.flags(allow_resize_to_same_host=True)
+        server = self.start()
+        self.api.put_service(
+            self.service('host2')['id'], {'status': 'disabled'})
+        self.resize(server)
+        self.assert_size(server, 'host1', 384, 2)
+        self.assert_changed(server)
+        self.sh(server, 'dd if=/dev/zero of=/more bs=1M count=64; sync')
+        self.action(server, 'ACTIVE', 'revertResize')
+        self.assert_size(server, 'host1', 256, 1)
+        self.assertEqual('67108864', self.sh(server, 'stat -c %s /more'))
+        self.resize(server)
+        self.confirm(server)
+        self.assert_size(server, 'host1', 384, 2)
+        self.assert_changed(server)
+
+    def test_what_does_not_fit(self):
+        odd = self._create_flavor(
+            memory_mb=256, vcpu=1, disk=2, ephemeral=1)
+        small, self.flavor = self.flavor, self.large
+        server = self.start()
+        error = self.assertRaises(
+            client.OpenStackApiException, self.api.post_server_action,
+            server['id'], {'resize': {'flavorRef': small}})
+        self.assertIn('smaller', str(error))
+        self.api.post_server_action(
+            server['id'], {'resize': {'flavorRef': odd}})
+        self.wait_for(lambda: 'an ephemeral disk' in self.faults(server),
+                      'the refusal')
+        self.wait_for(lambda: self._settled(server, 'ACTIVE'), 'ACTIVE')
+        self.assert_changed(server)
+        self.assert_only_at(server, 'host1')
+
+    def faults(self, server):
+        """What the actions of a server say of why they failed."""
+        return str([
+            event for action in self.api.get_instance_actions(server['id'])
+            for event in self.api.api_get(
+                f'/servers/{server["id"]}/os-instance-actions/'
+                f'{action["request_id"]}').body['instanceAction']['events']])
+
+    def test_source_agent_is_restarted(self):
+        server = self.start()
+        self.action(server, 'VERIFY_RESIZE', 'migrate', {'host': 'host2'})
+        self.agents.stop('host1')
+        self.agents.start('host1')
+        self.wait_for(lambda: self.info(server)['offered'], 'the agent')
+        self.action(server, 'ACTIVE', 'revertResize')
+        self.assert_changed(server)
+        self.assert_only_at(server, 'host1')
+
+    def test_nova_compute_dies_while_it_stops(self):
+        server = self.start()
+        agent = self.agents.client('host1')
+        agent.stop(server['id'], 0)
+        agent.transfer_offer(
+            server['id'], server['id'],
+            self.agents.client('host2').host_info()['migration'])
+        instance = self.instance(server)
+        self.computes['host1'].driver.finish_revert_migration(
+            None, instance, [], None, None, True)
+        self.assertEqual(power_state.RUNNING, self.computes[
+            'host1'].driver.get_info(instance).state)
+        self.assert_changed(server)
+
+    def test_destination_fails(self):
+        server = self.start()
+        self.agents.stop('host2')
+        self.wait_for(lambda: self.service('host2')['status'] == 'disabled',
+                      'the report')
+        self.agents.start('host2', PYCONTAINER_FAULTS='taking.files=raise')
+        self.wait_for(lambda: self.service('host2')['status'] == 'enabled',
+                      'the agent')
+        self.api.post_server_action(
+            server['id'], {'migrate': {'host': 'host2'}})
+        self.wait(server, 'ERROR')
+        # All of it is where it was, and nothing where it should have come.
+        self.assertTrue(self.info(server)['offered'])
+        self.assertEqual([], self.agents.leftovers('host2'))
+        # Nova knows only the new host, and forgets the old one.
+        self.api.delete_server(server['id'])
+        self.wait_for(lambda: not self.api.get_servers(), 'the deletion')
+        self.periodic('_run_image_cache_manager_pass')
+        self.assert_nothing_left()
+        self.assert_nothing_left('host2')
