@@ -87,8 +87,10 @@ class PyContainerDriver(driver.ComputeDriver):
         **driver.ComputeDriver.capabilities,
         'has_imagecache': True,
         'supports_attach_interface': True,
+        'supports_device_tagging': True,
         'supports_evacuate': True,
         'supports_image_type_raw': True,
+        'supports_tagged_attach_interface': True,
         'supports_trusted_certs': True,
     }
 
@@ -431,7 +433,7 @@ class PyContainerDriver(driver.ComputeDriver):
     def attach_interface(self, context, instance, image_meta, vif):
         with driver_errors.translated(
                 instance, failure=driver_errors.attach_failure(instance)):
-            self._spawner.attach_interface(instance, vif)
+            self._spawner.attach_interface(context, instance, vif)
 
     def detach_interface(self, context, instance, vif):
         with driver_errors.translated(

@@ -82,9 +82,10 @@ class Resizer:
                     self._client.stop(instance.uuid, timeout)
                 facts = {}
                 if peer is not None:
-                    with steps.step(
-                            'offer', lambda: self._client.transfer_withdraw(
-                                instance.uuid)):
+                    def take_back():
+                        self._client.transfer_withdraw(instance.uuid)
+
+                    with steps.step('offer', take_back):
                         facts = self._client.transfer_offer(
                             instance.uuid, record.uuid, peer,
                             migration_destination.options(self._conf))

@@ -22,6 +22,7 @@ from nova.virt import configdrive as nova_configdrive
 from oslo_log import log as logging
 
 from nova_pycontainer import configdrive
+from nova_pycontainer import device_metadata
 from nova_pycontainer import flavor
 from nova_pycontainer.runtime import errors
 from nova_pycontainer import steps as driver_steps
@@ -85,6 +86,9 @@ class Spawner:
                             lambda: vif.unplug(instance, network_info)):
                 vif.plug(instance, network_info)
             with steps.step('config_drive'):
+                # The compute manager saves it with the instance.
+                instance.device_metadata = device_metadata.build(
+                    context, instance)
                 nova_configdrive.update_instance(instance)
                 files = configdrive.files(
                     instance, injected_files, admin_password, network_info)
@@ -161,7 +165,7 @@ class Spawner:
                 self._leftovers[uuid] = _names(nics)
             raise
 
-    def attach_interface(self, instance, port):
+    def attach_interface(self, context, instance, port):
         """Give the server one more interface.
 
         :raises ContainerError: the agent's; nothing of it is left
@@ -177,6 +181,8 @@ class Spawner:
             with steps.step('attach'):
                 self._client.interface_attach(instance.uuid, nic)
             steps.success()
+        instance.device_metadata = device_metadata.build(context, instance)
+        instance.save()
 
     def detach_interface(self, instance, port):
         """Take an interface away, whether or not it is there.

@@ -98,6 +98,89 @@ class VerbsTest(base.CloudTestCase):
                  self.server.id, user='admin')
         self.assertNotEqual(here, self.host_of(self.server))
 
+    def test_tags(self):
+        network = self.demo.network.find_network('private')
+        small = self.create_server('busybox', 'pyc.tiny', networks=[
+            {'uuid': network.id, 'tag': 'first'}])
+
+        def devices(read):
+            document = json.loads(read(
+                'http://169.254.169.254/openstack/latest/meta_data.json'))
+            return {(device['mac'], *device['tags'])
+                    for device in document['devices'] if device.get('tags')}
+
+        def of_small(url):
+            return self.on_host(
+                self.host_of(small), 'pycontainer', 'exec', small.id, '--',
+                'wget', '-q', '-O', '-', url)
+
+        # Its address may take a moment.
+        base.wait_for(
+            lambda: 'default' in self.on_host(
+                self.host_of(small), 'pycontainer', 'exec', small.id, '--',
+                'ip', 'route'), PATIENCE, 'the address')
+        [nic] = self.container(small)['nics']
+        self.assertEqual({(nic['mac'], 'first')}, devices(of_small))
+        port = self.demo.network.create_port(network_id=network.id)
+        self.addCleanup(self.demo.network.delete_port, port)
+        self.cli('--os-compute-api-version', '2.49', 'server', 'add', 'port',
+                 '--tag', 'second', self.server.id, port.id)
+
+        # Nova keeps what it has told a guest for some seconds.
+        base.wait_for(
+            lambda: (port.mac_address, 'second') in devices(
+                lambda url: self.ssh_in(f'curl -s {url}')),
+            PATIENCE, 'the tag')
+        self.cli('server', 'remove', 'port', self.server.id, port.id)
+        base.wait_for(
+            lambda: len(self.container(self.server)['nics']) == 1,
+            PATIENCE, 'the end of the interface')
+
+    def test_resize(self):
+        self.ssh_in('echo mine > kept; sync')
+        here = self.host_of(self.server)
+        memory = self.container(self.server)['resources']['memory_bytes']
+        disk = self.ssh_in('df --output=size / | tail -n 1')
+        large = self.flavor('ct-larger', (memory >> 20) + 64, 6)
+        self.cli('server', 'resize', '--flavor', large, '--wait',
+                 self.server.id)
+        self.wait('VERIFY_RESIZE')
+        self.wait_ssh(self.address, user='debian')
+        self.assertEqual('mine', self.ssh_in('cat kept').strip())
+        self.assertNotEqual(here, self.host_of(self.server))
+        self.assertEqual(memory + (64 << 20), self.container(
+            self.server)['resources']['memory_bytes'])
+        self.assertGreater(
+            int(self.ssh_in('df --output=size / | tail -n 1')), int(disk))
+        self.cli('server', 'resize', 'revert', self.server.id)
+        self.wait('ACTIVE')
+        self.assertEqual(here, self.host_of(self.server))
+        self.wait_ssh(self.address, user='debian')
+        self.assertEqual(memory, self.container(
+            self.server)['resources']['memory_bytes'])
+        self.assertEqual(disk, self.ssh_in('df --output=size / | tail -n 1'))
+
+    def test_cold_migration(self):
+        self.ssh_in('echo mine > kept; sync')
+        here = self.host_of(self.server)
+        self.cli('server', 'migrate', '--wait', self.server.id, user='admin')
+        self.wait('VERIFY_RESIZE')
+        self.cli('server', 'migrate', 'confirm', self.server.id,
+                 user='admin')
+        self.wait('ACTIVE')
+        there = self.host_of(self.server)
+        self.assertNotEqual(here, there)
+        self.wait_ssh(self.address, user='debian')
+        self.assertEqual('mine', self.ssh_in('cat kept').strip())
+        base.wait_for(
+            lambda: self.server.id not in self.containers(here), PATIENCE,
+            'the end of the copy at the source')
+        # And what it can do afterwards.
+        self.cli('server', 'migrate', '--live-migration', '--wait',
+                 self.server.id, user='admin')
+        self.assertEqual(here, self.host_of(self.server))
+        self.assertEqual('mine', self.ssh_in('cat kept').strip())
+
     def test_admin_password(self):
         before = self.ssh_in('sudo grep ^root: /etc/shadow')
         self.demo.compute.change_server_password(

@@ -31,6 +31,7 @@ from nova_pycontainer.runtime import migrations
 from nova_pycontainer.runtime.migration import checks  # noqa: H306
 from nova_pycontainer.runtime.migration import preflight
 from nova_pycontainer.runtime import rescue
+from nova_pycontainer.runtime import transfers
 from tests.unit.agent import base
 from tests.unit.agent import directory_host
 
@@ -49,7 +50,8 @@ class TestVerbs(base.AgentTestCase):
                      'interfaces': interfaces.Interfaces,
                      'preflight': preflight.Preflight,
                      'migrations': migrations.Migrations,
-                     'rescues': rescue.Rescues}[part], method)]
+                     'rescues': rescue.Rescues,
+                     'transfers': transfers.Transfers}[part], method)]
                 if not part:
                     found.append(
                         getattr(directory_host.DirectoryHost, method))

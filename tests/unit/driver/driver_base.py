@@ -41,6 +41,11 @@ class Base(base.TestCase):
         self.plugged = {}
         self.useFixture(fixtures.MonkeyPatch('os_vif.plug', self._plug))
         self.useFixture(fixtures.MonkeyPatch('os_vif.unplug', self._unplug))
+        # Of the database: who has tagged what.
+        self.tagged = []
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.objects.VirtualInterfaceList.get_by_instance_uuid',
+            staticmethod(lambda context, uuid: self.tagged)))
         self.virtapi = base.VirtAPI()
         self.driver = Driver(self.virtapi)
         self.driver.agent = self.agent

@@ -178,10 +178,11 @@ class FakeAgent(fake_migration.Migrations):
             'uuid': uuid, 'name': spec['name'], 'state': 'defined',
             'base_id': base_id, 'image_id': spec['image_id'],
             'nics': spec['nics'],
-            'resources': spec['resources'], 'spec': spec, 'exit': None,
+            'resources': dict(spec['resources']), 'spec': spec,
+            'exit': None,
             'console': b'', 'rescue': None,
             'layer': spec['layer'], 'memory_bytes': 64 << 20,
-            'disk': {'used_bytes': 1 << 20}}
+            'disk': {'used_bytes': 1 << 20, 'method': 'loop'}}
         return dict(self.containers[uuid])
 
     def prepare(self, uuid, changes=None):
@@ -193,6 +194,18 @@ class FakeAgent(fake_migration.Migrations):
             self.links.setdefault(nic['devname'], uuid)
         item['state'] = 'created'
         return dict(item)
+
+    def transfer_offer(self, uuid, migration, destination, options=None):
+        self._enter('transfer_offer')
+        item = self._get(uuid, 'defined', 'stopped')
+        item['offered'] = True
+        return {'source': {}, 'spec': item['spec'], 'to': destination,
+                'base_id': item['base_id'], 'layer': {}, 'drive': False}
+
+    def transfer_withdraw(self, uuid):
+        self._enter('transfer_withdraw')
+        self._get(uuid)['offered'] = False
+        return self.info(uuid)
 
     def start_container(self, uuid):
         self._enter('start_container')

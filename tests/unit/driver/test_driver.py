@@ -319,6 +319,8 @@ class ServiceTestCase(driver_base.Base):
     def test_traits_of_capabilities(self):
         traits = self.driver.capabilities_as_traits()
         self.assertEqual(
-            {'COMPUTE_IMAGE_TYPE_RAW', 'COMPUTE_NET_ATTACH_INTERFACE',
+            {'COMPUTE_DEVICE_TAGGING', 'COMPUTE_IMAGE_TYPE_RAW',
+             'COMPUTE_NET_ATTACH_INTERFACE',
+             'COMPUTE_NET_ATTACH_INTERFACE_WITH_TAG',
              'COMPUTE_TRUSTED_CERTS'},
             {name for name, present in traits.items() if present})

@@ -1,0 +1,120 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+
+import fixtures
+from nova import exception
+from nova.compute import power_state
+from nova import objects
+from oslo_utils.fixture import uuidsentinel as uuids
+
+from nova_pycontainer import migration_data
+from nova_pycontainer.runtime import errors
+from tests.unit.driver import base
+from tests.unit.driver import driver_base
+
+
+class LeaveTestCase(driver_base.Base):
+    """Of a server that may be resized, on its source."""
+
+    def setUp(self):
+        super().setUp()
+        self.spawn()
+        self.record = objects.Migration(
+            uuid=uuids.migration, source_compute='host1',
+            dest_compute='host2')
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova_pycontainer.resize._record',
+            lambda context, instance: self.record))
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova_pycontainer.migration_data.recorded_identity',
+            lambda context, host: {'certificate': host}))
+
+    def leave(self, **values):
+        return self.driver.migrate_disk_and_power_off(
+            self.context, self.instance, '192.0.2.2',
+            base.make_flavor(**values), self.network_info, None, 60, 0)
+
+    def refused(self, **values):
+        error = self.assertRaises(
+            exception.InstanceFaultRollback, self.leave, **values)
+        self.assertEqual(power_state.RUNNING, self.state())
+        self.assertEqual(2, len(self.plugged))
+        return error.inner_exception
+
+    def test_it_is_offered_to_its_new_host(self):
+        told = migration_data.load_disk_info(self.leave(root_gb=12))
+        self.assertFalse(told['here'])
+        self.assertEqual('host2', told['facts']['to']['certificate'])
+        self.assertEqual(power_state.SHUTDOWN, self.state())
+        self.assertEqual({}, self.plugged)
+
+    def test_on_one_host(self):
+        self.record.dest_compute = 'host1'
+        told = migration_data.load_disk_info(self.leave())
+        self.assertTrue(told['here'])
+        self.assertNotIn('transfer_offer', self.agent.calls)
+
+    def test_smaller_disk(self):
+        self.agent.containers[uuids.instance]['resources'][
+            'disk_bytes'] = 8 << 30
+        self.assertIn('smaller', str(self.refused(root_gb=7)))
+        self.assertNotIn('stop', self.agent.calls)
+
+    def test_disk_of_any_size_on_one_host(self):
+        self.record.dest_compute = 'host1'
+        self.agent.containers[uuids.instance]['disk'] = {'method': 'loop'}
+        self.assertIn('any size', str(self.refused(root_gb=0)))
+        self.agent.containers[uuids.instance]['disk'] = {'method': 'project'}
+        self.leave(root_gb=0)
+
+    def test_flavor_that_containers_cannot_have(self):
+        self.assertIn('swap', str(self.refused(swap=64)))
+
+    def test_the_offer_fails(self):
+        self.agent.failures['transfer_offer'] = errors.ContainerError(
+            'bad_state', 'no')
+        self.assertIsInstance(self.refused(), exception.ResizeError)
+
+    def test_the_new_host_is_not_one_of_ours(self):
+        def unknown(context, host):
+            raise exception.MigrationError(reason='no certificate')
+
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova_pycontainer.migration_data.recorded_identity', unknown))
+        self.assertIn('no certificate', str(self.refused()))
+        self.assertNotIn('stop', self.agent.calls)
+
+    def test_revert_of_one_that_did_not_leave(self):
+        self.driver.finish_revert_migration(
+            self.context, self.instance, self.network_info, self.record,
+            None, True)
+        self.assertEqual(power_state.RUNNING, self.state())
+
+    def test_confirm(self):
+        self.leave()
+        self.driver.confirm_migration(
+            self.context, self.record, self.instance, self.network_info)
+        self.assertEqual({}, self.agent.containers)
+
+    def test_nothing_is_removed_on_one_host(self):
+        self.record.dest_compute = 'host1'
+        self.leave()
+        self.driver.confirm_migration(
+            self.context, self.record, self.instance, self.network_info)
+        self.assertIn(uuids.instance, self.agent.containers)
+        self.instance.task_state = 'resize_reverting'
+        self.driver.destroy(self.context, self.instance, self.network_info)
+        self.assertIn(uuids.instance, self.agent.containers)
+        self.record.source_compute = 'host2'
+        self.driver.destroy(self.context, self.instance, self.network_info)
+        self.assertEqual({}, self.agent.containers)
