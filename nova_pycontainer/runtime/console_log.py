@@ -17,7 +17,6 @@ keeper; see :class:`.keeper_console.LogRing`.
 """
 
 import base64
-import binascii
 import pathlib
 import zlib
 
@@ -69,7 +68,7 @@ def unpack(path: pathlib.Path, packed: object, max_bytes: int) -> None:
         # More than the limit of that host is nobody's log.
         data = zlib.decompressobj().decompress(
             base64.b64decode(str(packed), validate=True), 64 << 20)
-    except (binascii.Error, zlib.error) as e:
+    except (ValueError, zlib.error) as e:
         raise errors.ContainerError(
             'invalid', 'what came is no log of a console',
             cause=str(e)) from e

@@ -47,6 +47,20 @@ def _optional_int(data: ty.Mapping[str, ty.Any], key: str, low: int,
     return value
 
 
+def _object(data: ty.Mapping[str, ty.Any], key: str) -> dict[str, ty.Any]:
+    value = data.get(key) or {}
+    if not isinstance(value, dict):
+        raise _invalid(f'{key} is no object')
+    return value
+
+
+def _nics(data: ty.Mapping[str, ty.Any]) -> tuple[network.Nic, ...]:
+    value = data.get('nics') or []
+    if not isinstance(value, list | tuple):
+        raise _invalid('nics is no list')
+    return tuple(network.Nic.from_dict(nic) for nic in value)
+
+
 @dataclasses.dataclass(frozen=True)
 class Spec:
     """One container as the caller wants it. Sizes are bytes."""
@@ -67,8 +81,8 @@ class Spec:
     @classmethod
     def from_dict(cls, data: ty.Mapping[str, ty.Any]) -> 'Spec':
         """:raises ContainerError: ``invalid``, naming the field"""
-        resources = data.get('resources') or {}
-        init = data.get('init') or {}
+        resources = _object(data, 'resources')
+        init = _object(data, 'init')
         argv = init.get('argv')
         env = init.get('env') or {}
         if argv is not None and not (
@@ -104,8 +118,7 @@ class Spec:
             limits=limits,
             vcpus=vcpus,
             disk_bytes=_optional_int(resources, 'disk_bytes', 1 << 20),
-            nics=tuple(network.Nic.from_dict(n)
-                       for n in data.get('nics') or ()),
+            nics=_nics(data),
             init_argv=argv,
             init_env=dict(env),
             stop_signal=init.get('stop_signal'),

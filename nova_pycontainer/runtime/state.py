@@ -61,8 +61,8 @@ def read_json(path: pathlib.Path) -> dict[str, ty.Any]:
     """
     try:
         data = json.loads(path.read_text())
-        number = data['format']
-    except (ValueError, KeyError, TypeError) as e:
+        number = int(data['format'])
+    except (ValueError, KeyError, TypeError, OverflowError) as e:
         raise errors.ContainerError(
             'internal', f'{path} is damaged', cause=str(e),
             remedy='Restore it from a backup, or delete the instance') from e

@@ -20,6 +20,7 @@ import time
 import uuid as uuidlib
 
 from nova_pycontainer.runtime import host
+from nova_pycontainer.runtime.migration import network_lock
 from nova_pycontainer.runtime import network
 from tests.runtime import base
 
@@ -441,6 +442,16 @@ class NetworkTestCase(base.HostTestCase):
             found = network.statistics(nic)
             seen.add(found and found['rx_octets'])
         self.assertEqual({None, 0}, seen)
+
+    def test_nothing_leaves_a_guest_that_runs_elsewhere(self):
+        uuid = self.run_container()
+        pid = self.host.info(uuid)['pid']
+        ping = 'ping -c 1 -W 2 127.0.0.1 >/dev/null && echo yes || echo no'
+        self.assertEqual('yes', self.sh(uuid, ping))
+        network_lock.block(pid)
+        self.assertEqual('no', self.sh(uuid, ping))
+        network_lock.remove(pid, self.host.entry(uuid).container.cgroup)
+        self.assertEqual('yes', self.sh(uuid, ping))
 
     def test_failed_plug_takes_back_what_it_made(self):
         good, bad = self._nic(1), self._nic(2)

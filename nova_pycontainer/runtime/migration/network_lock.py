@@ -36,6 +36,9 @@ LOG = logging.getLogger(__name__)
 #: Of the protocol family "inet" (linux/netfilter.h).
 _INET = 1
 _NAME = 'CRIU-'
+_OURS = 'pycontainer-block'
+#: NF_DROP of linux/netfilter.h.
+_DROP = 0
 _TCP_REPAIR = 19
 
 
@@ -49,8 +52,8 @@ def remove(pid: int, group: cgroup.Cgroup) -> None:
             return
         names = netns.within(pid, _locks)
         if names:
-            LOG.warning('a CRIU that has died has left the network lock %s',
-                        names)
+            LOG.warning('the guest of process %d is behind the network lock '
+                        '%s, which goes', pid, names)
             for each in clocks.processes(group):
                 _end_repair(each)
             netns.within(pid, lambda: _remove(names))
@@ -59,6 +62,27 @@ def remove(pid: int, group: cgroup.Cgroup) -> None:
     except (OSError, errors.ContainerError,
             nl_exceptions.NetlinkError) as e:
         LOG.error('removing the network lock of process %d: %s', pid, e)
+
+
+def block(pid: int) -> None:
+    """Let nothing out of the guest; :func:`remove` takes it back.
+
+    For a guest that runs on another host, and whose CRIU is about to give up
+    here: what its sockets then send would lead their peers to this host.
+
+    :param pid: the container's init
+    """
+    try:
+        netns.within(pid, _block)
+    except (OSError, nl_exceptions.NetlinkError) as e:
+        LOG.error('blocking the network of process %d: %s', pid, e)
+
+
+def _block() -> None:
+    with nftables.NFTables(nfgen_family=_INET) as nft:
+        nft.table('add', name=_OURS)
+        nft.chain('add', table=_OURS, name='output', hook='output',
+                  type='filter', policy=_DROP)
 
 
 def _end_repair(pid: int) -> None:
@@ -85,7 +109,8 @@ def _locks() -> list[str]:
     with nftables.NFTables(nfgen_family=_INET) as nft:
         names = [str(table.get_attr('NFTA_TABLE_NAME'))
                  for table in nft.get_tables()]
-    return [name for name in names if name.startswith(_NAME)]
+    return [name for name in names
+            if name.startswith(_NAME) or name == _OURS]
 
 
 def _remove(names: list[str]) -> None:

@@ -37,6 +37,7 @@ from nova_pycontainer.runtime.migration import images
 from nova_pycontainer.runtime.migration import keys
 from nova_pycontainer.runtime.migration import layer_transfer
 from nova_pycontainer.runtime.migration import moment
+from nova_pycontainer.runtime.migration import network_lock
 from nova_pycontainer.runtime.migration import protocol
 from nova_pycontainer.runtime.migration import recovery
 from nova_pycontainer.runtime.migration import relay
@@ -605,6 +606,8 @@ class _Dump:
             # It gives up, and lets go of the processes next. They have to
             # be set right before they run.
             (self._source.item.cgroup.v2 / 'cgroup.freeze').write_text('1')
+            if self._source.committed:
+                network_lock.block(self._pid)
         elif script.name == 'post-dump':
             try:
                 self._dumped()
