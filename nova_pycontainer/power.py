@@ -22,6 +22,7 @@ from oslo_log import log as logging
 from nova_pycontainer import flavor
 from nova_pycontainer.runtime import errors
 from nova_pycontainer import steps as driver_steps
+from nova_pycontainer import transfer
 from nova_pycontainer import vif
 
 LOG = logging.getLogger(__name__)
@@ -95,6 +96,18 @@ class Power:
         flavor's limits are set again. What is there already is left alone.
         """
         uuid = instance.uuid
+        info = self._client.info(uuid)
+        if info.get('incoming'):
+            LOG.warning('Its files have not all come from where it was; '
+                        'trying that again', instance=instance)
+            transfer.wait(self._client, self._conf, instance,
+                          self._client.transfer_resume(uuid)['migration'])
+        if info.get('offered'):
+            # Only the host that Nova says the server is on is asked to start
+            # it: a resize ended before it was another's.
+            LOG.warning('Its resize has ended early: it stays here',
+                        instance=instance)
+            self._client.transfer_withdraw(uuid)
         with self._wired(instance, network_info, verb) as (steps, changes):
             with steps.step('prepare', undo=lambda: self._kill(uuid)):
                 self._client.prepare(uuid, changes)

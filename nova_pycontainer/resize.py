@@ -19,8 +19,7 @@ until the user confirms, and starts it again if the user reverts.
 A resize on the same host leaves the container where it is.
 """
 
-import time
-
+from nova.compute import vm_states
 from nova import exception
 from nova.i18n import _
 from nova import objects
@@ -33,11 +32,10 @@ from nova_pycontainer import migration_destination
 from nova_pycontainer.runtime import errors
 from nova_pycontainer import spawn
 from nova_pycontainer import steps as driver_steps
+from nova_pycontainer import transfer
 
 LOG = logging.getLogger(__name__)
 
-_POLL_S = 10.0
-_RETRY_S = 1.0
 _ALIVE = ('created', 'running', 'paused')
 
 
@@ -71,8 +69,7 @@ class Resizer:
         try:
             self._check(instance, flavor, info, self._is_here(record))
             peer = (None if self._is_here(record) else
-                    migration_data.recorded_identity(
-                        context, record.dest_compute))
+                    self._peer(context, instance, record.dest_compute))
         except exception.NovaException as e:
             raise exception.InstanceFaultRollback(e) from e
         try:
@@ -100,6 +97,21 @@ class Resizer:
         return migration_data.dump_disk_info(
             facts=facts, here=peer is None, migration=record.uuid)
 
+    def _peer(self, context, instance, host):
+        """What the database says of the agent of the new host.
+
+        :raises nova.exception.NovaException: it cannot take the server
+        """
+        base_id = instance.system_metadata.get(spawn.BASE_ID)
+        for other in objects.InstanceList.get_by_host(
+                context, host, expected_attrs=['system_metadata']):
+            if other.system_metadata.get(spawn.BASE_ID) == base_id:
+                raise exception.ResizeError(reason=_(
+                    'server %(other)s on host %(host)s has the same range of '
+                    'host ids. Try another host') %
+                    {'other': other.uuid, 'host': host})
+        return migration_data.recorded_identity(context, host)
+
     def _is_here(self, record):
         """Whether source and destination are one host, this one."""
         return record.source_compute == record.dest_compute
@@ -113,8 +125,10 @@ class Resizer:
             raise exception.ResizeError(reason=_(
                 'the root disk of flavor %s is smaller than the one that the '
                 'server has, which is not made smaller') % flavor.name)
-        if here and bool(new['disk_bytes']) != bool(old) and (
-                info['disk']['method'] == 'loop'):
+        method = info['disk']['method']
+        if here and method != 'none' and (
+                not old and new['disk_bytes'] or
+                old and not new['disk_bytes'] and method == 'loop'):
             raise exception.ResizeError(reason=_(
                 'on one host, a root disk of any size cannot become one of a '
                 'certain size, nor the other way round'))
@@ -143,8 +157,8 @@ class Resizer:
                power_on):
         """Get the server, and start it with its new flavor.
 
-        :raises nova.exception.MigrationError: nothing is left of it here; it
-            is on its source still
+        :raises nova.exception.MigrationError: it is on its source still;
+            to start it here tries the copy again
         :raises ContainerError: the same, of the agent's
         """
         told = migration_data.load_disk_info(disk_info)
@@ -160,43 +174,17 @@ class Resizer:
                 self._destination.remove_leftovers(instance)
             with steps.step('layer'):
                 self._destination.get_layer(context, instance, spec)
-            with steps.step('take', lambda: self._client.delete(uuid)):
-                self._take(instance, record, spec, facts)
+            with steps.step('take'):
+                self._client.transfer_take(
+                    uuid, record.uuid, spec, facts,
+                    migration_destination.options(self._conf))
+                transfer.wait(self._client, self._conf, instance, record.uuid)
             # The compute manager saves it with the instance.
             instance.system_metadata[spawn.BASE_ID] = str(facts['base_id'])
-            if power_on:
-                with steps.step('start'):
-                    self._power.on(instance, network_info)
             steps.success()
-
-    def _take(self, instance, record, spec, facts):
-        self._client.transfer_take(
-            instance.uuid, record.uuid, spec, facts,
-            migration_destination.options(self._conf))
-        lost = None
-        while True:
-            try:
-                status = self._client.migration_status(record.uuid, _POLL_S)
-            except errors.AgentUnavailable as e:
-                lost = lost or time.monotonic()
-                if time.monotonic() - lost > self._conf.agent_start_timeout:
-                    raise
-                LOG.warning('%s', e, instance=instance)
-                time.sleep(_RETRY_S)
-                continue
-            except errors.ContainerError as e:
-                if e.code != 'not_found':
-                    raise
-                raise exception.MigrationError(reason=_(
-                    'the agent was restarted while it copied the server. '
-                    'All of it is on %s still') % record.source_compute
-                ) from e
-            lost = None
-            if status['phase'] == 'completed':
-                LOG.info('The server has come: %s', status, instance=instance)
-                return
-            if status['phase'] in ('failed', 'aborted'):
-                raise errors.ContainerError.from_dict(status['error'])
+        if power_on:
+            # What has come stays, whatever becomes of that: it is the server.
+            self._power.on(instance, network_info)
 
     def stays(self, context, instance):
         """Whether a server whose resize is reverted was resized here.
@@ -213,19 +201,24 @@ class Resizer:
         self._spawner.unplug(instance, network_info)
 
     def forget(self, context):
-        """Remove what servers have left here that were deleted elsewhere,
-        after a migration that did not come to its end.
+        """Remove what servers have left here whose migration did not come to
+        its end, and that were deleted since or have got over it elsewhere.
         """
         for info in self._client.list():
-            if not info.get('offered'):
-                continue
-            try:
-                objects.Instance.get_by_uuid(context, info['uuid'])
-            except exception.InstanceNotFound:
+            if info.get('offered') and self._is_over(context, info['uuid']):
                 LOG.warning('Removing what is left of server %s, which was '
-                            'to move to another host and was deleted',
-                            info['uuid'])
+                            'to move to another host', info['uuid'])
                 self._client.delete(info['uuid'])
+
+    def _is_over(self, context, uuid):
+        try:
+            instance = objects.Instance.get_by_uuid(context, uuid)
+        except exception.InstanceNotFound:
+            return True
+        return (instance.host not in (None, self._host) and
+                instance.task_state is None and
+                instance.vm_state not in (vm_states.RESIZED,
+                                          vm_states.ERROR))
 
 
 def _record(context, instance):

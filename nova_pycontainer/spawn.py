@@ -178,11 +178,14 @@ class Spawner:
             with steps.step('plug_vifs',
                             lambda: vif.unplug(instance, [port])):
                 vif.plug(instance, [port])
-            with steps.step('attach'):
+            with steps.step('attach', lambda: self._client.interface_detach(
+                    instance.uuid, nic['devname'])):
                 self._client.interface_attach(instance.uuid, nic)
+            with steps.step('metadata'):
+                instance.device_metadata = device_metadata.build(
+                    context, instance)
+                instance.save()
             steps.success()
-        instance.device_metadata = device_metadata.build(context, instance)
-        instance.save()
 
     def detach_interface(self, instance, port):
         """Take an interface away, whether or not it is there.

@@ -396,12 +396,16 @@ class Client:
     ) -> Json:
         """Start to copy a container that another host offers.
 
-        :meth:`migration_status` tells how it goes; nothing is here if that
-        fails.
+        :meth:`migration_status` tells how it goes. What has come of one that
+        fails is not started, and :meth:`transfer_resume` goes on with it.
         """
         return ty.cast(Json, self._call('transfer_take', {
             'uuid': uuid, 'migration': migration, 'spec': spec,
             'facts': facts, 'options': options}, 120.0))
+
+    def transfer_resume(self, uuid: str) -> Json:
+        """Go on with a copy that has failed, as :meth:`transfer_take`."""
+        return ty.cast(Json, self._call('transfer_resume', {'uuid': uuid}))
 
     def migration_check_source(self, uuid: str) -> Json:
         """What of a container has to move, and what cannot.

@@ -132,6 +132,7 @@ VERBS: ty.Final[dict[str, Verb]] = {
     'transfer_take': Verb('transfers.take', {
         'uuid': _UUID, 'migration': _UUID, 'spec': _OBJECT,
         'facts': _OBJECT, 'options?': _CHANGES}, limit_s=180.0),
+    'transfer_resume': Verb('transfers.resume', {'uuid': _UUID}),
     'migration_check_source': Verb(
         'checks.source', {'uuid': _UUID}, limit_s=60.0),
     'migration_check_destination': Verb(

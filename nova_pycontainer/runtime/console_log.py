@@ -25,8 +25,6 @@ from nova_pycontainer.runtime import errors
 #: Characters of a packed log. It is a part of one frame, see
 #: :data:`.migration.channel.MAX_FRAME`.
 _PACKED = 512 << 10
-#: Bytes that fit in that even if nothing can be compressed.
-_CERTAIN = 256 << 10
 
 
 def _older(path: pathlib.Path) -> pathlib.Path:
@@ -44,11 +42,19 @@ def read(path: pathlib.Path, max_bytes: int) -> bytes:
     return b''.join(parts)[-max_bytes:]
 
 
-def pack(path: pathlib.Path, max_bytes: int) -> str:
-    """The end of a log, as a part of a frame: all that fits."""
+def pack(path: pathlib.Path, max_bytes: int, room: int = 1 << 30) -> str:
+    """The end of a log, as a part of a frame: all that fits.
+
+    :param room: characters that are left in the frame
+    """
     data = read(path, max_bytes)
+    room = min(room, _PACKED)
     text = _encode(data)
-    return text if len(text) <= _PACKED else _encode(data[-_CERTAIN:])
+    if len(text) <= room:
+        return text
+    # What cannot be compressed becomes larger by a third, and a little.
+    kept = max(room - 1024, 0) * 5 // 8
+    return _encode(data[-kept:] if kept else b'')
 
 
 def _encode(data: bytes) -> str:

@@ -169,6 +169,8 @@ class Container:
             'moved': self.st.moved,
             # Another host may have it.
             'offered': self.st.offered is not None,
+            # Its files are not all here yet.
+            'incoming': self.st.incoming is not None,
             'rescue': self.st.rescue is not None,
             'started_at': run['started_at'] if run and live else None,
             'spec': {k: v for k, v in self.st.spec.items()

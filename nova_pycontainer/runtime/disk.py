@@ -127,6 +127,7 @@ class Disk:
         """
         :param project: number of its quota, where that is not the first id's
         """
+        self._host_method = method
         self._method = 'none' if limit is None else method
         self._base_id = base_id
         # The base id is distinct for each instance of the host and fits the
@@ -134,6 +135,8 @@ class Disk:
         self._project = base_id if project is None else project
         self._limit = limit or 0
         self._image = instance_dir / 'disk.img'
+        #: The file has become larger, and its file system not yet.
+        self._grown = instance_dir / 'disk.grown'
         self.directory = instance_dir / 'disk'
         self.upper = self.directory / 'upper'
         self.work = self.directory / 'work'
@@ -179,8 +182,10 @@ class Disk:
                 flags | _FS_XFLAG_PROJINHERIT, extsize, nextents, project,
                 cow))
             block = _DqBlk(
+                # 0: none.
                 bhardlimit=self._limit // _QUOTA_BLOCK,
-                ihardlimit=max(self._limit // _BYTES_PER_INODE, 16384),
+                ihardlimit=(self._limit and max(
+                    self._limit // _BYTES_PER_INODE, 16384)),
                 valid=_QIF_LIMITS)
             syscalls.quotactl_fd(
                 fd, (_Q_SETQUOTA << 8) | _PRJQUOTA, project,
@@ -206,10 +211,20 @@ class Disk:
         try:
             _run(['mount', '-t', 'ext4', '-o', 'noatime,nodev', device,
                   str(self.directory)])
+            self._grow(device)
         finally:
             # Detaching a device in use makes it detach itself at the last
             # unmount, so that no crash of ours can leak it.
             _run(['losetup', '--detach', device])
+
+    def _grow(self, device: str) -> None:
+        """Let the file system have all of a file that has become larger.
+
+        The kernel does it while it is mounted, as one of its transactions.
+        """
+        if self._grown.exists():
+            _run(['resize2fs', device])
+            self._grown.unlink()
 
     def unmount(self) -> None:
         """Let go of the file system; idempotent.
@@ -227,55 +242,26 @@ class Disk:
                 time.sleep(0.01)
 
     def resize(self, limit: int | None) -> None:
-        """Change the limit of a disk that is not in use.
+        """Change the limit of a disk.
 
-        :raises ContainerError: ``no_space``: what is on it does not fit;
-            ``unsupported``: a disk with a limit cannot become one without, or
-            the other way round; ``bad_state``
+        A file system in a file only grows, at its next mount: to make one
+        smaller is to move what is on it, and a crash would lose it.
+
+        :raises ContainerError: ``unsupported``: a disk with a limit cannot
+            become one without, or the other way round
         """
-        if self._method == 'project':
-            if limit is not None:
-                used = self._project_usage()
-                if used > limit:
-                    raise _does_not_fit(limit, f'{used} bytes are in use')
-            self._limit = limit or 0
-            self._set_project()
+        if self._host_method == 'none':
             return
-        if limit is None or self._limit == 0:
+        if not self._limit or (limit is None and self.in_file):
             raise errors.ContainerError(
                 'unsupported', 'a disk without a limit cannot get one here, '
                 'nor lose it', remedy='Migrate it to another host with that')
-        if self._method == 'loop':
-            self._resize_image(max(limit, _LOOP_MIN_BYTES))
-        self._limit = limit
-
-    def _project_usage(self) -> int:
-        fd = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            block = _DqBlk()
-            syscalls.quotactl_fd(
-                fd, (_Q_GETQUOTA << 8) | _PRJQUOTA, self._project,
-                ctypes.byref(block))
-            return int(block.curspace)
-        finally:
-            os.close(fd)
-
-    def _resize_image(self, size: int) -> None:
-        if os.path.ismount(self.directory):
-            raise errors.ContainerError(
-                'bad_state', 'the disk is in use')
-        # resize2fs wants a file system that was just checked. The kernel
-        # wrote it, and no guest can write below it.
-        _run(['e2fsck', '-fp', str(self._image)])
-        if size > self._image.stat().st_size:
-            os.truncate(self._image, size)
-            _run(['resize2fs', str(self._image)])
-            return
-        try:
-            _run(['resize2fs', str(self._image), f'{size >> 10}K'])
-        except errors.ContainerError as e:
-            raise _does_not_fit(size, e.cause or e.message) from e
-        os.truncate(self._image, size)
+        self._limit = limit or 0
+        if self._method == 'project':
+            self._set_project()
+        elif limit and limit > self._image.stat().st_size:
+            self._grown.touch()
+            os.truncate(self._image, limit)
 
     def usage(self) -> tuple[int, int] | None:
         """Bytes used and bytes free, or None while it is not mounted."""
@@ -301,12 +287,6 @@ class Disk:
                 ctypes.byref(_DqBlk(valid=_QIF_LIMITS)))
         finally:
             os.close(fd)
-
-
-def _does_not_fit(limit: int, cause: str) -> errors.ContainerError:
-    return errors.ContainerError(
-        'no_space', f'what is on the disk does not fit into {limit} bytes',
-        cause=cause, remedy='Delete files in the guest first')
 
 
 def _run(argv: list[str]) -> str:

@@ -214,7 +214,7 @@ class Host:
                     if uuid in self._entries and item.st.run is None:
                         # What a kill in the middle of a verb has left.
                         item.teardown()
-            except errors.ContainerError as e:
+            except (OSError, errors.ContainerError) as e:
                 # One container must not keep the others from their agent.
                 # Cleaning up is tried again with the next verb.
                 LOG.error('cleaning up after instance %s failed: %s',
@@ -383,11 +383,13 @@ class Host:
     # Life
 
     def define(
-        self, uuid: str, spec: Info, *, layer_later: bool = False
+        self, uuid: str, spec: Info, *, layer_later: bool = False,
+        incoming: Info | None = None,
     ) -> Info:
         """Make a container's directory and disk.
 
         :param layer_later: the layer need not be here yet
+        :param incoming: its files come from elsewhere, see :mod:`.transfers`
         :raises ContainerError: ``exists``, ``layer_missing``, ``invalid``,
             ``no_base_id``, ``no_space``
         """
@@ -416,7 +418,8 @@ class Host:
                 spec.get('base_id'))
             item = self.make(state.State(
                 uuid=uuid, spec=kept, base_id=base_id,
-                disk_method=self._disk_method, created_at=time.time()))
+                disk_method=self._disk_method, created_at=time.time(),
+                incoming=incoming))
             # Taken from now on: the id range and the name.
             entry = self._entries[uuid] = Entry(item)
             entry.lock.acquire()
@@ -615,12 +618,12 @@ class Host:
                 raise
             return
         self._abort_migration(entry)
-        if not keep_disk:
-            self.transfers.end(uuid)
+        self.transfers.end(uuid)
         self.snapshots.abort(uuid, wait=True)
         with entry.lock:
             if entry.deleted:
                 return
+            self.transfers.end(uuid)
             self.snapshots.abort(uuid, wait=False)
             self._check_settled(entry)
             entry.stopping += 1

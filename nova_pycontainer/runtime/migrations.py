@@ -281,6 +281,9 @@ class Migrations:
 
     def add(self, migration: str, job: cold.Offer | cold.Taking) -> None:
         """Answer who asks for a migration."""
+        with self._changed:
+            # Of an earlier try.
+            self._ended.pop(migration, None)
         with self._lock:
             self._destinations[migration] = job
 

@@ -22,10 +22,13 @@ import typing as ty
 
 from nova_pycontainer.runtime import errors
 
-FORMAT = 1
+#: 2: offers and what comes in by one, of cold migrations.
+FORMAT = 2
 
 #: Upgrades of older formats: number → function that returns the next one.
-_UPGRADES: dict[int, ty.Callable[[dict[str, ty.Any]], dict[str, ty.Any]]] = {}
+_UPGRADES: dict[int, ty.Callable[[dict[str, ty.Any]], dict[str, ty.Any]]] = {
+    1: lambda data: data | {'format': 2},
+}
 
 
 def write_json(path: pathlib.Path, data: ty.Mapping[str, ty.Any]) -> None:
@@ -122,6 +125,8 @@ class State:
     rescue: dict[str, ty.Any] | None = None
     #: Who may read it, to have it on another host; see :mod:`.transfers`.
     offered: dict[str, ty.Any] | None = None
+    #: From where its files come: it is of no use before all have.
+    incoming: dict[str, ty.Any] | None = None
 
     def save(self, directory: pathlib.Path) -> None:
         data = dataclasses.asdict(self)

@@ -14,12 +14,13 @@
 
 A container that was offered to another host is not started here any more,
 and stays as it is until it is withdrawn or deleted: whether the other host's
-is the one, the caller knows. ``state.json`` says so, so that no restart of
-the agent forgets it.
+is the one, the caller knows. What is taken is not started before all of it
+has come; what has come of one that failed stays until it is taken again, or
+deleted. ``state.json`` says both, so that no restart of the agent forgets it.
 """
 
-import dataclasses
 import threading
+import time
 import typing as ty
 
 from oslo_log import log as logging
@@ -30,6 +31,7 @@ from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime.migration import channel
 from nova_pycontainer.runtime.migration import cold
 from nova_pycontainer.runtime.migration import protocol
+from nova_pycontainer.runtime.migration import recovery
 from nova_pycontainer.runtime.migration import room
 from nova_pycontainer.runtime.migration import source
 from nova_pycontainer.runtime.migration import versions
@@ -46,7 +48,14 @@ Info = dict[str, ty.Any]
 
 
 def check_not(item: container.Container) -> None:
-    """:raises ContainerError: ``bad_state``: it was offered"""
+    """:raises ContainerError: ``bad_state``: it was offered, or is not all
+        here
+    """
+    if item.st.incoming:
+        raise errors.ContainerError(
+            'bad_state', 'the files of the instance have not all come from '
+            'the host that it is moved from', uuid=item.uuid,
+            remedy='Reboot the server hard, which tries it again')
     if item.st.offered:
         raise errors.ContainerError(
             'bad_state', 'the instance is being moved to another host',
@@ -65,8 +74,18 @@ class Transfers:
     def recover(self) -> None:
         """Go on with the offers of before."""
         for entry in self._host.entries():
-            if entry.container.st.offered:
-                self._open(entry.container)
+            item = entry.container
+            if item.st.incoming:
+                # Nobody takes it now.
+                item.disk.unmount()
+            if not item.st.offered:
+                continue
+            try:
+                self._open(item)
+            except (OSError, errors.ContainerError) as e:
+                # One container must not keep the others from their agent.
+                LOG.error('instance %s cannot be offered any more: %s',
+                          item.uuid, e)
 
     # Source
 
@@ -82,9 +101,12 @@ class Transfers:
         rconfig.check_uuid(migration)
         versions.check(destination, 'destination')
         opts = protocol.Options.from_dict(options or {})
+        # Before it is written down, and read at each start.
+        recovery.peer(destination).pin()
         with self._host.locked(uuid) as entry:
             item = entry.container
             self._host.require(entry, 'defined', 'stopped')
+            check_not(item)
             entry.check_stays()
             self._host.snapshots.check_movable(uuid)
             rescue.check_not(item)
@@ -145,43 +167,70 @@ class Transfers:
 
         :param spec: as for :meth:`.host.Host.define`
         :param facts: what :meth:`offer` has returned there
-        :returns: progress; :meth:`.migrations.Migrations.status` has more
+        :returns: progress; :meth:`.migrations.Migrations.status` has more.
+            What has come of one that fails is not started; to call this
+            again goes on with it
         """
         rconfig.check_uuid(migration)
         versions.check(facts['source'], 'source')
         opts = protocol.Options.from_dict(options or {})
         endpoint = source.Endpoint.from_dict(facts['source'])
-        with room.needed('the disk and the description of the guest'):
-            self._host.define(
-                uuid, {**spec, 'base_id': facts['base_id']},
-                layer_later=True)
+        entry = self._incoming(uuid, spec, {
+            'migration': migration, 'facts': facts, 'options': options})
+        # Never used twice, over restarts too.
+        first = int(time.time() * 1000) % (1 << 24) << 6
+
+        def connect(role: str, seq: int) -> channel.Connection:
+            return self._host.migrations.connect(
+                endpoint, channel.Hello(migration, uuid, role, first + seq),
+                _CONNECT_TIMEOUT)
+
         progress = protocol.Progress(migration, uuid, 'destination')
-        try:
-            entry = self._host.entry(uuid)
-            item = entry.container
-            # An agent that starts finds what is only a part.
-            protocol.Journal(item.directory).write(
-                protocol.Phase.PREPARED, role='destination',
-                migration=migration, paused=False,
-                peer=dataclasses.asdict(endpoint), lazy=False)
-
-            def connect(role: str, seq: int) -> channel.Connection:
-                return self._host.migrations.connect(
-                    endpoint, channel.Hello(migration, uuid, role, seq),
-                    _CONNECT_TIMEOUT)
-
-            taking = cold.Taking(
-                item, self._host.layers, connect, facts['layer'],
-                bool(facts.get('drive')), progress, opts.bandwidth)
-        except BaseException:
-            self._host.delete(uuid)
-            raise
+        taking = cold.Taking(
+            entry.container, self._host.layers, connect, facts['layer'],
+            bool(facts.get('drive')), progress, opts.bandwidth)
         entry.migration = taking
         self._host.migrations.add(migration, taking)
         threading.Thread(
             target=self._run, args=(uuid, taking),
             name=f'taking-{uuid[:8]}', daemon=True).start()
         return progress.to_dict()
+
+    def resume(self, uuid: str) -> Info:
+        """Go on with :meth:`take` after it has failed.
+
+        :raises ContainerError: ``bad_state``: nothing of it is missing
+        """
+        item = self._host.entry(uuid).container
+        mark = item.st.incoming
+        if mark is None:
+            raise errors.ContainerError(
+                'bad_state', 'all of the instance has come', uuid=uuid)
+        return self.take(uuid, str(mark['migration']), item.st.spec,
+                         mark['facts'], mark['options'])
+
+    def _incoming(self, uuid: str, spec: Info, mark: Info) -> 'host.Entry':
+        """The container that it becomes: a new one, or what an earlier try
+        has left.
+        """
+        try:
+            entry = self._host.entry(uuid)
+        except errors.ContainerError as e:
+            if e.code != 'not_found':
+                raise
+            with room.needed('the disk and the description of the guest'):
+                self._host.define(
+                    uuid, {**spec, 'base_id': mark['facts']['base_id']},
+                    layer_later=True, incoming=mark)
+            return self._host.entry(uuid)
+        with entry.lock:
+            entry.check_stays()
+            if (entry.container.st.incoming or {}).get('migration') != (
+                    mark['migration']):
+                raise errors.ContainerError(
+                    'exists', 'this host has a container of it already',
+                    uuid=uuid, remedy='Delete it first')
+        return entry
 
     def _run(self, uuid: str, taking: cold.Taking) -> None:
         progress = taking.progress
@@ -191,7 +240,9 @@ class Transfers:
             # Who wants to do something with it waits for the end.
             with entry.lock:
                 taking.run()
-                protocol.Journal(entry.container.directory).remove()
+                item = entry.container
+                item.st.incoming = None
+                item.st.save(item.directory)
             phase = protocol.Phase.COMPLETED
         except BaseException as e:
             if not isinstance(e, errors.ContainerError):
@@ -205,11 +256,5 @@ class Transfers:
                 phase = protocol.Phase.ABORTED
         finally:
             entry.migration = None
-            if phase != protocol.Phase.COMPLETED:
-                try:
-                    self._host.delete(uuid)
-                except (OSError, errors.ContainerError) as e:
-                    LOG.error('instance %s: what has come of it stays: %s',
-                              uuid, e)
             progress.phase = phase
             self._host.migrations.ended(progress)

@@ -193,20 +193,41 @@ class ResizeTest(test_snapshots.TestCase):
             'host1'].driver.get_info(instance).state)
         self.assert_changed(server)
 
-    def test_destination_fails(self):
+    def break_at(self, point):
+        """A server that has come to the second host in part only."""
         server = self.start()
         self.agents.stop('host2')
         self.wait_for(lambda: self.service('host2')['status'] == 'disabled',
                       'the report')
-        self.agents.start('host2', PYCONTAINER_FAULTS='taking.files=raise')
+        self.agents.start('host2', PYCONTAINER_FAULTS=f'{point}=raise')
         self.wait_for(lambda: self.service('host2')['status'] == 'enabled',
                       'the agent')
         self.api.post_server_action(
             server['id'], {'migrate': {'host': 'host2'}})
         self.wait(server, 'ERROR')
-        # All of it is where it was, and nothing where it should have come.
+        # All of it is where it was.
         self.assertTrue(self.info(server)['offered'])
-        self.assertEqual([], self.agents.leftovers('host2'))
+        self.assertTrue(self.info(server, 'host2')['incoming'])
+        error = self.assertRaises(
+            errors.ContainerError, self.agents.client('host2').prepare,
+            server['id'])
+        self.assertIn('have not all come', str(error))
+        return server
+
+    def test_destination_fails_and_tries_again(self):
+        server = self.break_at('taking.files')
+        self.api.post_server_action(
+            server['id'], {'reboot': {'type': 'HARD'}})
+        self.wait_for(
+            lambda: self.api.get_server(server['id'])['status'] == 'ACTIVE',
+            'the reboot')
+        self.assert_changed(server, 'host2')
+        self.assertTrue(self.info(server)['offered'])
+        self.periodic('_run_image_cache_manager_pass')
+        self.assert_only_at(server, 'host2')
+
+    def test_destination_fails_and_it_is_deleted(self):
+        server = self.break_at('taking.connected')
         # Nova knows only the new host, and forgets the old one.
         self.api.delete_server(server['id'])
         self.wait_for(lambda: not self.api.get_servers(), 'the deletion')

@@ -81,6 +81,8 @@ class Offer:
         #: Who reads is alone, and has the disk mounted.
         self._reading = threading.Lock()
         self._over = False
+        #: Control connections that go on.
+        self._readers = 0
         self._control: protocol.Control | None = None
         self._pump: relay.Relay | None = None
         self.progress = progress
@@ -88,34 +90,54 @@ class Offer:
     def connected(self, connection: channel.Connection) -> None:
         """A connection has come in, authenticated and for this container."""
         role, seq = connection.hello.role, connection.hello.seq
-        if role == 'control':
-            threading.Thread(
-                target=self._run, args=(connection,), daemon=True,
-                name=f'offer-{self._item.uuid[:8]}').start()
-            return
         with self._arrived:
-            self._data[role, seq] = connection
-            self._arrived.notify_all()
+            if role == 'control':
+                self._readers += 1
+            elif self._readers:
+                self._data[role, seq] = connection
+                self._arrived.notify_all()
+                return
+        if role != 'control':
+            # Who would serve it has failed meanwhile.
+            connection.close()
+            return
+        threading.Thread(
+            target=self._run, args=(connection,), daemon=True,
+            name=f'offer-{self._item.uuid[:8]}').start()
+
+    def _reader_ends(self) -> None:
+        with self._arrived:
+            self._readers -= 1
+            if self._readers:
+                return
+            unused = [*self._data.values()]
+            self._data.clear()
+        for connection in unused:
+            connection.close()
 
     def abort(self, reason: str) -> None:
         """End it: nothing is read any more when this returns."""
         self._over = True
+        with self._arrived:
+            self._arrived.notify_all()
         control, pump = self._control, self._pump
         if control is not None:
             control.cancel(reason)
         if pump is not None:
             pump.abort()
         with self._reading:
-            for connection in self._data.values():
-                connection.close()
-            self._data.clear()
+            pass
 
     def _run(self, connection: channel.Connection) -> None:
         control = protocol.Control(connection)
         try:
+            # The first look at a large layer takes long.
+            sync_links.layer_groups(
+                self._layers.require(self._item.spec.layer).root)
             with self._reading:
                 self._control = control
                 try:
+                    self._check()
                     self._serve(control)
                 finally:
                     self._control = None
@@ -129,7 +151,13 @@ class Offer:
             with contextlib.suppress(errors.ContainerError):
                 control.send('failed', error=error.to_dict())
         finally:
+            self._reader_ends()
             control.close()
+
+    def _check(self) -> None:
+        if self._over:
+            raise errors.ContainerError(
+                'aborted', 'the offer was withdrawn', uuid=self._item.uuid)
 
     def _serve(self, control: protocol.Control) -> None:
         item = self._item
@@ -162,14 +190,17 @@ class Offer:
         with self._arrived:
             key = ('layer' if what == 'layer' else 'upper', seq)
             if not self._arrived.wait_for(
-                    lambda: key in self._data, _DATA_TIMEOUT):
+                    lambda: key in self._data or self._over,
+                    _DATA_TIMEOUT):
                 raise errors.ContainerError(
                     'timeout', f'the connection {key} did not come')
+            self._check()
             connection = self._data.pop(key)
         ours, theirs = socket.socketpair()
         with contextlib.ExitStack() as stack:
             self._pump = relay.relay(connection, ours, self._limiter)
             stack.callback(self._pump.abort)
+            self._check()
             with theirs:
                 if what == 'layer':
                     server = sync.serve_layer(
@@ -252,7 +283,8 @@ class Taking:
                     item.log, control.expect('log', _ANSWER_TIMEOUT)['data'],
                     item.log_bytes)
                 # Whoever hears of the end may delete the source's.
-                unpack_client.sync_filesystem(item.disk.upper)
+                for directory in (item.disk.upper, item.directory):
+                    unpack_client.sync_filesystem(directory)
                 faults.point('taking.written')
             control.send('end')
         except BaseException as e:
@@ -320,7 +352,8 @@ class Taking:
                 if self._abort.is_set():
                     raise errors.ContainerError(
                         'aborted', 'the migration was aborted')
-                self._control.send('files', what=what, seq=self._seq)
+                self._control.send(
+                    'files', what=what, seq=connection.hello.seq)
                 yield theirs
             finally:
                 self._pump.abort()

@@ -201,7 +201,12 @@ class Control:
         while True:
             try:
                 frame = self._connection.recv(3600.0)
-            except (OSError, errors.ContainerError):
+            except errors.ContainerError as e:
+                if e.code == 'timeout':
+                    # A long pass. A host that is dead is noticed by TCP.
+                    continue
+                frame = None
+            except OSError:
                 frame = None
             if frame is None:
                 self.broken = True

@@ -15,6 +15,7 @@
 
 import contextlib
 import dataclasses
+import json
 import pathlib
 import socket
 import threading
@@ -46,6 +47,9 @@ from nova_pycontainer.runtime.migration import sync_links
 from nova_pycontainer.runtime import network
 
 LOG = logging.getLogger(__name__)
+
+#: Characters of the frame around what a dump gives.
+_MARGIN = 1024
 
 Phase = protocol.Phase
 
@@ -663,12 +667,13 @@ class _Dump:
         if _has_link_remaps(source.images):
             # CRIU has given names to files that were open and unlinked.
             source.final_pass(None)
-        source.commit({
+        dumped = {
             'external': self._external, 'cgroups': cgroups,
             'ramfs': self._ramfs, 'lazy': self.lazy, **self._network,
-            'moment': source.moment.dumped(),
-            'console': console_log.pack(
-                source.item.log, source.item.log_bytes)})
+            'moment': source.moment.dumped()}
+        source.commit(dumped | {'console': console_log.pack(
+            source.item.log, source.item.log_bytes,
+            channel.MAX_FRAME - len(json.dumps(dumped)) - _MARGIN)})
         if self.lazy:
             # It runs only if CRIU goes on from here and serves its pages.
             self._waiter = threading.Thread(

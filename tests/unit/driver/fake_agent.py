@@ -202,6 +202,12 @@ class FakeAgent(fake_migration.Migrations):
         return {'source': {}, 'spec': item['spec'], 'to': destination,
                 'base_id': item['base_id'], 'layer': {}, 'drive': False}
 
+    def transfer_resume(self, uuid):
+        self._enter('transfer_resume')
+        self._get(uuid)['incoming'] = False
+        self._progress[uuid] = {'phase': 'completed', 'migration': uuid}
+        return self._progress[uuid]
+
     def transfer_withdraw(self, uuid):
         self._enter('transfer_withdraw')
         self._get(uuid)['offered'] = False

@@ -12,8 +12,8 @@
 
 
 import fixtures
-from nova import exception
 from nova.compute import power_state
+from nova import exception
 from nova import objects
 from oslo_utils.fixture import uuidsentinel as uuids
 
@@ -38,6 +38,10 @@ class LeaveTestCase(driver_base.Base):
         self.useFixture(fixtures.MonkeyPatch(
             'nova_pycontainer.migration_data.recorded_identity',
             lambda context, host: {'certificate': host}))
+        self.others = []
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.objects.InstanceList.get_by_host', staticmethod(
+                lambda context, host, expected_attrs: self.others)))
 
     def leave(self, **values):
         return self.driver.migrate_disk_and_power_off(
@@ -77,6 +81,24 @@ class LeaveTestCase(driver_base.Base):
         self.agent.containers[uuids.instance]['disk'] = {'method': 'project'}
         self.leave(root_gb=0)
 
+    def test_disk_without_a_limit_on_one_host(self):
+        self.record.dest_compute = 'host1'
+        item = self.agent.containers[uuids.instance]
+        item['resources']['disk_bytes'] = None
+        for method in ('loop', 'project'):
+            item['disk'] = {'method': method}
+            self.assertIn('any size', str(self.refused(root_gb=20)))
+        item['disk'] = {'method': 'none'}
+        self.leave(root_gb=20)
+
+    def test_rest_of_what_has_not_all_come(self):
+        self.leave()
+        self.agent.containers[uuids.instance].update(
+            offered=False, incoming=True)
+        self.driver.power_on(self.context, self.instance, self.network_info)
+        self.assertIn('transfer_resume', self.agent.calls)
+        self.assertEqual(power_state.RUNNING, self.state())
+
     def test_flavor_that_containers_cannot_have(self):
         self.assertIn('swap', str(self.refused(swap=64)))
 
@@ -84,6 +106,12 @@ class LeaveTestCase(driver_base.Base):
         self.agent.failures['transfer_offer'] = errors.ContainerError(
             'bad_state', 'no')
         self.assertIsInstance(self.refused(), exception.ResizeError)
+
+    def test_range_of_ids_that_is_taken_there(self):
+        self.others = [self.make_instance(uuid=uuids.other)]
+        self.others[0].system_metadata = dict(self.instance.system_metadata)
+        self.assertIn('same range', str(self.refused()))
+        self.assertNotIn('stop', self.agent.calls)
 
     def test_the_new_host_is_not_one_of_ours(self):
         def unknown(context, host):
@@ -99,6 +127,13 @@ class LeaveTestCase(driver_base.Base):
             self.context, self.instance, self.network_info, self.record,
             None, True)
         self.assertEqual(power_state.RUNNING, self.state())
+
+    def test_it_is_started_where_nova_says_that_it_is(self):
+        self.leave()
+        self.driver.reboot(
+            self.context, self.instance, self.network_info, 'HARD')
+        self.assertEqual(power_state.RUNNING, self.state())
+        self.assertFalse(self.agent.containers[uuids.instance]['offered'])
 
     def test_confirm(self):
         self.leave()

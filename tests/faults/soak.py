@@ -1,0 +1,358 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+
+"""Guests come, move and go for long, while agents are killed.
+
+``python -m tests.faults.soak --creates 500 --moves 200``
+
+As root. Three callers at a time create, pause, migrate and delete guests on
+two hosts, and behave as Nova does when an agent goes away. Each guest counts
+for all of its life, and the count must be whole. For the last third nobody is
+killed: at its beginning and its end the hosts are empty, and must look alike.
+The exit status says whether every promise was kept.
+"""
+
+import argparse
+import contextlib
+import os
+import pathlib
+import random
+import subprocess
+import sys
+import threading
+import time
+import unittest
+import uuid as uuidlib
+
+import prettytable
+
+from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime import keeper_client
+from tests.faults import kernel
+from tests.faults import witness
+from tests.runtime import base
+from tests.runtime import hosts
+
+_CALLERS = 3
+_MOST = 6
+#: Seconds between two kills, and until the killed one is started again.
+_KILL_EVERY = (4.0, 15.0)
+_SUPERVISOR = 0.5
+_END = 150.0
+#: What an agent may grow by: caches, and what the allocator keeps.
+_GROWTH_MIB = 8.0
+#: Only the count of the witness's guest.
+_START = witness.START.split('& ')[0] + '&'
+
+
+class Broken(AssertionError):
+    """A promise was not kept."""
+
+
+class Guest:
+
+    def __init__(self, uuid, host, everywhere):
+        self.uuid, self.host = uuid, host
+        self.witness = witness.Witness(everywhere, uuid)
+
+
+class Soak(hosts.TwoHostsTestCase):
+
+    creates, moves, seed = 30, 12, 1
+
+    def runTest(self):
+        self._random = random.Random(self.seed)
+        self._lock = threading.Lock()
+        self._idle, self._population = [], 0
+        self._errors = []
+        self.count = dict.fromkeys(
+            ('created', 'migrated', 'migration failed', 'deleted', 'paused',
+             'kills', 'verbs interrupted'), 0)
+        self.spec()
+        self._before = {h.name: kernel.traces(h, False)
+                        for h in (self.a, self.b)}
+        self._phase(self.creates * 2 // 3, self.moves * 2 // 3, kill=True)
+        first = self._figures()
+        self._phase(self.creates, self.moves, kill=False)
+        last = self._figures()
+        self._report(first, last)
+
+    def _phase(self, creates, moves, kill):
+        """Until so many were created and moved, and all are deleted."""
+        self._until = creates, moves
+        over = threading.Event()
+        killer = threading.Thread(
+            target=self._kill, args=(over,), daemon=True)
+        if kill:
+            killer.start()
+        callers = [threading.Thread(target=self._call, daemon=True)
+                   for _ in range(_CALLERS)]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join()
+        over.set()
+        if kill:
+            killer.join()
+        if self._errors:
+            raise Broken(f'{len(self._errors)} errors, the first: '
+                         f'{self._errors[0]}\n{self.logs()}')
+        left = [text for host in (self.a, self.b) for text in kernel.left(
+            self._before[host.name], host, False)]
+        if left:
+            raise Broken('left behind:\n' + '\n'.join(left))
+
+    def _kill(self, over):
+        while not over.wait(self._random.uniform(*_KILL_EVERY)):
+            host = self._random.choice((self.a, self.b))
+            host.kill_agent()
+            self.count['kills'] += 1
+            time.sleep(_SUPERVISOR)
+            host.start_agent(**self.agent_options)
+
+    # The callers
+
+    def _call(self):
+        try:
+            while not self._errors:
+                with self._lock:
+                    job, guest = self._next()
+                if job is None:
+                    return
+                if job is not _wait:
+                    job(self, guest)
+                else:
+                    time.sleep(0.05)
+        except BaseException as e:
+            self._errors.append(f'{type(e).__name__}: {e}')
+
+    def _next(self):
+        creates, moves = self._until
+        started = self.count['created']
+        moved = self.count['migrated'] + self.count['migration failed']
+        done = started >= creates and moved >= moves
+        if done and not self._population:
+            return None, None
+        jobs = []
+        if started < creates or (moved < moves and not self._population):
+            if self._population < _MOST:
+                jobs += [Soak._create] * 3
+        if self._idle:
+            if moved < moves:
+                jobs += [Soak._move] * 4
+            if done or started < creates:
+                jobs += [Soak._delete] * (2 if not done else 9)
+            if not done:
+                jobs.append(Soak._pause)
+        if not jobs:
+            return _wait, None
+        job = self._random.choice(jobs)
+        if job is Soak._create:
+            # Counted now, so that the others do not make more.
+            self._population += 1
+            self.count['created'] += 1
+            return job, None
+        return job, self._idle.pop(self._random.randrange(len(self._idle)))
+
+    def _back(self, guest):
+        with self._lock:
+            self._idle.append(guest)
+
+    def _patiently(self, verb, *arguments, **options):
+        """As Nova asks for what must become true in the end."""
+        deadline = time.monotonic() + _END
+        while True:
+            try:
+                return verb(*arguments, **options)
+            except errors.AgentUnavailable:
+                self.count['verbs interrupted'] += 1
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+
+    def _create(self, _):
+        host = self._random.choice((self.a, self.b))
+        while True:
+            uuid = str(uuidlib.uuid4())
+            try:
+                self.run_container(host=host, uuid=uuid)
+                self.sh(host, uuid, _START)
+                break
+            except errors.AgentUnavailable:
+                # Nova deletes what it could not make, and makes it again.
+                self.count['verbs interrupted'] += 1
+                self._patiently(host.delete, uuid)
+        self._back(Guest(uuid, host, (self.a, self.b)))
+
+    def run_container(self, *, host, uuid):
+        host.define(uuid, self.spec(memory=64))
+        host.prepare(uuid)
+        host.start_container(uuid)
+
+    def layer(self, name):
+        key, path = base.layer_key(name)
+        if not self._patiently(self.a.layer_present, key):
+            return super().layer(name)
+        return key
+
+    def _pause(self, guest):
+        self._patiently(guest.host.pause, guest.uuid)
+        if kernel.running((self.a, self.b), guest.uuid):
+            raise Broken('a paused guest runs')
+        self._patiently(guest.host.unpause, guest.uuid)
+        self.count['paused'] += 1
+        self._back(guest)
+
+    def _delete(self, guest):
+        self._check(guest)
+        guest.witness.close()
+        self._patiently(guest.host.delete, guest.uuid)
+        if kernel.alive((self.a, self.b), guest.uuid):
+            raise Broken(f'{guest.uuid} was deleted, and lives')
+        self.count['deleted'] += 1
+        with self._lock:
+            self._population -= 1
+
+    def _move(self, guest):
+        uuid, source = guest.uuid, guest.host
+        there = self.b if source is self.a else self.a
+        migration = str(uuidlib.uuid4())
+        try:
+            info = source.info(uuid)
+            endpoint = there.migration_prepare(
+                uuid, migration, {**info['spec'], 'base_id': info['base_id']},
+                source.host_info()['migration'], {})
+            source.migration_begin(uuid, migration, endpoint, {})
+        except errors.AgentUnavailable:
+            self.count['verbs interrupted'] += 1
+        except errors.ContainerError as e:
+            if e.code not in ('network', 'not_found'):
+                raise
+        if self._has_moved(guest, migration):
+            base.wait_for(
+                lambda: kernel.running((self.a, self.b), uuid) ==
+                [there.name], f'{uuid} to run on {there.name}', _END)
+            self._patiently(source.delete, uuid)
+            guest.host = there
+            self.count['migrated'] += 1
+        else:
+            self._roll_back(there, uuid, migration)
+            self.count['migration failed'] += 1
+        self._check(guest)
+        self._back(guest)
+
+    def _has_moved(self, guest, migration):
+        """As nova_pycontainer.migration asks."""
+        deadline = time.monotonic() + _END
+        while time.monotonic() < deadline:
+            if len(kernel.running((self.a, self.b), guest.uuid)) > 1:
+                raise Broken(f'{guest.uuid} runs on both hosts')
+            try:
+                status = self._patiently(
+                    guest.host.migration_status, migration, 1.0)
+            except errors.ContainerError as e:
+                if e.code != 'not_found':
+                    raise
+                return bool(self._patiently(
+                    guest.host.info, guest.uuid)['moved'])
+            if status['phase'] == 'completed':
+                return True
+            if status['phase'] in ('aborted', 'failed'):
+                if status['error']['code'] == 'lost':
+                    raise Broken(f'{guest.uuid} is lost: {status}')
+                return False
+        raise Broken(f'{guest.uuid}: its migration never ends')
+
+    def _roll_back(self, there, uuid, migration):
+        """As nova_pycontainer.migration_destination does."""
+        with contextlib.suppress(errors.ContainerError):
+            self._patiently(there.migration_abort, migration, 'rolled back')
+        self._patiently(there.delete, uuid)
+
+    def _check(self, guest):
+        if not guest.witness.moves(guest.host.name):
+            raise Broken(f'{guest.uuid} does nothing on {guest.host.name}: '
+                         f'{self._patiently(guest.host.info, guest.uuid)}')
+        running = kernel.running((self.a, self.b), guest.uuid)
+        if running != [guest.host.name]:
+            raise Broken(f'{guest.uuid} is on {guest.host.name}, and runs on '
+                         f'{running}')
+        problems = guest.witness.problems(guest.host.name)
+        if problems:
+            raise Broken('\n'.join(problems))
+
+    # The figures
+
+    def _figures(self):
+        found = {}
+        for host in (self.a, self.b):
+            keeper = keeper_client.KeeperClient(pathlib.Path(
+                f'/proc/{host.pid}/root/run/pyc/keeper.sock')).ping()['pid']
+            for name, pid in (('agent', host.agent_pid()),
+                              ('keeper', keeper)):
+                status = pathlib.Path(f'/proc/{pid}/status').read_text()
+                fields = dict(line.split(':', 1)
+                              for line in status.splitlines())
+                found[f'{name} of {host.name}'] = (
+                    pid, len(os.listdir(f'/proc/{pid}/fd')),
+                    int(fields['Threads']),
+                    int(fields['RssAnon'].split()[0]) / 1024)
+        return found
+
+    def _report(self, first, last):
+        counts = prettytable.PrettyTable(['what', 'how many'], align='l')
+        for name, number in self.count.items():
+            counts.add_row([name, number])
+        print(counts)
+        figures = prettytable.PrettyTable(
+            ['process', 'descriptors', 'threads', 'memory, MiB'], align='l')
+        grown = []
+        for name, (pid, *before) in first.items():
+            now_pid, *now = last[name]
+            figures.add_row([name, *(
+                f'{b:.0f} → {n:.0f}' for b, n in zip(before, now))])
+            if pid != now_pid:
+                grown.append(f'{name} was started again')
+            if now[0] > before[0] or now[1] > before[1] or (
+                    now[2] > before[2] + _GROWTH_MIB):
+                grown.append(f'{name} has grown: {before} → {now}')
+        print(figures, flush=True)
+        if grown:
+            raise Broken('\n'.join(grown))
+
+
+_wait = object()
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__.strip().splitlines()[0])
+    parser.add_argument('--creates', type=int, default=500)
+    parser.add_argument('--moves', type=int, default=200)
+    parser.add_argument('--seed', type=int, default=1)
+    arguments = parser.parse_args()
+    if os.environ.get('PYCONTAINER_SOAK') != '1':
+        return subprocess.run(
+            [hosts.IN_HOST, sys.executable, '-m', 'tests.faults.soak',
+             *sys.argv[1:]], cwd=base.ROOT,
+            env={**os.environ, 'PYCONTAINER_SOAK': '1'}).returncode
+    Soak.creates, Soak.moves = arguments.creates, arguments.moves
+    Soak.seed = arguments.seed
+    began = time.monotonic()
+    result = unittest.TextTestRunner().run(Soak())
+    print(f'{time.monotonic() - began:.0f} s, seed {arguments.seed}')
+    return 0 if result.wasSuccessful() else 1
+
+
+if __name__ == '__main__':
+    sys.exit(main())
