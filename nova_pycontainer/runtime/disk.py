@@ -57,6 +57,9 @@ _QIF_LIMITS = 0x5
 _QUOTA_BLOCK = 1024
 
 _TIMEOUT = 120.0
+#: It must not be killed in the middle.
+_RESIZE_TIMEOUT = 6 * 3600.0
+_MOUNT = ('mount', '-t', 'ext4', '-o', 'noatime,nodev')
 _BUSY_TIMEOUT = 10.0
 #: One inode for each 16 KiB, mke2fs' own default.
 _BYTES_PER_INODE = 16384
@@ -209,8 +212,7 @@ class Disk:
             'losetup', '--find', '--show', '--nooverlap', '--direct-io=on',
             str(self._image)]).strip()
         try:
-            _run(['mount', '-t', 'ext4', '-o', 'noatime,nodev', device,
-                  str(self.directory)])
+            _run([*_MOUNT, device, str(self.directory)])
             self._grow(device)
         finally:
             # Detaching a device in use makes it detach itself at the last
@@ -222,9 +224,22 @@ class Disk:
 
         The kernel does it while it is mounted, as one of its transactions.
         """
-        if self._grown.exists():
+        if not self._grown.exists():
+            return
+        try:
             _run(['resize2fs', device])
-            self._grown.unlink()
+        except errors.ContainerError as e:
+            if 'Permission denied' not in (e.cause or ''):
+                raise
+            # Without CAP_SYS_RESOURCE, as root of some machines is, only a
+            # file system that is not mounted can be made larger.
+            LOG.info('%s cannot grow while it is mounted', self._image)
+            syscalls.umount(str(self.directory), syscalls.UMOUNT_NOFOLLOW)
+            _run(['e2fsck', '-fp', device], fine=(0, 1),
+                 timeout=_RESIZE_TIMEOUT)
+            _run(['resize2fs', device], timeout=_RESIZE_TIMEOUT)
+            _run([*_MOUNT, device, str(self.directory)])
+        self._grown.unlink()
 
     def unmount(self) -> None:
         """Let go of the file system; idempotent.
@@ -289,20 +304,22 @@ class Disk:
             os.close(fd)
 
 
-def _run(argv: list[str]) -> str:
+def _run(argv: list[str], *, fine: tuple[int, ...] = (0,),
+         timeout: float = _TIMEOUT) -> str:
+    """:param fine: exit codes that are no failure"""
     try:
         done = subprocess.run(
             argv, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            timeout=_TIMEOUT)
+            timeout=timeout)
     except subprocess.TimeoutExpired as e:
         raise errors.ContainerError(
-            'timeout', f'{argv[0]} did not end within {_TIMEOUT:.0f} s',
+            'timeout', f'{argv[0]} did not end within {timeout:.0f} s',
         ) from e
     except FileNotFoundError as e:
         raise errors.ContainerError(
             'unsupported', f'{argv[0]} is not installed',
             remedy='Install e2fsprogs and util-linux') from e
-    if done.returncode:
+    if done.returncode not in fine:
         text = done.stderr.strip()
         code = 'no_space' if 'No space left' in text else 'internal'
         raise errors.ContainerError(

@@ -106,14 +106,20 @@ class CheckpointTestCase(hosts.TwoHostsTestCase):
         uuid = self.run_container('debian13', memory=512, init={
             'argv': ['/sbin/init', 'cloud-init=disabled']})
         running = 'systemctl is-system-running || :'
+        base.wait_for(lambda: self.sh(self.a, uuid, running) in (
+            'running', 'degraded'), 'systemd')
+        # Without cloud-init nobody makes keys for it.
+        self.sh(self.a, uuid, 'ssh-keygen -A; systemctl reset-failed; '
+                'systemctl restart ssh')
         base.wait_for(lambda: self.sh(self.a, uuid, running) == 'running',
-                      'systemd')
+                      'all of its services')
         self.sh(self.a, uuid,
                 'systemd-run --on-active=3 --timer-property=AccuracySec=1ms '
                 'touch /root/fired')
         self.a.suspend(uuid)
         self.a.resume(uuid)
-        self.assertEqual('running', self.sh(self.a, uuid, running))
+        self.assertEqual('running', self.sh(self.a, uuid, running), self.sh(
+            self.a, uuid, 'systemctl --failed; journalctl -b -n 60'))
         base.wait_for(lambda: self.sh(
             self.a, uuid, 'ls /root/fired || :'), 'the timer')
         self.sh(self.a, uuid, 'systemctl restart systemd-journald')
