@@ -23,6 +23,7 @@ from nova_pycontainer.runtime import cgroup
 from nova_pycontainer.runtime.migration import bound_sockets
 from nova_pycontainer.runtime.migration import clocks
 from nova_pycontainer.runtime.migration import dentries
+from nova_pycontainer.runtime.migration import netlink_options
 from nova_pycontainer.runtime.migration import patches
 from nova_pycontainer.runtime.migration import resume
 from nova_pycontainer.runtime.migration import sleepers
@@ -57,6 +58,7 @@ class Moment:
         self._facts = {
             'asleep': self._sleepers.frozen(ahead[time.CLOCK_MONOTONIC]),
             'timers': clocks.save(ahead, self._group),
+            'netlink': netlink_options.save(self._group),
         }
 
     def given_up(self, init: int) -> None:

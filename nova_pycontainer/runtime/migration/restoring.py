@@ -33,12 +33,14 @@ import pathlib
 import types
 import typing as ty
 
+from nova_pycontainer.runtime import cgroup
 from nova_pycontainer.runtime import container
 from nova_pycontainer.runtime import criu
 from nova_pycontainer.runtime.migration import exe_links
 from nova_pycontainer.runtime.migration import gone_addresses
 from nova_pycontainer.runtime.migration import guest
 from nova_pycontainer.runtime.migration import neighbours
+from nova_pycontainer.runtime.migration import netlink_options
 from nova_pycontainer.runtime.migration import packet_sockets
 from nova_pycontainer.runtime.migration import patches
 from nova_pycontainer.runtime.migration import terminals
@@ -132,8 +134,12 @@ class Owner(ty.Protocol):
 class Notified:
     """Answers to CRIU's notifications while it restores."""
 
-    def __init__(self, owner: Owner, dumped: Dumped) -> None:
+    def __init__(
+        self, owner: Owner, dumped: Dumped, group: cgroup.Cgroup
+    ) -> None:
         self._owner = owner
+        self._group = group
+        self._netlink = list(dumped['moment'].get('netlink') or ())
         self._ramfs = list(dumped['ramfs'])
         self._neighbours = list(dumped.get('neighbours') or ())
         self._addresses = list(dumped.get('addresses') or ())
@@ -169,6 +175,7 @@ class Notified:
             assert self._pid is not None
             gone_addresses.take_back(self._pid, self._addresses)
             neighbours.restore(self._pid, self._neighbours)
+            netlink_options.restore(self._group, self._netlink)
         elif script.name == 'pre-resume':
             assert self._pid is not None
             self._owner.ready(self._pid, self._master)

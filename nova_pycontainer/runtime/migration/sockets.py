@@ -26,6 +26,32 @@ def of(pid: int) -> cabc.Iterator[tuple[str, socket.socket]]:
     Each is valid until the next one is asked for. Descriptors that come and
     go meanwhile are passed over, and a process that is gone has none.
     """
+    for _, link, item in numbered(pid):
+        yield link, item
+
+
+@contextlib.contextmanager
+def one(pid: int, number: int) -> cabc.Iterator[socket.socket]:
+    """One of them, by its descriptor.
+
+    :raises OSError: there is no such socket
+    """
+    pidfd = os.pidfd_open(pid)
+    try:
+        with socket.socket(
+                fileno=syscalls.pidfd_getfd(pidfd, number)) as item:
+            yield item
+    finally:
+        os.close(pidfd)
+
+
+def numbered(
+    pid: int, wanted: cabc.Callable[[str], bool] = lambda link: True,
+) -> cabc.Iterator[tuple[int, str, socket.socket]]:
+    """As :func:`of`, with the descriptor's number first.
+
+    :param wanted: whether one is to be opened, by what /proc calls it
+    """
     try:
         pidfd = os.pidfd_open(pid)
     except OSError:
@@ -35,13 +61,13 @@ def of(pid: int) -> cabc.Iterator[tuple[str, socket.socket]]:
             for number in os.listdir(f'/proc/{pid}/fd'):
                 try:
                     link = os.readlink(f'/proc/{pid}/fd/{number}')
-                    if not link.startswith('socket:'):
+                    if not link.startswith('socket:') or not wanted(link):
                         continue
                     item = socket.socket(fileno=syscalls.pidfd_getfd(
                         pidfd, int(number)))
                 except OSError:
                     continue
                 with item:
-                    yield link, item
+                    yield int(number), link, item
     finally:
         os.close(pidfd)
