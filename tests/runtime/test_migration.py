@@ -100,6 +100,14 @@ class SystemdMigrationTestCase(hosts.TwoHostsTestCase):
         stream.finish()
         print(name, *gaps, sep='\n')
         self.assertEqual('running', self._settled(here, uuid))
+        # The kernel's messages still reach whoever waits for them.
+        self.sh(here, uuid, 'ip link add probe type veth peer name other')
+        base.wait_for(
+            lambda: 'network1/link' in self.sh(
+                here, uuid, 'busctl call org.freedesktop.network1 '
+                '/org/freedesktop/network1 org.freedesktop.network1.Manager '
+                'GetLinkByName s probe || :'), 'networkd to see it')
+        self.sh(here, uuid, 'ip link del probe')
         # A spinning process is at a whole CPU; this is far from it.
         self.assertLess(self._busy(here, uuid), 0.25)
         self.sh(here, uuid, 'systemctl restart echo && echo moved > '
