@@ -172,7 +172,7 @@ run_cloud() {
         cloud_started=1
         "$REPO/tools/cloud.sh" up || return 1
     fi
-    stestr_group cloud 1 1800 env OS_TEST_TIMEOUT=900
+    stestr_group cloud 1 2000 env OS_TEST_TIMEOUT=900
 }
 
 failed=()
