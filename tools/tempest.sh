@@ -58,10 +58,9 @@ finish() {
 }
 trap finish EXIT
 
-rm -rf "$TEMPEST/workspace"
-"$TEMPEST/venv/bin/tempest" init --name pycontainer \
-    --workspace-path "$TEMPEST/workspaces.yaml" \
-    "$TEMPEST/workspace" >"$LOGS/tempest-init.log" 2>&1
+rm -rf "$TEMPEST/workspace" "$TEMPEST/workspaces.yaml"
+logged tempest-init "$TEMPEST/venv/bin/tempest" init --name pycontainer \
+    --workspace-path "$TEMPEST/workspaces.yaml" "$TEMPEST/workspace"
 PYTHONPATH=$REPO/tools:$REPO PYTHONWARNINGS=ignore \
     "$VENV/bin/python" "$REPO/tools/tempest/configure.py" \
     >"$TEMPEST/workspace/etc/tempest.conf"
