@@ -141,7 +141,7 @@ class State:
         try:
             return cls(
                 **data, exit=Exit.from_dict(ended) if ended else None)
-        except TypeError as e:
+        except (AttributeError, TypeError) as e:
             raise errors.ContainerError(
                 'internal', f'{directory}/state.json is damaged',
                 cause=str(e)) from e
