@@ -38,6 +38,8 @@ _CHUNK = 1 << 20
 _POLL = 0.002
 _FALLOC_PUNCH = 0x03  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 _NAME_MAX = 255
+#: No file is longer (loff_t).
+_END = (1 << 63) - 1
 
 
 #: Seconds without a byte from the other side.
@@ -222,7 +224,8 @@ def receive(
                 return total
             if size == _GIVEN_UP:
                 return None
-            if not 0 < length <= _NAME_MAX or size > _CHUNK:
+            if not 0 < length <= _NAME_MAX or size > _CHUNK or (
+                    offset + size > _END):
                 raise errors.ContainerError(
                     'invalid', 'the stream of images is damaged')
             _recv_exact(stream, name_buffer[:length])
