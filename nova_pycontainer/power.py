@@ -42,7 +42,7 @@ POWER_STATES = {
 }
 
 #: States with processes in them.
-_ALIVE = ('created', 'running', 'paused')
+ALIVE = ('created', 'running', 'paused')
 
 
 class Power:
@@ -68,7 +68,7 @@ class Power:
             # A power_on that a restart of nova-compute repeats.
             LOG.info('The container runs already', instance=instance)
             return
-        if state in _ALIVE:
+        if state in ALIVE:
             self._client.stop(instance.uuid, 0)
         self.bring_up(instance, network_info, 'power_on')
 
@@ -85,7 +85,7 @@ class Power:
             this host
         :raises ContainerError: the agent's
         """
-        if self._existing(instance)['state'] in _ALIVE:
+        if self._existing(instance)['state'] in ALIVE:
             self._client.stop(instance.uuid, timeout)
         self.bring_up(instance, network_info, 'reboot')
 
@@ -171,7 +171,7 @@ class Power:
             LOG.warning('There is no container to stop', instance=instance)
 
     def _kill(self, uuid):
-        if self._client.info(uuid)['state'] in _ALIVE:
+        if self._client.info(uuid)['state'] in ALIVE:
             self._client.stop(uuid, 0)
 
     def state(self, instance):

@@ -29,14 +29,13 @@ from nova_pycontainer import errors as driver_errors
 from nova_pycontainer import flavor as driver_flavor
 from nova_pycontainer import migration_data
 from nova_pycontainer import migration_destination
+from nova_pycontainer import power
 from nova_pycontainer.runtime import errors
 from nova_pycontainer import spawn
 from nova_pycontainer import steps as driver_steps
 from nova_pycontainer import transfer
 
 LOG = logging.getLogger(__name__)
-
-_ALIVE = ('created', 'running', 'paused')
 
 
 class Resizer:
@@ -134,7 +133,7 @@ class Resizer:
                 'certain size, nor the other way round'))
 
     def _again(self, instance, network_info, info):
-        if info['state'] in _ALIVE:
+        if info['state'] in power.ALIVE:
             self._power.on(instance, network_info)
 
     def confirm(self, instance, network_info, record):

@@ -96,6 +96,17 @@ class ContainerError(Exception):
             text += f'. {self.remedy}'
         return text
 
+    @classmethod
+    def of(cls, error: BaseException, message: str,
+           uuid: str | None = None) -> 'ContainerError':
+        """An error as it is told to others.
+
+        :param message: what failed, for one that nobody has foreseen
+        """
+        if isinstance(error, ContainerError):
+            return error
+        return cls('internal', message, uuid=uuid, cause=repr(error))
+
     def to_dict(self) -> dict[str, str | None]:
         return {
             'code': self.code,

@@ -401,11 +401,10 @@ class Migrations:
         except BaseException as e:
             if not isinstance(e, errors.ContainerError):
                 LOG.exception('instance %s: the migration failed', uuid)
-                e = errors.ContainerError(
-                    'internal', 'the migration failed', uuid=uuid,
-                    cause=repr(e))
-            LOG.warning('instance %s: migration %s: %s', uuid, migration, e)
-            progress.error = e.to_dict()
+            error = errors.ContainerError.of(e, 'the migration failed', uuid)
+            LOG.warning(
+                'instance %s: migration %s: %s', uuid, migration, error)
+            progress.error = error.to_dict()
             if progress.phase not in protocol.ENDED:
                 progress.phase = protocol.Phase.FAILED
         finally:

@@ -75,9 +75,6 @@ class Transfers:
         """Go on with the offers of before."""
         for entry in self._host.entries():
             item = entry.container
-            if item.st.incoming:
-                # Nobody takes it now.
-                item.disk.unmount()
             if not item.st.offered:
                 continue
             try:
@@ -123,8 +120,7 @@ class Transfers:
             self._open(item)
             return {
                 'source': self._host.migrations.identity(),
-                'spec': {k: v for k, v in item.st.spec.items()
-                         if k != 'config_drive'},
+                'spec': item.st.spec,
                 'base_id': item.st.base_id,
                 'layer': layer.to_dict(),
                 'drive': item.config_drive.exists()}
@@ -247,12 +243,10 @@ class Transfers:
         except BaseException as e:
             if not isinstance(e, errors.ContainerError):
                 LOG.exception('instance %s: it cannot be taken', uuid)
-                e = errors.ContainerError(
-                    'internal', 'the migration failed', uuid=uuid,
-                    cause=repr(e))
-            LOG.warning('instance %s: %s', uuid, e)
-            progress.error = e.to_dict()
-            if e.code == 'aborted':
+            error = errors.ContainerError.of(e, 'the migration failed', uuid)
+            LOG.warning('instance %s: %s', uuid, error)
+            progress.error = error.to_dict()
+            if error.code == 'aborted':
                 phase = protocol.Phase.ABORTED
         finally:
             entry.migration = None

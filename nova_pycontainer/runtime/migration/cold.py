@@ -51,7 +51,6 @@ Phase = protocol.Phase
 #: Connections that an offer takes.
 ROLES: ty.Final = ('control', 'upper', 'layer')
 
-_CONNECT_TIMEOUT = 20.0
 _DATA_TIMEOUT = 60.0
 _ANSWER_TIMEOUT = 60.0
 #: Until the next thing is asked for: a layer may be on its way by another
@@ -142,10 +141,8 @@ class Offer:
                 finally:
                     self._control = None
         except BaseException as e:
-            error = (e if isinstance(e, errors.ContainerError)
-                     else errors.ContainerError(
-                         'internal', 'the source of the files failed',
-                         uuid=self._item.uuid, cause=repr(e)))
+            error = errors.ContainerError.of(
+                e, 'the source of the files failed', self._item.uuid)
             LOG.warning('instance %s: its files cannot be read by another '
                         'host: %s', self._item.uuid, error)
             with contextlib.suppress(errors.ContainerError):
@@ -309,18 +306,14 @@ class Taking:
     def _fetch_layer(self) -> None:
         size = self._layer.get('bytes')
         self.progress.layer_total = size if isinstance(size, int) else 0
-
-        @contextlib.contextmanager
-        def connection() -> cabc.Iterator[socket.socket]:
-            with self._socket('layer', self._count_layer) as sock:
-                yield sock
-
         if self._layers.get(self._item.spec.layer) is not None:
             return
         with self.progress.timed('layer'), (
                 room.needed('the files of the image')):
-            sync.fetch_layer(self._layers, self._layer, connection,
-                             cancelled=self._abort.is_set)
+            sync.fetch_layer(
+                self._layers, self._layer,
+                lambda: self._socket('layer', self._count_layer),
+                cancelled=self._abort.is_set)
 
     def _count_layer(self, count: int) -> None:
         self.progress.layer_sent += count

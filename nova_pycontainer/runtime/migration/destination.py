@@ -254,11 +254,8 @@ class Destination:
 
     def _finish(self, error: BaseException | None) -> None:
         if error is not None and not self._resumed:
-            wrapped = (error if isinstance(error, errors.ContainerError)
-                       else errors.ContainerError(
-                           'internal', 'the migration failed here',
-                           uuid=self._item.uuid, cause=repr(error)))
-            self.progress.error = wrapped.to_dict()
+            self.progress.error = errors.ContainerError.of(
+                error, 'the migration failed here', self._item.uuid).to_dict()
             self.progress.phase = (
                 Phase.ABORTED if self._abort.is_set() else Phase.FAILED)
             # Written before the source is told: what it acts upon must
