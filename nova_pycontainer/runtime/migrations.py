@@ -409,11 +409,12 @@ class Migrations:
                 progress.phase = protocol.Phase.FAILED
         finally:
             entry.migration = None
-            with self._lock:
-                self._sources.pop(migration, None)
             # After the phase, for those who look at it to know the end.
             progress.ended_at = time.time()
             self._remember(progress)
+            # Last, so that it is known at every moment to who asks.
+            with self._lock:
+                self._sources.pop(migration, None)
 
     def _gone(self, uuid: str, migration: str) -> None:
         """It runs on the other host: nothing of it may run here again."""
@@ -446,15 +447,16 @@ class Migrations:
 
         :raises ContainerError: ``not_found``
         """
+        # Looked up first: what ends is among the ended before it leaves.
+        with self._lock:
+            job = (self._sources.get(migration) or
+                   self._destinations.get(migration))
         with self._changed:
             if wait_s:
                 self._changed.wait_for(
                     lambda: migration in self._ended, min(wait_s, 300.0))
             progress = self._ended.get(migration)
         if progress is None:
-            with self._lock:
-                job = (self._sources.get(migration) or
-                       self._destinations.get(migration))
             if job is None:
                 raise errors.ContainerError(
                     'not_found', f'there is no migration {migration} here')

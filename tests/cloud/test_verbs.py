@@ -47,6 +47,13 @@ class VerbsTest(base.CloudTestCase):
     def wait(self, status):
         self.wait_server(self.server.id, status)
 
+    def settle(self):
+        """Leave the server for other tests, also after a failed resize."""
+        if self.demo.compute.get_server(
+                self.server.id).status == 'VERIFY_RESIZE':
+            self.cli('server', 'resize', 'revert', self.server.id)
+            self.wait('ACTIVE')
+
     def test_suspend(self):
         pid = self.ssh_in('sudo sh -c "sleep 86421 >&- 2>&- <&- & echo \\$!"')
         self.ssh_in('echo in memory > /dev/shm/file')
@@ -142,6 +149,7 @@ class VerbsTest(base.CloudTestCase):
         memory = self.container(self.server)['resources']['memory_bytes']
         disk = self.ssh_in('df --output=size / | tail -n 1')
         large = self.flavor('ct-larger', (memory >> 20) + 64, 6)
+        self.addCleanup(self.settle)
         self.cli('server', 'resize', '--flavor', large, '--wait',
                  self.server.id)
         self.wait('VERIFY_RESIZE')
@@ -163,6 +171,7 @@ class VerbsTest(base.CloudTestCase):
     def test_cold_migration(self):
         self.ssh_in('echo mine > kept; sync')
         here = self.host_of(self.server)
+        self.addCleanup(self.settle)
         self.cli('server', 'migrate', '--wait', self.server.id, user='admin')
         self.wait('VERIFY_RESIZE')
         self.cli('server', 'migrate', 'confirm', self.server.id,

@@ -22,6 +22,7 @@ import subprocess
 import tempfile
 import uuid
 
+from nova_pycontainer.runtime import errors
 from tests.functional import agents
 from tests.functional import base
 from tests.functional import migration_base
@@ -250,10 +251,20 @@ class RealLiveMigrationTest(migration_base.TestCase):
                 '</dev/null >/dev/null 2>&1 &')
         self.migrate(server)
         one = self.agents.client('host1')
-        self.wait_for(
-            lambda: getattr(self.record(server), 'status', '') == 'running' and
-            one.migration_status(self.record(server).uuid)['phase'] ==
-            'copying', 'the first pass')
+
+        def copying():
+            # Nova calls it running a moment before the agent knows it.
+            if getattr(self.record(server), 'status', '') != 'running':
+                return False
+            try:
+                status = one.migration_status(self.record(server).uuid)
+            except errors.ContainerError as e:
+                if e.code != 'not_found':
+                    raise
+                return False
+            return status['phase'] == 'copying'
+
+        self.wait_for(copying, 'the first pass')
         self.api.force_complete_migration(
             server['id'], self.record(server).id)
         self.wait_for_migration(server, 'completed')
