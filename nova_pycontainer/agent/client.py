@@ -282,6 +282,16 @@ class Client:
         return ty.cast(Json, self._call(
             'interface_detach', {'uuid': uuid, 'devname': devname}))
 
+    def volume_attach(self, uuid: str, volume: Json) -> Json:
+        """Give a container one more volume, at once if it runs."""
+        return ty.cast(Json, self._call(
+            'volume_attach', {'uuid': uuid, 'volume': volume}))
+
+    def volume_detach(self, uuid: str, volume: str) -> Json:
+        """Take a volume away, by its id, unless it is in use."""
+        return ty.cast(Json, self._call(
+            'volume_detach', {'uuid': uuid, 'volume': volume}))
+
     # Life
 
     def define(self, uuid: str, spec: Json) -> Json:

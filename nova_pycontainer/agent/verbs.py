@@ -85,6 +85,11 @@ VERBS: ty.Final[dict[str, Verb]] = {
         'interfaces.attach', {'uuid': _UUID, 'nic': _OBJECT}),
     'interface_detach': Verb(
         'interfaces.detach', {'uuid': _UUID, 'devname': _DEVNAME}),
+    # Volumes
+    'volume_attach': Verb(
+        'volumes.attach', {'uuid': _UUID, 'volume': _OBJECT}),
+    'volume_detach': Verb(
+        'volumes.detach', {'uuid': _UUID, 'volume': _TEXT}),
     # Life. A config drive may hold 64 MiB, in base64.
     'define': Verb('define', {'uuid': _UUID, 'spec': _OBJECT},
                    max_body=96 * MIB),

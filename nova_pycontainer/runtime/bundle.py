@@ -16,6 +16,7 @@ https://github.com/opencontainers/runtime-spec: ``config.json`` of a system
 container with all namespaces of its own.
 """
 
+import collections.abc as cabc
 import pathlib
 import resource
 import typing as ty
@@ -82,7 +83,8 @@ def rlimits() -> list[dict[str, ty.Any]]:
 
 
 def _mounts(
-    config_drive: pathlib.Path | None, rescued: pathlib.Path | None
+    config_drive: pathlib.Path | None, rescued: pathlib.Path | None,
+    volumes: cabc.Iterable[pathlib.Path],
 ) -> list[dict[str, ty.Any]]:
     def fs(destination: str, fstype: str, *options: str,
            source: str | None = None) -> dict[str, ty.Any]:
@@ -115,6 +117,10 @@ def _mounts(
         mounts.append({
             'destination': RESCUED, 'type': 'bind', 'source': str(rescued),
             'options': ['bind', 'rw', 'nodev']})
+    mounts += [{
+        'destination': f'/dev/{node.name}', 'type': 'bind',
+        'source': str(node), 'options': ['bind', 'rw', 'nosuid', 'noexec']}
+        for node in volumes]
     return mounts
 
 
@@ -130,10 +136,12 @@ def make(
     config_drive: pathlib.Path | None = None,
     nesting: bool = False,
     rescued: pathlib.Path | None = None,
+    volumes: cabc.Iterable[pathlib.Path] = (),
 ) -> dict[str, ty.Any]:
     """Return the content of ``config.json``.
 
     :param rescued: another root directory of the container
+    :param volumes: device nodes on the host
     """
     caps = capabilities()
     ids = [{'containerID': 0, 'hostID': base_id, 'size': idmap.RANGE}]
@@ -157,7 +165,7 @@ def make(
         },
         'root': {'path': str(root), 'readonly': False},
         'hostname': hostname,
-        'mounts': _mounts(config_drive, rescued),
+        'mounts': _mounts(config_drive, rescued, volumes),
         'annotations': {'org.openstack.nova.instance': uuid},
         'linux': {
             'namespaces': [
@@ -168,7 +176,14 @@ def make(
             'gidMappings': ids,
             'cgroupsPath': cgroups_path,
             'resources': {
-                'devices': [{'allow': False, 'access': 'rwm'}],
+                'devices': [
+                    {'allow': False, 'access': 'rwm'},
+                    # Volumes come while it runs, when no runtime changes
+                    # these rules any more; CRIU does not restore them at all.
+                    # A guest opens the nodes that it is given, see
+                    # :mod:`.volume`.
+                    {'allow': True, 'type': 'b', 'access': 'rw'},
+                ],
                 **resources},
             'seccomp': seccomp.profile(nesting=nesting),
             'maskedPaths': list(_MASKED),

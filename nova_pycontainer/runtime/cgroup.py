@@ -206,6 +206,16 @@ class Cgroup:
     def populated(self) -> bool:
         return _read_key(self.v2 / 'cgroup.events', 'populated') == 1
 
+    def processes(self) -> cabc.Iterator[int]:
+        """Pids of all processes, also of cgroups that the guest made."""
+        for directory, _, _ in os.walk(self.v2):
+            try:
+                text = pathlib.Path(directory, 'cgroup.procs').read_text()
+            except OSError:
+                # A threaded cgroup: its processes are those of its parent.
+                continue
+            yield from map(int, text.split())
+
     def frozen(self) -> bool:
         return _read_key(self.v2 / 'cgroup.events', 'frozen') == 1
 

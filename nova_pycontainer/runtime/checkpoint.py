@@ -112,7 +112,7 @@ class Saver:
         item = self._item
         remove(self._directory)
         self._directory.mkdir(mode=0o700)
-        external = guest.external_mounts(self._pid)
+        external = guest.external_mounts(self._pid, item.nodes)
         facts: dict[str, ty.Any] = {
             'external': external, 'run': item.st.run,
             **dumping.network_facts(item, self._pid)}

@@ -38,7 +38,7 @@ from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import faults
 from nova_pycontainer.runtime import init as initd
 from nova_pycontainer.runtime import keeper_client
-from nova_pycontainer.runtime import netns
+from nova_pycontainer.runtime import namespaces
 from nova_pycontainer.runtime import network
 from nova_pycontainer.runtime import oci
 from nova_pycontainer.runtime import overlay
@@ -47,6 +47,7 @@ from nova_pycontainer.runtime import revert
 from nova_pycontainer.runtime import spec as rspec
 from nova_pycontainer.runtime import state
 from nova_pycontainer.runtime import syscalls
+from nova_pycontainer.runtime import volume
 
 LOG = logging.getLogger(__name__)
 
@@ -91,6 +92,8 @@ class Container:
         self.config_drive = self.directory / 'config-drive'
         #: Where the guest's mount of it comes from.
         self.drive_source = config.run_dir / 'root' / f'{st.uuid}.drive'
+        self.nodes = volume.Nodes(
+            config.run_dir / 'root' / f'{st.uuid}.dev', st.base_id)
         self.bundle = config.run_dir / 'bundle' / st.uuid
         self.disk = disk.Disk(
             self.directory, st.disk_method, st.base_id, self.spec.disk_bytes)
@@ -136,6 +139,13 @@ class Container:
             return 'paused'
         return 'running'
 
+    def live_pid(self) -> int | None:
+        """Pid of the init, if there is one."""
+        if self.status() not in ('created', 'running', 'paused'):
+            return None
+        assert self.st.run is not None
+        return int(self.st.run['process']['pid'])
+
     def info(self) -> dict[str, ty.Any]:
         run = self.st.run
         current = self.status()
@@ -159,6 +169,9 @@ class Container:
             'nics': [
                 nic.to_dict() | {'statistics': network.statistics(nic)}
                 for nic in self.spec.nics],
+            'volumes': [
+                v.to_dict() | {'statistics': volume.statistics(v)}
+                for v in self.spec.volumes],
             'resources': dict(self.st.spec.get('resources') or {}),
             'disk': ({'method': self.st.disk_method, 'used_bytes': used[0],
                       'free_bytes': used[1]} if used else
@@ -281,8 +294,10 @@ class Container:
             work=self.disk.work, base_id=self.st.base_id)
         if self.config_drive.exists():
             overlay.bind(self.config_drive, self.drive_source)
+        self.nodes.make(self.spec.volumes)
 
     def unmount_root(self) -> None:
+        self.nodes.unmount()
         overlay.unmount(self.drive_source)
         overlay.unmount(self.root)
 
@@ -307,7 +322,8 @@ class Container:
             config_drive=(
                 self.drive_source if self.config_drive.exists() else None),
             nesting=self.spec.nesting,
-            rescued=self.rescued)
+            rescued=self.rescued,
+            volumes=[self.nodes.path(v) for v in self.spec.volumes])
         (self.bundle / 'config.json').write_text(json.dumps(document))
 
     def _create(self, procs: list[pathlib.Path]) -> tuple[int, int]:
@@ -441,7 +457,7 @@ class Container:
         the guest's user namespace, so that the kernel refuses it.
         """
         first = self.st.base_id
-        netns.within(pid, lambda: pathlib.Path(
+        namespaces.within('net', pid, lambda: pathlib.Path(
             '/proc/sys/net/ipv4/ping_group_range').write_text(
                 f'{first} {first + 65534}'))
 

@@ -36,6 +36,7 @@ CODES: ty.Final[dict[str, int]] = {
     'image_truncated': 422,
     'image_unsafe_entry': 422,
     'image_wrong_arch': 422,
+    'in_use': 409,
     'internal': 500,
     'invalid': 400,
     'keeper_unavailable': 503,

@@ -60,6 +60,7 @@ from nova_pycontainer.runtime import snapshots
 from nova_pycontainer.runtime import spec as rspec
 from nova_pycontainer.runtime import state
 from nova_pycontainer.runtime import transfers
+from nova_pycontainer.runtime import volumes
 from nova_pycontainer.runtime import watcher
 
 LOG = logging.getLogger(__name__)
@@ -104,6 +105,18 @@ class Entry:
                 'bad_state', 'the instance is being migrated',
                 uuid=self.container.uuid,
                 remedy='Wait for the end of its migration')
+
+    def check_changeable(self) -> None:
+        """Whether it can have other devices now.
+
+        :raises ContainerError: ``bad_state``
+        """
+        self.check_stays()
+        if self.container.status() == 'suspended':
+            raise errors.ContainerError(
+                'bad_state', 'the instance is suspended, and its memory '
+                'knows the devices that it had',
+                uuid=self.container.uuid, remedy='Resume it first')
 
 
 _Entries = list[Entry]
@@ -150,6 +163,7 @@ class Host:
             self._ids.unpack_base + idmap.RANGE)
         self.checkpoints = checkpoints.Checkpoints(self, c)
         self.interfaces = interfaces.Interfaces(self)
+        self.volumes = volumes.Volumes(self)
         self.migrations = migrations.Migrations(self, c)
         self.migrations.start()
         self.rescues = rescue.Rescues(self)
@@ -447,7 +461,7 @@ class Host:
 
         :param changes: new values for parts of the spec: ``nics``,
             ``resources``, ``init``, ``config_drive``, ``name``, ``hostname``,
-            ``nesting``
+            ``nesting``, ``volumes``
         """
         with self.locked(uuid) as entry:
             current = self.require(entry, 'defined', 'stopped', 'suspended')
@@ -465,7 +479,8 @@ class Host:
         no_drive = object()
         drive = changes.pop('config_drive', no_drive)
         unknown = set(changes) - {
-            'hostname', 'init', 'name', 'nesting', 'nics', 'resources'}
+            'hostname', 'init', 'name', 'nesting', 'nics', 'resources',
+            'volumes'}
         if unknown:
             raise errors.ContainerError(
                 'invalid', f'{sorted(unknown)} cannot be changed')

@@ -14,12 +14,10 @@
 
 import typing as ty
 
-from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import network
 from nova_pycontainer.runtime import revert
 
 if ty.TYPE_CHECKING:
-    from nova_pycontainer.runtime import container
     from nova_pycontainer.runtime import host
 
 Info = dict[str, ty.Any]
@@ -41,7 +39,7 @@ class Interfaces:
         """
         made = network.Nic.from_dict(nic)
         with self._host.locked(uuid) as entry:
-            self._check(entry)
+            entry.check_changeable()
             item = entry.container
             if any(n.id == made.id for n in item.spec.nics):
                 return item.info()
@@ -49,7 +47,7 @@ class Interfaces:
                 with r.step('attach-plug', lambda: network.unplug(
                         made.devname)):
                     network.plug(made)
-                pid = self._pid(item)
+                pid = item.live_pid()
                 if pid is not None:
                     with r.step('attach-move'):
                         network.move_in(made, pid, network.free_name(pid))
@@ -66,25 +64,9 @@ class Interfaces:
         """
         network.check_devname(devname)
         with self._host.locked(uuid) as entry:
-            self._check(entry)
+            entry.check_changeable()
             network.unplug(devname)
             self._host.change(entry, {'nics': [
                 nic for nic in entry.container.st.spec['nics']
                 if nic['devname'] != devname]})
             return entry.container.info()
-
-    @staticmethod
-    def _check(entry: 'host.Entry') -> None:
-        entry.check_stays()
-        if entry.container.status() == 'suspended':
-            raise errors.ContainerError(
-                'bad_state', 'the instance is suspended, and its memory '
-                'knows the interfaces that it had',
-                uuid=entry.container.uuid, remedy='Resume it first')
-
-    @staticmethod
-    def _pid(item: 'container.Container') -> int | None:
-        if item.status() not in ('created', 'running', 'paused'):
-            return None
-        assert item.st.run is not None
-        return int(item.st.run['process']['pid'])

@@ -37,7 +37,7 @@ import pyroute2
 from pyroute2.netlink import exceptions as nl_exceptions
 
 from nova_pycontainer.runtime import errors
-from nova_pycontainer.runtime import netns
+from nova_pycontainer.runtime import namespaces
 
 _MAC = re.compile(r'^([0-9a-f]{2}:){5}[0-9a-f]{2}$')
 _OUTER = re.compile(r'^tap[A-Za-z0-9-]{1,11}$')
@@ -195,7 +195,7 @@ def names_inside(nics: cabc.Iterable[Nic], pid: int) -> dict[str, str]:
             if index is not None:
                 link, = ipr.get_links(index)
                 indices[nic.id] = link.get_attr('IFLA_LINK')
-    names = netns.within(pid, lambda: dict(socket.if_nameindex()))
+    names = namespaces.within('net', pid, lambda: dict(socket.if_nameindex()))
     found = {ident: names[index] for ident, index in indices.items()
              if index in names}
     for name in found.values():
@@ -215,8 +215,8 @@ def check_name_inside(name: object) -> str:
 
 def free_name(pid: int) -> str:
     """The first ``eth<number>`` that the guest does not have."""
-    taken = netns.within(
-        pid, lambda: {name for _, name in socket.if_nameindex()})
+    taken = namespaces.within(
+        'net', pid, lambda: {name for _, name in socket.if_nameindex()})
     return next(name for n in itertools.count()
                 if (name := f'eth{n}') not in taken)
 

@@ -24,6 +24,7 @@ from nova_pycontainer.runtime import cgroup
 from nova_pycontainer.runtime import config as rconfig
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import network
+from nova_pycontainer.runtime import volume
 
 #: Smallest memory limit that lets the OCI runtime itself start.
 _MIN_MEMORY = 8 << 20
@@ -73,6 +74,7 @@ class Spec:
     vcpus: int
     disk_bytes: int | None
     nics: tuple[network.Nic, ...]
+    volumes: tuple[volume.Volume, ...]
     init_argv: list[str] | None
     init_env: dict[str, str]
     stop_signal: str | None
@@ -119,6 +121,7 @@ class Spec:
             vcpus=vcpus,
             disk_bytes=_optional_int(resources, 'disk_bytes', 1 << 20),
             nics=_nics(data),
+            volumes=volume.parse(data.get('volumes') or []),
             init_argv=argv,
             init_env=dict(env),
             stop_signal=init.get('stop_signal'),

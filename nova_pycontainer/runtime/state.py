@@ -22,12 +22,13 @@ import typing as ty
 
 from nova_pycontainer.runtime import errors
 
-#: 2: offers and what comes in by one, of cold migrations.
-FORMAT = 2
+#: 2: offers and what comes in by one, of cold migrations. 3: volumes.
+FORMAT = 3
 
 #: Upgrades of older formats: number → function that returns the next one.
 _UPGRADES: dict[int, ty.Callable[[dict[str, ty.Any]], dict[str, ty.Any]]] = {
     1: lambda data: data | {'format': 2},
+    2: lambda data: data | {'format': 3},
 }
 
 

@@ -46,6 +46,7 @@ MS_SLAVE = 0x80000
 MNT_DETACH = 0x2
 UMOUNT_NOFOLLOW = 0x8
 
+CLONE_FS = 0x00000200
 CLONE_NEWNS = 0x00020000
 CLONE_NEWCGROUP = 0x02000000
 CLONE_NEWUTS = 0x04000000
@@ -125,6 +126,16 @@ def open_tree(path: str, flags: int, dirfd: int = AT_FDCWD) -> int:
         _libc.syscall(
             _SYS_OPEN_TREE, dirfd, os.fsencode(path), ctypes.c_uint(flags)),
         'open_tree', path)
+
+
+def move_mount_onto(from_fd: int, to_fd: int) -> None:
+    """Attach the detached mount ``from_fd`` at what ``to_fd`` is open of."""
+    _check(
+        _libc.syscall(
+            _SYS_MOVE_MOUNT, from_fd, b'', to_fd, b'',
+            ctypes.c_uint(
+                MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH)),
+        'move_mount')
 
 
 def move_mount(from_fd: int, to_path: str) -> None:

@@ -31,7 +31,7 @@ import pyroute2
 
 from nova_pycontainer.runtime import container
 from nova_pycontainer.runtime import errors
-from nova_pycontainer.runtime import netns
+from nova_pycontainer.runtime import namespaces
 from nova_pycontainer.runtime import network
 
 LOG = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def announce(item: container.Container, pid: int) -> None:
     """
     try:
         names = network.names_inside(item.spec.nics, pid)
-        netns.within(pid, lambda: _announce(names.values()))
+        namespaces.within('net', pid, lambda: _announce(names.values()))
     except (OSError, errors.ContainerError) as e:
         LOG.warning('instance %s: announcing its addresses: %s', item.uuid,
                     e)

@@ -25,7 +25,6 @@ import socket
 from oslo_log import log as logging
 
 from nova_pycontainer.runtime import cgroup
-from nova_pycontainer.runtime.migration import clocks
 from nova_pycontainer.runtime.migration import sockets
 
 LOG = logging.getLogger(__name__)
@@ -40,7 +39,7 @@ def release(group: cgroup.Cgroup) -> int:
     """
     changed = 0
     seen: set[str] = set()
-    for pid in clocks.processes(group):
+    for pid in group.processes():
         for link, item in sockets.of(pid):
             if link in seen:
                 continue

@@ -81,7 +81,7 @@ class Checks:
             problems.append(Problem(
                 'migrating', 'it is being migrated already',
                 'Wait for the end of that migration, or abort it'))
-        look = inspection.Inspection(int(info['pid']), item.cgroup)
+        look = inspection.Inspection(int(info['pid']), item.cgroup, item.nodes)
         look.run()
         problems += look.problems
         facts = {

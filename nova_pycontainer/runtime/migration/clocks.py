@@ -90,17 +90,6 @@ def offsets(pid: int) -> dict[int, int]:
     return found
 
 
-def processes(group: cgroup.Cgroup) -> cabc.Iterator[int]:
-    """Pids of all processes in the container's cgroups."""
-    for directory, _, _ in os.walk(group.v2):
-        try:
-            text = pathlib.Path(directory, 'cgroup.procs').read_text()
-        except OSError:
-            # A threaded cgroup: its processes are those of its parent.
-            continue
-        yield from map(int, text.split())
-
-
 def inner_pid(pid: int) -> int:
     """The pid of a process, or a thread's id, in its own PID namespace.
 
@@ -123,7 +112,7 @@ def save(
         ``clock``; ``ticks`` are what it has fired and nobody has read
     """
     found: list[dict[str, ty.Any]] = []
-    for pid in processes(group):
+    for pid in group.processes():
         directory = f'/proc/{pid}/fd'
         try:
             numbers = os.listdir(directory)
@@ -196,7 +185,7 @@ def restore(
     if not wanted:
         return
     ahead = offsets(init)
-    for pid in processes(group):
+    for pid in group.processes():
         try:
             timers = wanted.pop(inner_pid(pid), None)
         except OSError:

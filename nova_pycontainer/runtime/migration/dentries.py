@@ -27,7 +27,6 @@ import re
 from oslo_log import log as logging
 
 from nova_pycontainer.runtime import cgroup
-from nova_pycontainer.runtime.migration import clocks
 
 LOG = logging.getLogger(__name__)
 
@@ -99,7 +98,7 @@ class Held:
 def _forgotten(group: cgroup.Cgroup) -> set[int]:
     """Inode numbers of watched files that have no handle."""
     found = set()
-    for pid in clocks.processes(group):
+    for pid in group.processes():
         directory = f'/proc/{pid}/fd'
         with contextlib.suppress(OSError):
             for number in os.listdir(directory):

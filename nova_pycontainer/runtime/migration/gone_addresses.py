@@ -30,7 +30,7 @@ import struct
 import pyroute2
 from pyroute2.netlink import exceptions as nl_exceptions
 
-from nova_pycontainer.runtime import netns
+from nova_pycontainer.runtime import namespaces
 
 _TABLES = ('tcp', 'udp', 'udplite', 'raw', 'icmp')
 _LOOPBACK = 'lo'
@@ -54,7 +54,8 @@ def find(pid: int) -> list[str]:
               if not (a.is_unspecified or a.is_loopback or a.is_multicast)}
     if not wanted:
         return []
-    return sorted(map(str, wanted - netns.within(pid, _present)))[:_LIMIT]
+    present = namespaces.within('net', pid, _present)
+    return sorted(map(str, wanted - present))[:_LIMIT]
 
 
 def _present() -> set[ipaddress.IPv4Address]:
@@ -89,4 +90,4 @@ def _change(pid: int, addresses: cabc.Iterable[str], what: str) -> None:
                     ipr.addr(what, index=index, address=address, prefixlen=32)
 
     if checked:
-        netns.within(pid, change)
+        namespaces.within('net', pid, change)

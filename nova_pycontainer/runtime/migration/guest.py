@@ -35,9 +35,13 @@ from nova_pycontainer.runtime import bundle
 from nova_pycontainer.runtime import cgroup
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import syscalls
+from nova_pycontainer.runtime import volume
 
 #: Devices of the host that a container may have a bind mount of.
 DEVICES = frozenset(['full', 'null', 'random', 'tty', 'urandom', 'zero'])
+
+#: Of what a container's volumes are called in dumps.
+_VOLUME = 'volume:'
 
 _RAMFS_LIMIT = 16 << 20
 
@@ -70,30 +74,41 @@ def mounts(pid: int) -> list[Mount]:
     return [Mount.parse(line) for line in text.splitlines()]
 
 
-def external_mounts(pid: int) -> dict[str, str]:
+def external_mounts(pid: int, nodes: volume.Nodes) -> dict[str, str]:
     """Mounts that come from the host: mount point → what of.
 
-    :returns: values are ``/dev/<name>`` of :data:`DEVICES`, or
-        ``config-drive``
+    :param nodes: of the container's volumes
+    :returns: values are ``/dev/<name>`` of :data:`DEVICES`,
+        ``volume:<name>``, or ``config-drive``
     :raises ContainerError: ``unsupported``: a mount of the host that we have
         not made
     """
     status = os.stat('/dev/null')
-    device = f'{os.major(status.st_dev)}:{os.minor(status.st_dev)}'
+    device = _device(status.st_dev)
+    volumes = _device(nodes.device())
     found = {}
     for mount in mounts(pid):
         if mount.point == bundle.CONFIG_DRIVE:
             found[mount.point] = 'config-drive'
-        elif mount.device == device and mount.fstype != 'overlay':
+        elif (mount.device in (device, volumes) and
+              mount.fstype != 'overlay'):
             name = os.path.basename(mount.root)
-            if name not in DEVICES or not re.fullmatch(
-                    r'[\w./@:+-]+', mount.point) or ']' in mount.point:
+            of_volume = mount.device == volumes
+            if not (nodes.has(name) if of_volume else name in DEVICES) or (
+                    not re.fullmatch(r'[\w./@:+-]+', mount.point)):
                 raise errors.ContainerError(
                     'unsupported', f'the mount {mount.point} is of a device '
                     'of the host and cannot move',
                     remedy='Unmount it in the guest')
-            found[mount.point] = f'/dev/{name}'
+            found[mount.point] = (
+                f'{_VOLUME}{name}' if of_volume else f'/dev/{name}')
     return found
+
+
+def _device(number: int | None) -> str | None:
+    if number is None:
+        return None
+    return f'{os.major(number)}:{os.minor(number)}'
 
 
 def dump_externals(external: cabc.Mapping[str, str]) -> tuple[str, ...]:
@@ -103,18 +118,22 @@ def dump_externals(external: cabc.Mapping[str, str]) -> tuple[str, ...]:
 
 def restore_externals(
     external: cabc.Mapping[str, str], config_drive: pathlib.Path,
-    nics: cabc.Mapping[str, str],
+    nics: cabc.Mapping[str, str], nodes: volume.Nodes,
 ) -> tuple[str, ...]:
     """CRIU's ``--external`` of a restore.
 
     :param nics: name of an interface in the guest → that of its parked end
         on the host
+    :param nodes: of the container's volumes
     :raises ContainerError: ``invalid``: the peer names another file
     """
     result = []
     for point, source in external.items():
         if source == 'config-drive':
             source = str(config_drive)
+        elif source.startswith(_VOLUME) and nodes.has(
+                source.removeprefix(_VOLUME)):
+            source = str(nodes.directory / source.removeprefix(_VOLUME))
         elif (not source.startswith('/dev/') or
               source.removeprefix('/dev/') not in DEVICES):
             raise errors.ContainerError(

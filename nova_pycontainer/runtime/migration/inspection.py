@@ -30,9 +30,9 @@ import typing as ty
 
 from nova_pycontainer.runtime import cgroup
 from nova_pycontainer.runtime import errors
-from nova_pycontainer.runtime.migration import clocks
 from nova_pycontainer.runtime.migration import guest
 from nova_pycontainer.runtime import syscalls
+from nova_pycontainer.runtime import volume
 
 #: CRIU's --ghost-limit: files that are open and have no name any more.
 GHOST_LIMIT = 64 << 20
@@ -146,15 +146,18 @@ def _outside(pid: int) -> bool:
 class Inspection:
     """One look at one container."""
 
-    def __init__(self, init: int, group: cgroup.Cgroup) -> None:
+    def __init__(
+        self, init: int, group: cgroup.Cgroup, nodes: volume.Nodes
+    ) -> None:
         self._init = init
         self._group = group
+        self._nodes = nodes
         self.problems: list[Problem] = []
         self.processes = 0
         self.threads = 0
 
     def run(self) -> None:
-        pids = set(clocks.processes(self._group))
+        pids = set(self._group.processes())
         inside = {p for p in pids if not _outside(p)}
         self._seen_mounts: set[str] = set()
         init = _Process(self._init)
@@ -241,7 +244,7 @@ class Inspection:
         where = process if nested else None
         known: cabc.Mapping[str, str] = {}
         try:
-            known = guest.external_mounts(process.pid)
+            known = guest.external_mounts(process.pid, self._nodes)
         except errors.ContainerError as e:
             self._add('mount', where, e.message, e.remedy or '')
         for mount in guest.mounts(process.pid):

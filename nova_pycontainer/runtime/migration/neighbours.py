@@ -27,7 +27,7 @@ import typing as ty
 import pyroute2
 from pyroute2.netlink import exceptions as nl_exceptions
 
-from nova_pycontainer.runtime import netns
+from nova_pycontainer.runtime import namespaces
 
 _LIMIT = 1024
 _NUD_STALE = 0x04
@@ -40,7 +40,7 @@ Neighbour = dict[str, str]
 
 def save(pid: int) -> list[Neighbour]:
     """The neighbours that a container knows, of its Ethernet interfaces."""
-    return netns.within(pid, _save)
+    return namespaces.within('net', pid, _save)
 
 
 def restore(pid: int, neighbours: cabc.Sequence[ty.Mapping[str, ty.Any]]
@@ -50,7 +50,7 @@ def restore(pid: int, neighbours: cabc.Sequence[ty.Mapping[str, ty.Any]]
     As stale ones: they are used at once, and checked soon after.
     """
     if neighbours:
-        netns.within(pid, lambda: _restore(neighbours))
+        namespaces.within('net', pid, lambda: _restore(neighbours))
 
 
 def _save() -> list[Neighbour]:

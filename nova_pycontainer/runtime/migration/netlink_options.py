@@ -45,7 +45,7 @@ def save(group: cgroup.Cgroup) -> Saved:
     found: Saved = []
     seen: set[str] = set()
     known: dict[str, frozenset[str]] = {}
-    for pid in clocks.processes(group):
+    for pid in group.processes():
         wanted = _in_namespace_of(pid, known)
         try:
             inner = clocks.inner_pid(pid)
@@ -94,7 +94,7 @@ def restore(
     if not wanted:
         return
     pids = {}
-    for pid in clocks.processes(group):
+    for pid in group.processes():
         with contextlib.suppress(OSError):
             pids[clocks.inner_pid(pid)] = pid
     for inner, number, options in wanted:

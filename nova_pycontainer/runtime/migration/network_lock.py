@@ -27,9 +27,8 @@ from pyroute2.nftables import main as nftables
 
 from nova_pycontainer.runtime import cgroup
 from nova_pycontainer.runtime import errors
-from nova_pycontainer.runtime.migration import clocks
 from nova_pycontainer.runtime.migration import sockets
-from nova_pycontainer.runtime import netns
+from nova_pycontainer.runtime import namespaces
 
 LOG = logging.getLogger(__name__)
 
@@ -50,13 +49,13 @@ def remove(pid: int, group: cgroup.Cgroup) -> None:
     try:
         if _traced(pid):
             return
-        names = netns.within(pid, _locks)
+        names = namespaces.within('net', pid, _locks)
         if names:
             LOG.warning('the guest of process %d is behind the network lock '
                         '%s, which goes', pid, names)
-            for each in clocks.processes(group):
+            for each in group.processes():
                 _end_repair(each)
-            netns.within(pid, lambda: _remove(names))
+            namespaces.within('net', pid, lambda: _remove(names))
     except (FileNotFoundError, ProcessLookupError):
         return
     except (OSError, errors.ContainerError,
@@ -73,7 +72,7 @@ def block(pid: int) -> None:
     :param pid: the container's init
     """
     try:
-        netns.within(pid, _block)
+        namespaces.within('net', pid, _block)
     except (OSError, nl_exceptions.NetlinkError) as e:
         LOG.error('blocking the network of process %d: %s', pid, e)
 

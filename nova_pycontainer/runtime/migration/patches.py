@@ -62,7 +62,7 @@ def pending(group: cgroup.Cgroup) -> list[dict[str, ty.Any]]:
     :returns: masks of process and threads, by their ids in the container
     """
     found = []
-    for pid in clocks.processes(group):
+    for pid in group.processes():
         with contextlib.suppress(OSError):
             for tid in os.listdir(f'/proc/{pid}/task'):
                 with open(f'/proc/{pid}/task/{tid}/status') as f:

@@ -90,7 +90,7 @@ def options(
         images=images, root=item.root,
         external=guest.restore_externals(
             dumped['external'], item.drive_source,
-            _interfaces(item, dumped)),
+            _interfaces(item, dumped), item.nodes),
         cgroup='/' + item.cgroup.path, log='restore.log'))
     # The keeper's child, as one that the OCI runtime has made.
     made.rst_sibling = True

@@ -36,7 +36,6 @@ import typing as ty
 from oslo_log import log as logging
 
 from nova_pycontainer.runtime import cgroup
-from nova_pycontainer.runtime.migration import clocks
 
 LOG = logging.getLogger(__name__)
 
@@ -91,7 +90,7 @@ class Sleepers:
     def _look(self) -> None:
         seen: dict[tuple[str, str], _Sleep] = {}
         by_cpu: dict[int, list[tuple[str, str, int, int, float]]] = {}
-        for pid in clocks.processes(self._group):
+        for pid in self._group.processes():
             for thread in _threads(pid):
                 found = _read(thread)
                 if found is not None:

@@ -318,7 +318,7 @@ class Source:
         self._check_abort()
         item = self._item
         pid = int((item.st.run or {})['process']['pid'])
-        external = guest.external_mounts(pid)
+        external = guest.external_mounts(pid, item.nodes)
         limit = item.spec.limits.memory_bytes or (64 << 30)
         with contextlib.ExitStack() as stack:
             # All that can be made before the freeze is made before it.

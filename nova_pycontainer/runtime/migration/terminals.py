@@ -42,7 +42,6 @@ import typing as ty
 from oslo_log import log as logging
 
 from nova_pycontainer.runtime import cgroup
-from nova_pycontainer.runtime.migration import clocks
 from nova_pycontainer.runtime.migration import guest
 from nova_pycontainer.runtime.migration import imagefile
 from nova_pycontainer.runtime.migration import tracer
@@ -99,7 +98,7 @@ class _Process:
 
 def _processes(group: cgroup.Cgroup) -> list[_Process]:
     found = []
-    for pid in clocks.processes(group):
+    for pid in group.processes():
         with contextlib.suppress(OSError):
             found.append(_Process(pid))
     return found
@@ -154,7 +153,7 @@ def _held_still(
     it is frozen first, so that nothing of it runs.
     """
     threads: dict[int, tracer.Thread] = {}
-    for pid in clocks.processes(group):
+    for pid in group.processes():
         with contextlib.suppress(FileNotFoundError):
             for name in os.listdir(f'/proc/{pid}/task'):
                 threads[int(name)] = stack.enter_context(

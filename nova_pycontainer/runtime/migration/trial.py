@@ -179,7 +179,7 @@ class Trial:
     def _move(
         self, item: container.Container, memory: images.Memory, pid: int
     ) -> None:
-        external = guest.external_mounts(pid)
+        external = guest.external_mounts(pid, item.nodes)
         cgroups = guest.save_cgroups(item.cgroup)
         with self._criu.session() as session:
             options = dumping.options(

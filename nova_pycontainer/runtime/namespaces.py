@@ -10,7 +10,7 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
-"""Work inside a container's network namespace."""
+"""Work within a namespace of another process, setns(2)."""
 
 import os
 import threading
@@ -21,32 +21,42 @@ from nova_pycontainer.runtime import syscalls
 
 _TIMEOUT = 10.0
 
+_TYPES: ty.Final = {
+    'mnt': syscalls.CLONE_NEWNS,
+    'net': syscalls.CLONE_NEWNET,
+}
+
 T = ty.TypeVar('T')
 
 
-def within(pid: int, function: ty.Callable[[], T]) -> T:
-    """Run ``function`` in the network namespace of a process.
+def within(kind: str, pid: int, function: ty.Callable[[], T]) -> T:
+    """Run ``function`` in a namespace of a process.
 
     In a thread of its own: a namespace is a thread's property; a thread that
     ends takes the change with it, and starting one costs a thousandth of a
     process.
 
+    :param kind: ``mnt`` or ``net``
     :raises ContainerError: ``timeout``
     :raises OSError: the process is gone
     """
     result: list[T] = []
     failure: list[BaseException] = []
-    fd = os.open(f'/proc/{pid}/ns/net', os.O_RDONLY | os.O_CLOEXEC)
+    fd = os.open(f'/proc/{pid}/ns/{kind}', os.O_RDONLY | os.O_CLOEXEC)
 
     def run() -> None:
         try:
-            syscalls.setns(fd, syscalls.CLONE_NEWNET)
+            if kind == 'mnt':
+                # Root and working directory change with the namespace, and
+                # threads share them unless they are told not to.
+                syscalls.unshare(syscalls.CLONE_FS)
+            syscalls.setns(fd, _TYPES[kind])
             result.append(function())
         except BaseException as e:
             failure.append(e)
 
     try:
-        thread = threading.Thread(target=run, name='netns', daemon=True)
+        thread = threading.Thread(target=run, name=kind, daemon=True)
         thread.start()
         thread.join(_TIMEOUT)
     finally:
@@ -55,5 +65,5 @@ def within(pid: int, function: ty.Callable[[], T]) -> T:
         raise failure[0]
     if not result:
         raise errors.ContainerError(
-            'timeout', 'the network namespace does not answer')
+            'timeout', f'the {kind} namespace does not answer')
     return result[0]
