@@ -102,6 +102,14 @@ The userspace datapath of Open vSwitch hands packets on as they are: with
 offload on, ping works and TCP connections hang. The kernel datapath needs no
 such care.
 """),
+    cfg.BoolOpt(
+        'volume_use_multipath',
+        default=False,
+        help="""
+Whether volumes are connected over all paths that their storage offers.
+
+multipathd has to run on the host then.
+"""),
     cfg.IntOpt(
         'pids_max',
         default=16384,

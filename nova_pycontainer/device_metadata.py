@@ -20,12 +20,25 @@ from nova import objects
 def build(context, instance):
     """Return the InstanceDeviceMetadata of a server, or None.
 
-    Its interfaces are on no bus that a guest could find them by; it has their
-    addresses.
+    They are on no bus that a guest could find them by; it has the addresses
+    of its interfaces, and the paths of its volumes.
     """
-    found = objects.VirtualInterfaceList.get_by_instance_uuid(
+    vifs = objects.VirtualInterfaceList.get_by_instance_uuid(
+        context, instance.uuid)
+    bdms = objects.BlockDeviceMappingList.get_by_instance_uuid(
         context, instance.uuid)
     devices = [
         objects.NetworkInterfaceMetadata(mac=vif.address, tags=[vif.tag])
-        for vif in found if 'tag' in vif and vif.tag]
+        for vif in vifs if 'tag' in vif and vif.tag]
+    devices += [
+        # By its serial Nova finds it when the volume is detached.
+        objects.DiskMetadata(
+            path=bdm.device_name, serial=bdm.volume_id, tags=[bdm.tag])
+        for bdm in bdms if bdm.is_volume and bdm.tag]
     return objects.InstanceDeviceMetadata(devices=devices) if devices else None
+
+
+def renew(context, instance):
+    """Have the metadata service tell what the server has now."""
+    instance.device_metadata = build(context, instance)
+    instance.save()

@@ -50,6 +50,7 @@ from nova_pycontainer.runtime import errors
 from nova_pycontainer import snapshot
 from nova_pycontainer import spawn
 from nova_pycontainer import vif
+from nova_pycontainer import volume
 
 CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
@@ -89,8 +90,11 @@ class PyContainerDriver(driver.ComputeDriver):
         'supports_attach_interface': True,
         'supports_device_tagging': True,
         'supports_evacuate': True,
+        'supports_extend_volume': True,
         'supports_image_type_raw': True,
+        'supports_multiattach': True,
         'supports_tagged_attach_interface': True,
+        'supports_tagged_attach_volume': True,
         'supports_trusted_certs': True,
     }
 
@@ -124,9 +128,10 @@ class PyContainerDriver(driver.ComputeDriver):
             self._client, options.image_import_timeout)
         self._image_cache = imagecache.ImageCache(
             self._client, CONF.image_cache)
-        self._power = power.Power(self._client, options)
+        self._volumes = volume.Volumes(self._client, CONF, host)
+        self._power = power.Power(self._client, self._volumes, options)
         self._spawner = spawn.Spawner(
-            self._client, self._images, self.virtapi, options)
+            self._client, self._images, self.virtapi, self._volumes, options)
         self._rescuer = rescue.Rescuer(
             self._client, self._images, self._power)
         self._snapshotter = snapshot.Snapshotter(self._client)
@@ -136,10 +141,10 @@ class PyContainerDriver(driver.ComputeDriver):
         self._migration_recovery = migration_recovery.Recovery(
             self._migration_source, self.virtapi)
         self._migration_destination = migration_destination.Destination(
-            self._client, self._images, options)
+            self._client, self._images, self._volumes, options)
         self._resizer = resize.Resizer(
             self._client, self._spawner, self._power,
-            self._migration_destination, options, host)
+            self._migration_destination, self._volumes, options, host)
         self._watcher = events.Watcher(
             self._client, self.emit_event, self._agent_up, self._agent_down,
             patience=options.agent_lost_timeout)
@@ -285,7 +290,8 @@ class PyContainerDriver(driver.ComputeDriver):
                 self._resizer.stays(context, instance)):
             with driver_errors.translated(
                     instance, failure=exception.InstanceTerminationFailure):
-                self._resizer.shut_down(instance, network_info)
+                self._resizer.shut_down(
+                    instance, network_info, block_device_info)
             return
         if destroy_disks:
             self._migration_source.deleted(instance)
@@ -298,7 +304,8 @@ class PyContainerDriver(driver.ComputeDriver):
         with driver_errors.translated(
                 instance, failure=exception.InstanceTerminationFailure):
             self._spawner.remove(
-                instance, network_info, keep_disk=not destroy_disks,
+                instance, network_info, block_device_info,
+                keep_disk=not destroy_disks,
                 unplug=destroy_vifs)
 
     def delete_instance_files(self, instance):
@@ -318,7 +325,7 @@ class PyContainerDriver(driver.ComputeDriver):
         with driver_errors.translated(
                 instance, image_id=instance.image_ref,
                 failure=exception.InstancePowerOnFailure):
-            self._power.on(instance, network_info)
+            self._power.on(instance, network_info, block_device_info)
 
     def power_off(self, instance, timeout=0, retry_interval=0):
         with driver_errors.translated(
@@ -333,7 +340,8 @@ class PyContainerDriver(driver.ComputeDriver):
         with driver_errors.translated(
                 instance, image_id=instance.image_ref,
                 failure=exception.InstanceRebootFailure):
-            self._power.reboot(instance, network_info, timeout)
+            self._power.reboot(
+                instance, network_info, block_device_info, timeout)
 
     def poll_rebooting_instances(self, timeout, instances):
         # A reboot is over when reboot() returns, and never hangs: every step
@@ -347,7 +355,7 @@ class PyContainerDriver(driver.ComputeDriver):
         with driver_errors.translated(
                 instance, image_id=instance.image_ref,
                 failure=exception.InstancePowerOnFailure):
-            self._power.resume(instance, network_info)
+            self._power.resume(instance, network_info, block_device_info)
 
     def pause(self, instance):
         with driver_errors.translated(
@@ -368,14 +376,15 @@ class PyContainerDriver(driver.ComputeDriver):
                block_device_info=None, share_info=None):
         with driver_errors.rolled_back(
                 instance, exception.InstanceResumeFailure):
-            self._power.restore(instance, network_info)
+            self._power.restore(instance, network_info, block_device_info)
 
     def rescue(self, context, instance, network_info, image_meta,
                rescue_password, block_device_info, share_info):
         with driver_errors.translated(
                 instance, image_id=image_meta.id, failure=rescue.failure):
             self._rescuer.rescue(
-                context, instance, network_info, image_meta, rescue_password)
+                context, instance, network_info, image_meta, rescue_password,
+                block_device_info)
 
     def unrescue(self, context, instance):
         with driver_errors.translated(instance, failure=rescue.failure):
@@ -440,6 +449,37 @@ class PyContainerDriver(driver.ComputeDriver):
                 instance, failure=driver_errors.detach_failure(instance)):
             self._spawner.detach_interface(instance, vif)
 
+    # Volumes.
+
+    def get_volume_connector(self, instance):
+        return self._volumes.properties()
+
+    def default_root_device_name(self, instance, image_meta, root_bdm):
+        # No such device is in the guest; the names of volumes follow it.
+        return '/dev/vda'
+
+    def attach_volume(self, context, connection_info, instance, mountpoint,
+                      disk_bus=None, device_type=None, encryption=None):
+        with driver_errors.translated(instance, failure=functools.partial(
+                exception.VolumeAttachFailed,
+                volume_id=volume.volume_id(connection_info))):
+            self._volumes.attach(
+                context, connection_info, instance, mountpoint, encryption)
+
+    def detach_volume(self, context, connection_info, instance, mountpoint,
+                      encryption=None):
+        with driver_errors.translated(instance, failure=functools.partial(
+                exception.DeviceDetachFailed, device=mountpoint)):
+            self._volumes.detach(connection_info, instance)
+
+    def extend_volume(self, context, connection_info, instance,
+                      requested_size):
+        self._volumes.extend(connection_info, instance)
+
+    @_periodic
+    def get_all_volume_usage(self, context, compute_host_bdms):
+        return self._volumes.usage(compute_host_bdms)
+
     # Cold migration and resize, in the order of the calls. D is called on the
     # destination, S on the source.
 
@@ -449,7 +489,8 @@ class PyContainerDriver(driver.ComputeDriver):
         with driver_errors.translated(
                 instance, failure=exception.ResizeError):
             return self._resizer.leave(
-                context, instance, flavor, network_info, timeout)
+                context, instance, flavor, network_info, block_device_info,
+                timeout)
 
     def finish_migration(  # D
             self, context, migration, instance, disk_info, network_info,
@@ -460,7 +501,7 @@ class PyContainerDriver(driver.ComputeDriver):
                 failure=exception.MigrationError):
             self._resizer.arrive(
                 context, instance, migration, disk_info, network_info,
-                power_on)
+                block_device_info, power_on)
 
     def confirm_migration(  # S
             self, context, migration, instance, network_info):
@@ -474,7 +515,8 @@ class PyContainerDriver(driver.ComputeDriver):
         with driver_errors.translated(
                 instance, image_id=instance.image_ref,
                 failure=exception.InstancePowerOnFailure):
-            self._resizer.revert(instance, network_info, power_on)
+            self._resizer.revert(
+                instance, network_info, block_device_info, power_on)
 
     # Live migration, in the order of the calls. D is called on the
     # destination, S on the source.
@@ -490,7 +532,7 @@ class PyContainerDriver(driver.ComputeDriver):
             self, context, instance, dest_check_data,
             block_device_info=None):
         return self._migration_checks.source(
-            instance, dest_check_data, block_device_info)
+            instance, dest_check_data)
 
     def check_source_migrate_data_at_dest(  # D
             self, ctxt, instance, migrate_data, migration, limits, allocs):
@@ -515,7 +557,8 @@ class PyContainerDriver(driver.ComputeDriver):
                 instance, image_id=instance.image_ref,
                 failure=exception.MigrationError):
             return self._migration_destination.prepare(
-                context, instance, network_info, disk_info, migrate_data)
+                context, instance, network_info, block_device_info, disk_info,
+                migrate_data)
 
     def live_migration(  # S
             self, context, instance, dest, post_method, recover_method,
@@ -529,6 +572,10 @@ class PyContainerDriver(driver.ComputeDriver):
 
     def live_migration_abort(self, instance):  # S
         self._migration_source.abort(instance)
+
+    def post_live_migration(  # S
+            self, context, instance, block_device_info, migrate_data=None):
+        self._volumes.disconnect_all(block_device_info, instance)
 
     def post_live_migration_at_source(  # S
             self, context, instance, network_info):

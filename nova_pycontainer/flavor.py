@@ -204,12 +204,14 @@ def nesting(instance):
     return level == 'enabled' or wanted
 
 
-def specification(instance, *, layer, nics, pids_max, config_drive=None):
+def specification(instance, *, layer, nics, pids_max, config_drive=None,
+                  volumes=()):
     """Return the whole specification of an instance's container.
 
     :param layer: key of the image's layer
     :param nics: list of NICs, see :mod:`nova_pycontainer.vif`
     :param config_drive: files, see :mod:`nova_pycontainer.configdrive`
+    :param volumes: see :mod:`nova_pycontainer.volume`
     """
     return {
         'name': instance.name,
@@ -221,6 +223,7 @@ def specification(instance, *, layer, nics, pids_max, config_drive=None):
         'base_id': None,
         'resources': resources(instance.flavor, pids_max),
         'nics': nics,
+        'volumes': list(volumes),
         'init': init(instance),
         'config_drive': config_drive,
         'nesting': nesting(instance),

@@ -23,6 +23,8 @@ from oslo_log import log as logging
 from oslo_serialization import jsonutils
 from oslo_utils import units
 
+from nova_pycontainer import cpu_traits
+
 LOG = logging.getLogger(__name__)
 
 #: Shown as the hypervisor's type by the API. (In image properties a
@@ -137,8 +139,10 @@ class Host:
             **(info.get('features') or {}),
             # Whether the size of a root disk is more than a promise.
             'disk_limit': info['disk_limit'] != 'none'})
+        wanted |= cpu_traits.traits(info['cpu_flags'])
         owned = {trait for trait in tree.data(nodename).traits
-                 if trait == _TRAIT or trait.startswith(_TRAIT + '_')}
+                 if trait == _TRAIT or trait.startswith(_TRAIT + '_') or
+                 trait in cpu_traits.OWN}
         tree.remove_traits(nodename, *(owned - wanted))
         tree.add_traits(nodename, *(wanted - owned))
 

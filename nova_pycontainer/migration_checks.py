@@ -101,16 +101,13 @@ class Checks:
         if found is not None:
             raise refused('. '.join(found))
 
-    def source(self, instance, data, block_device_info):
+    def source(self, instance, data):
         """Whether the server can leave this host.
 
         :returns: the object, with what the destination has to know
         """
         with _refusing(instance):
             migration_data.get(data)
-            if (block_device_info or {}).get('block_device_mapping'):
-                raise refused(_('it has volumes, which the container driver '
-                                'cannot migrate yet'))
             found = self._client.migration_check_source(instance.uuid)
             _judge(found, instance)
             migration_data.put(data, facts=found['facts'])

@@ -22,6 +22,7 @@ from nova_pycontainer.runtime import errors
 from nova_pycontainer import spawn
 from nova_pycontainer import steps as driver_steps
 from nova_pycontainer import vif
+from nova_pycontainer import volume
 
 LOG = logging.getLogger(__name__)
 
@@ -44,15 +45,18 @@ class Destination:
 
     :param client: client of the agent
     :param images: a nova_pycontainer.image.Images
+    :param volumes: a nova_pycontainer.volume.Volumes
     :param conf: the options of ``[pycontainer]``
     """
 
-    def __init__(self, client, images, conf):
+    def __init__(self, client, images, volumes, conf):
         self._client = client
+        self._volumes = volumes
         self._images = images
         self._conf = conf
 
-    def prepare(self, context, instance, network_info, disk_info, data):
+    def prepare(self, context, instance, network_info, block_device_info,
+                disk_info, data):
         """Make all that the server needs here, and wait for its source.
 
         :param disk_info: what the source has said, see
@@ -71,6 +75,11 @@ class Destination:
                 self.remove_leftovers(instance)
             with steps.step('layer'):
                 self.get_layer(context, instance, facts['spec'])
+            with steps.step('volumes', lambda: self._volumes.disconnect_all(
+                    block_device_info, instance)):
+                volumes = volume.renewed(
+                    self._volumes.connect_all(block_device_info),
+                    facts['spec'].get('volumes') or [])
             with steps.step('network'):
                 vifs = _in_order(vifs, facts['spec']['nics'])
                 nics = vif.nics(vifs, self._conf.tx_offload)
@@ -85,7 +94,7 @@ class Destination:
                 endpoint = self._client.migration_prepare(
                     uuid, migration, {
                         **facts['spec'], 'base_id': facts['base_id'],
-                        'nics': nics},
+                        'nics': nics, 'volumes': volumes},
                     source, options(self._conf))
             steps.success()
         data.target_connect_addr = f'{endpoint["address"]}:{endpoint["port"]}'

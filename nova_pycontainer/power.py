@@ -49,14 +49,16 @@ class Power:
     """Turns containers on and off.
 
     :param client: client of the agent
+    :param volumes: a nova_pycontainer.volume.Volumes
     :param conf: the options of ``[pycontainer]``
     """
 
-    def __init__(self, client, conf):
+    def __init__(self, client, volumes, conf):
         self._client = client
+        self._volumes = volumes
         self._conf = conf
 
-    def on(self, instance, network_info):
+    def on(self, instance, network_info, block_device_info=None):
         """Start the container, unless it runs.
 
         :raises nova.exception.InstancePowerOnFailure: the root disk is not on
@@ -70,14 +72,15 @@ class Power:
             return
         if state in ALIVE:
             self._client.stop(instance.uuid, 0)
-        self.bring_up(instance, network_info, 'power_on')
+        self.bring_up(
+            instance, network_info, block_device_info, 'power_on')
 
-    def resume(self, instance, network_info):
+    def resume(self, instance, network_info, block_device_info=None):
         """Start the container after the host's boot, unless it lives."""
         if self._existing(instance)['state'] not in ('running', 'paused'):
-            self.on(instance, network_info)
+            self.on(instance, network_info, block_device_info)
 
-    def reboot(self, instance, network_info, timeout):
+    def reboot(self, instance, network_info, block_device_info, timeout):
         """Stop the container, if it lives, and start it.
 
         :param timeout: as for :meth:`off`; 0 for a hard reboot
@@ -87,13 +90,15 @@ class Power:
         """
         if self._existing(instance)['state'] in ALIVE:
             self._client.stop(instance.uuid, timeout)
-        self.bring_up(instance, network_info, 'reboot')
+        self.bring_up(instance, network_info, block_device_info, 'reboot')
 
-    def bring_up(self, instance, network_info, verb):
+    def bring_up(self, instance, network_info, block_device_info, verb):
         """Start a stopped container as Nova's database describes it.
 
         The interfaces of a container end with it, so they are made anew; the
         flavor's limits are set again. What is there already is left alone.
+
+        :param block_device_info: None: its volumes are as they were
         """
         uuid = instance.uuid
         info = self._client.info(uuid)
@@ -108,13 +113,14 @@ class Power:
             LOG.warning('Its resize has ended early: it stays here',
                         instance=instance)
             self._client.transfer_withdraw(uuid)
-        with self._wired(instance, network_info, verb) as (steps, changes):
+        with self._wired(instance, network_info, block_device_info,
+                         verb) as (steps, changes):
             with steps.step('prepare', undo=lambda: self._kill(uuid)):
                 self._client.prepare(uuid, changes)
             with steps.step('start'):
                 self._client.start_container(uuid)
 
-    def restore(self, instance, network_info):
+    def restore(self, instance, network_info, block_device_info=None):
         """Let a suspended container go on, with its memory.
 
         :raises nova.exception.InstancePowerOnFailure: the root disk is not on
@@ -125,14 +131,15 @@ class Power:
             # A resume that a restart of nova-compute repeats.
             LOG.info('The container runs already', instance=instance)
             return
-        with self._wired(instance, network_info, 'resume') as (
-                steps, changes):
+        with self._wired(instance, network_info, block_device_info,
+                         'resume') as (steps, changes):
             with steps.step('restore'):
                 self._client.resume(instance.uuid, changes)
 
     @contextlib.contextmanager
-    def _wired(self, instance, network_info, verb):
-        """Make a container's interfaces before the body starts it.
+    def _wired(self, instance, network_info, block_device_info, verb):
+        """Make a container's interfaces, and connect its volumes, before
+        the body starts it.
 
         :yields: the steps, and what of the container's specification is new
         """
@@ -145,6 +152,10 @@ class Power:
                     'resources': flavor.resources(
                         instance.flavor, self._conf.pids_max),
                 }
+            if block_device_info is not None:
+                with steps.step('volumes'):
+                    changes['volumes'] = self._volumes.connect_all(
+                        block_device_info)
             with steps.step('unplug_vifs'):
                 # The switch may still have the ports of the interfaces that
                 # ended: Open vSwitch's userspace datapath does not see that

@@ -40,7 +40,8 @@ class Rescuer:
         self._power = power
         self._api = glance.API()
 
-    def rescue(self, context, instance, network_info, image_meta, password):
+    def rescue(self, context, instance, network_info, image_meta, password,
+               block_device_info):
         """Start the server with the root of an image.
 
         :raises nova.exception.NovaException: the image cannot be had
@@ -65,7 +66,8 @@ class Rescuer:
                     'layer': layer, 'image_id': image_meta.id, 'init': init,
                     'config_drive': files})
             with steps.step('start'):
-                self._power.bring_up(instance, network_info, 'rescue')
+                self._power.bring_up(
+                    instance, network_info, block_device_info, 'rescue')
             steps.success()
 
     def unrescue(self, instance):
@@ -75,4 +77,4 @@ class Rescuer:
         """
         self._client.unrescue(instance.uuid)
         self._power.bring_up(
-            instance, instance.get_network_info(), 'unrescue')
+            instance, instance.get_network_info(), None, 'unrescue')

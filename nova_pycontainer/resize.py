@@ -46,8 +46,10 @@ class Resizer:
     :param host: name of this compute service
     """
 
-    def __init__(self, client, spawner, power, destination, conf, host):
+    def __init__(self, client, spawner, power, destination, volumes, conf,
+                 host):
         self._client = client
+        self._volumes = volumes
         self._spawner = spawner
         self._power = power
         self._destination = destination
@@ -56,7 +58,8 @@ class Resizer:
 
     # Source
 
-    def leave(self, context, instance, flavor, network_info, timeout):
+    def leave(self, context, instance, flavor, network_info,
+              block_device_info, timeout):
         """Stop the server, and let its new host have it.
 
         :param timeout: seconds that the guest has to shut down by itself
@@ -89,6 +92,8 @@ class Resizer:
                     # One port is of one host.
                     self._spawner.unplug(instance, network_info)
                 steps.success()
+            # Nova tells Cinder now that this host has none of them.
+            self._volumes.disconnect_all(block_device_info, instance)
         except (errors.ContainerError, exception.NovaException) as e:
             if isinstance(e, errors.ContainerError):
                 e = driver_errors.to_nova(e, failure=exception.ResizeError)
@@ -141,19 +146,19 @@ class Resizer:
         if not self._is_here(record):
             self._spawner.remove(instance, network_info)
 
-    def revert(self, instance, network_info, power_on):
+    def revert(self, instance, network_info, block_device_info, power_on):
         """Have the server here again, as it was before.
 
         Also after a crash at any point before it was another host's.
         """
         self._client.transfer_withdraw(instance.uuid)
         if power_on:
-            self._power.on(instance, network_info)
+            self._power.on(instance, network_info, block_device_info)
 
     # Destination
 
     def arrive(self, context, instance, record, disk_info, network_info,
-               power_on):
+               block_device_info, power_on):
         """Get the server, and start it with its new flavor.
 
         :raises nova.exception.MigrationError: it is on its source still;
@@ -163,11 +168,14 @@ class Resizer:
         told = migration_data.load_disk_info(disk_info)
         if told['here']:
             if power_on:
-                self._power.on(instance, network_info)
+                self._power.on(instance, network_info, block_device_info)
             return
         uuid, facts = instance.uuid, told['facts']
-        spec = facts['spec'] | {'resources': driver_flavor.resources(
-            instance.flavor, self._conf.pids_max)}
+        # Volumes are connected when it is started.
+        spec = facts['spec'] | {
+            'volumes': [],
+            'resources': driver_flavor.resources(
+                instance.flavor, self._conf.pids_max)}
         with driver_steps.Steps('finish_migration', instance) as steps:
             with steps.step('leftovers'):
                 self._destination.remove_leftovers(instance)
@@ -183,7 +191,7 @@ class Resizer:
             steps.success()
         if power_on:
             # What has come stays, whatever becomes of that: it is the server.
-            self._power.on(instance, network_info)
+            self._power.on(instance, network_info, block_device_info)
 
     def stays(self, context, instance):
         """Whether a server whose resize is reverted was resized here.
@@ -194,10 +202,11 @@ class Resizer:
         record = _record(context, instance)
         return record is not None and self._is_here(record)
 
-    def shut_down(self, instance, network_info):
+    def shut_down(self, instance, network_info, block_device_info):
         """All of :meth:`.spawn.Spawner.remove` but the loss of the disk."""
         self._power.off(instance, 0)
         self._spawner.unplug(instance, network_info)
+        self._volumes.disconnect_all(block_device_info, instance)
 
     def forget(self, context):
         """Remove what servers have left here whose migration did not come to

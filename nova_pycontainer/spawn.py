@@ -27,6 +27,7 @@ from nova_pycontainer import flavor
 from nova_pycontainer.runtime import errors
 from nova_pycontainer import steps as driver_steps
 from nova_pycontainer import vif
+from nova_pycontainer import volume
 
 CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
@@ -42,11 +43,13 @@ class Spawner:
     :param client: client of the agent
     :param images: a nova_pycontainer.image.Images
     :param virtapi: the compute manager's, for waiting for events
+    :param volumes: a nova_pycontainer.volume.Volumes
     :param conf: the options of ``[pycontainer]``
     """
 
-    def __init__(self, client, images, virtapi, conf):
+    def __init__(self, client, images, virtapi, volumes, conf):
         self._client = client
+        self._volumes = volumes
         self._images = images
         self._virtapi = virtapi
         self._conf = conf
@@ -62,7 +65,7 @@ class Spawner:
         :raises nova.exception.NovaException: the request cannot be met
         :raises ContainerError: the agent's
         """
-        _check_block_devices(instance, block_device_info)
+        volume.check_root(instance, block_device_info)
         uuid = instance.uuid
         pids_max = self._conf.pids_max
         self.remove_leftovers([uuid])
@@ -74,6 +77,9 @@ class Spawner:
                     instance, layer=None, nics=[], pids_max=pids_max)
             with steps.step('image'):
                 layer = self._images.ensure(context, instance, image_meta)
+            with steps.step('volumes', lambda: self._volumes.disconnect_all(
+                    block_device_info, instance)):
+                volumes = self._volumes.connect_all(block_device_info)
             with steps.step('network'):
                 # Neutron works on the ports since before this method was
                 # called; the first look at them waits for it.
@@ -96,7 +102,7 @@ class Spawner:
                 with self._unusable_removed(layer):
                     info = self._client.define(uuid, flavor.specification(
                         instance, layer=layer, nics=nics, pids_max=pids_max,
-                        config_drive=files))
+                        config_drive=files, volumes=volumes))
                 # The compute manager saves it with the instance.
                 instance.system_metadata[BASE_ID] = str(info['base_id'])
             if power_on:
@@ -182,9 +188,7 @@ class Spawner:
                     instance.uuid, nic['devname'])):
                 self._client.interface_attach(instance.uuid, nic)
             with steps.step('metadata'):
-                instance.device_metadata = device_metadata.build(
-                    context, instance)
-                instance.save()
+                device_metadata.renew(context, instance)
             steps.success()
 
     def detach_interface(self, instance, port):
@@ -199,8 +203,8 @@ class Spawner:
                 raise
         vif.unplug(instance, [port])
 
-    def remove(self, instance, network_info, *, keep_disk=False,
-               unplug=True):
+    def remove(self, instance, network_info, block_device_info=None, *,
+               keep_disk=False, unplug=True):
         """Remove the container, whatever there is of it.
 
         :raises ContainerError: the agent's; then nothing may be said to be
@@ -209,6 +213,7 @@ class Spawner:
         self._client.delete(instance.uuid, keep_disk=keep_disk)
         if unplug:
             self.unplug(instance, network_info)
+        self._volumes.disconnect_all(block_device_info, instance)
 
     def unplug(self, instance, network_info):
         """Disconnect and remove the interfaces, whether or not there."""
@@ -244,15 +249,3 @@ def _neutron_failed(event_name, instance):
     LOG.error('Neutron reported a failure: %s', event_name, instance=instance)
     if CONF.vif_plugging_is_fatal:
         raise exception.VirtualInterfaceCreateException()
-
-
-def _check_block_devices(instance, block_device_info):
-    """Refuse volumes, which this driver cannot attach yet.
-
-    :raises nova.exception.InvalidInput: in words for the user
-    """
-    info = block_device_info or {}
-    if info.get('block_device_mapping') or not instance.image_ref:
-        raise exception.InvalidInput(
-            reason=_('servers with volumes are not supported by the '
-                     'container driver. Boot from an image, without volumes'))

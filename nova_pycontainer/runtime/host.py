@@ -49,6 +49,7 @@ from nova_pycontainer.runtime import interfaces
 from nova_pycontainer.runtime import keeper_client
 from nova_pycontainer.runtime import layers
 from nova_pycontainer.runtime.migration import checks
+from nova_pycontainer.runtime.migration import compatibility
 from nova_pycontainer.runtime.migration import preflight
 from nova_pycontainer.runtime.migration import protocol
 from nova_pycontainer.runtime import migrations
@@ -327,6 +328,7 @@ class Host:
             'architecture': platform.machine(),
             'kernel': platform.release(),
             'cpus': os.cpu_count() or 1,
+            'cpu_flags': compatibility.cpu()['flags'],
             'memory_bytes': memory['MemTotal'],
             'memory_available_bytes': memory['MemAvailable'],
             'disk_total_bytes': usage.total,

@@ -13,6 +13,7 @@
 """Servers from creation to deletion, through Nova's API."""
 
 import contextlib
+import platform
 import threading
 
 from nova import context as nova_context
@@ -21,6 +22,7 @@ from nova.tests.functional.api import client
 
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import revert
+from tests.functional import agents
 from tests.functional import base
 
 
@@ -227,6 +229,11 @@ class ServersTest(base.TestCase):
             traits = self._get_provider_traits(hypervisor['id'])
             self.assertIn('CUSTOM_PYCONTAINER', traits)
             self.assertIn('COMPUTE_IMAGE_TYPE_RAW', traits)
+            # Instructions that every processor of these has.
+            if platform.machine() == 'x86_64' and (
+                    agents.Agents is agents.Real):
+                for name in ('SSE', 'SSE2'):
+                    self.assertIn(f'HW_CPU_X86_{name}', traits)
 
     def test_rebuild(self):
         server = self.boot()

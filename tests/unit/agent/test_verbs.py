@@ -32,6 +32,7 @@ from nova_pycontainer.runtime.migration import checks  # noqa: H306
 from nova_pycontainer.runtime.migration import preflight
 from nova_pycontainer.runtime import rescue
 from nova_pycontainer.runtime import transfers
+from nova_pycontainer.runtime import volumes
 from tests.unit.agent import base
 from tests.unit.agent import directory_host
 
@@ -48,6 +49,7 @@ class TestVerbs(base.AgentTestCase):
                      'checks': checks.Checks,
                      'consoles': consoles.Consoles,
                      'interfaces': interfaces.Interfaces,
+                     'volumes': volumes.Volumes,
                      'preflight': preflight.Preflight,
                      'migrations': migrations.Migrations,
                      'rescues': rescue.Rescues,

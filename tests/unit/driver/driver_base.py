@@ -46,6 +46,10 @@ class Base(base.TestCase):
         self.useFixture(fixtures.MonkeyPatch(
             'nova.objects.VirtualInterfaceList.get_by_instance_uuid',
             staticmethod(lambda context, uuid: self.tagged)))
+        self.bdms = []
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.objects.BlockDeviceMappingList.get_by_instance_uuid',
+            staticmethod(lambda context, uuid: self.bdms)))
         self.virtapi = base.VirtAPI()
         self.driver = Driver(self.virtapi)
         self.driver.agent = self.agent

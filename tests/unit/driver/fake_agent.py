@@ -46,6 +46,7 @@ class FakeAgent(fake_migration.Migrations):
         self.down = False
         self.failures = {}
         self.calls = []
+        self.cpu_flags = []
         self.layers = {}
         self.imports = 0
         self.containers = {}
@@ -90,7 +91,7 @@ class FakeAgent(fake_migration.Migrations):
         self._enter('host_info')
         return {
             'hostname': 'fake', 'architecture': 'x86_64', 'kernel': '6.1',
-            'cpus': 8, 'memory_bytes': 16 * GIB,
+            'cpus': 8, 'cpu_flags': self.cpu_flags, 'memory_bytes': 16 * GIB,
             'memory_available_bytes': 12 * GIB,
             'disk_total_bytes': 100 * GIB, 'disk_free_bytes': 60 * GIB,
             'uptime_s': 100.0, 'containers': len(self.containers),
@@ -179,7 +180,9 @@ class FakeAgent(fake_migration.Migrations):
             'base_id': base_id, 'image_id': spec['image_id'],
             'nics': spec['nics'],
             'resources': dict(spec['resources']), 'spec': spec,
-            'exit': None,
+            'exit': None, 'moved': None,
+            'volumes': [{**volume, 'statistics': None}
+                        for volume in spec.get('volumes', ())],
             'console': b'', 'rescue': None,
             'layer': spec['layer'], 'memory_bytes': 64 << 20,
             'disk': {'used_bytes': 1 << 20, 'method': 'loop'}}
@@ -190,6 +193,8 @@ class FakeAgent(fake_migration.Migrations):
         item = self._get(uuid, 'defined', 'stopped')
         item['spec'] = {**item['spec'], **(changes or {})}
         item['nics'] = item['spec']['nics']
+        item['volumes'] = [{**volume, 'statistics': None}
+                           for volume in item['spec'].get('volumes', ())]
         for nic in item['nics']:
             self.links.setdefault(nic['devname'], uuid)
         item['state'] = 'created'
@@ -262,6 +267,18 @@ class FakeAgent(fake_migration.Migrations):
         item['nics'] = [
             nic for nic in item['nics'] if nic['devname'] != devname]
         self.links.pop(devname, None)
+        return dict(item)
+
+    def volume_attach(self, uuid, volume):
+        self._enter('volume_attach')
+        item = self._get(uuid)
+        item['volumes'] = [*item['volumes'], {**volume, 'statistics': None}]
+        return dict(item)
+
+    def volume_detach(self, uuid, volume):
+        self._enter('volume_detach')
+        item = self._get(uuid)
+        item['volumes'] = [v for v in item['volumes'] if v['id'] != volume]
         return dict(item)
 
     def suspend(self, uuid):

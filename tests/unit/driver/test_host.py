@@ -89,11 +89,20 @@ class HostTestCase(Base):
 
     def test_only_own_traits_are_touched(self):
         tree = self.tree()
-        tree.add_traits('host1', 'CUSTOM_GOLD', 'HW_CPU_X86_AVX',
-                        'CUSTOM_PYCONTAINER_OLD')
+        tree.add_traits('host1', 'CUSTOM_GOLD', 'HW_CPU_X86_VMX',
+                        'HW_CPU_X86_AVX', 'CUSTOM_PYCONTAINER_OLD')
         self.assertEqual(
-            {'CUSTOM_GOLD', 'HW_CPU_X86_AVX', 'CUSTOM_PYCONTAINER',
+            {'CUSTOM_GOLD', 'HW_CPU_X86_VMX', 'CUSTOM_PYCONTAINER',
              'CUSTOM_PYCONTAINER_DISK_LIMIT'}, self.update(tree).traits)
+
+    def test_features_of_the_cpus(self):
+        self.agent.cpu_flags = [
+            'aes', 'avx512f', 'avx512_vnni', 'fpu', 'pni', 'sse4_1', 'sse4a']
+        self.assertEqual(
+            {f'HW_CPU_X86_{name}' for name in (
+                'AESNI', 'AVX512F', 'AVX512VNNI', 'SSE3', 'SSE41', 'SSE4A')},
+            {trait for trait in self.update(self.tree()).traits
+             if trait.startswith('HW_')})
 
     def test_disk_limit_that_is_not_enforced_has_no_trait(self):
         info = self.agent.host_info()

@@ -166,11 +166,12 @@ class SpawnTestCase(driver_base.Base):
         self.agent.define = define
         self.spawn()
 
-    def test_volumes_are_refused(self):
+    def test_root_on_a_volume_is_refused(self):
         error = self.assertRaises(
             exception.InvalidInput, self.spawn, block_device_info={
-                'block_device_mapping': [{'mount_device': '/dev/vdb'}]})
-        self.assertIn('without volumes', str(error))
+                'block_device_mapping': [{
+                    'mount_device': '/dev/vda', 'boot_index': 0}]})
+        self.assertIn('Boot from an image', str(error))
         self.instance.image_ref = ''
         self.assertRaises(exception.InvalidInput, self.spawn)
         self.assert_nothing_left()

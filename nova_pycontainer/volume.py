@@ -1,0 +1,265 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Volumes: connected to the host by os-brick, given to the guest by the agent.
+
+A volume is a device in the guest's ``/dev`` and no more: a guest has no right
+to mount a file system of the host's kernel.
+"""
+
+import threading
+
+from nova import block_device
+from nova import exception
+from nova.i18n import _
+from nova import utils
+from nova.virt import driver
+from os_brick import exception as brick_exception
+from os_brick.initiator import connector
+from oslo_concurrency import processutils
+from oslo_log import log as logging
+
+from nova_pycontainer import device_metadata
+from nova_pycontainer.runtime import errors
+from nova_pycontainer import steps
+
+LOG = logging.getLogger(__name__)
+
+_BRICK_ERRORS = (
+    brick_exception.BrickException, processutils.ProcessExecutionError,
+    OSError, ValueError)
+
+
+class Volumes:
+    """The volumes of one host's servers.
+
+    :param client: client of the agent
+    :param conf: nova.conf, with ``[pycontainer]``
+    :param host: name of this compute service
+    """
+
+    def __init__(self, client, conf, host):
+        self._client = client
+        self._conf = conf
+        self._host = host
+        # Whether others have a device, and its end, are one thing.
+        self._lock = threading.Lock()
+
+    def properties(self):
+        """What Cinder has to know of this host."""
+        multipath = self._conf.pycontainer.volume_use_multipath
+        return connector.get_connector_properties(
+            utils.get_root_helper(), self._conf.my_block_storage_ip,
+            multipath=multipath, enforce_multipath=True, host=self._host)
+
+    def _connector(self, connection_info):
+        kind = connection_info['driver_volume_type']
+        try:
+            return connector.InitiatorConnector.factory(
+                kind, utils.get_root_helper(),
+                use_multipath=self._conf.pycontainer.volume_use_multipath,
+                conn=connection_info,
+                # RBD: a device of the kernel's instead of a library's handle.
+                do_local_attach=True)
+        except brick_exception.InvalidConnectorProtocol as e:
+            raise exception.VolumeDriverNotFound(driver_type=kind) from e
+
+    # On this host
+
+    def connect(self, connection_info, mountpoint):
+        """Have a volume's device on this host; idempotent.
+
+        :param mountpoint: its name in the guest
+        :returns: the volume, as the agent takes it
+        :raises nova.exception.NovaException: it cannot be had
+        """
+        ident = volume_id(connection_info)
+        data = connection_info.get('data') or {}
+        if data.get('encrypted'):
+            raise exception.VolumeEncryptionNotSupported(
+                volume_type=connection_info['driver_volume_type'],
+                volume_id=ident)
+        try:
+            with self._lock:
+                found = self._connector(connection_info).connect_volume(data)
+        except _BRICK_ERRORS as e:
+            raise exception.VolumeAttachFailed(
+                volume_id=ident, reason=str(e)) from e
+        path = found['path']
+        if isinstance(path, bytes):
+            path = path.decode()
+        # What disconnects it later has to know it.
+        data['device_path'] = path
+        if found.get('multipath_id'):
+            data['multipath_id'] = found['multipath_id']
+        return {'id': ident, 'name': block_device.strip_dev(mountpoint),
+                'path': path, 'read_only': data.get('access_mode') == 'ro'}
+
+    def disconnect(self, connection_info, instance):
+        """End :meth:`connect`, whether or not it has been called.
+
+        Not while another server of this host has the same volume.
+
+        :raises nova.exception.VolumeDetachFailed: its device is here still
+        :raises ContainerError: the agent's
+        """
+        ident = volume_id(connection_info)
+        data = connection_info.get('data') or {}
+        with self._lock:
+            for info in self._client.list():
+                if info['uuid'] != instance.uuid and not info['moved'] and (
+                        any(v['id'] == ident for v in info['volumes'])):
+                    LOG.info('Volume %s stays connected for server %s',
+                             ident, info['uuid'], instance=instance)
+                    return
+            try:
+                self._connector(connection_info).disconnect_volume(
+                    data, data, ignore_errors=False)
+            except _BRICK_ERRORS as e:
+                raise exception.VolumeDetachFailed(
+                    volume_id=ident, reason=str(e)) from e
+
+    def connect_all(self, block_device_info):
+        """:meth:`connect` for all of a server's, as the agent takes them."""
+        return [self.connect(v['connection_info'], v['mount_device'])
+                for v in driver.block_device_info_get_mapping(
+                    block_device_info)]
+
+    def disconnect_all(self, block_device_info, instance):
+        """:meth:`disconnect`; what fails is logged, and the rest done.
+
+        The server has no use for them on this host any more, whatever becomes
+        of their devices.
+        """
+        for volume in driver.block_device_info_get_mapping(block_device_info):
+            try:
+                self.disconnect(volume['connection_info'], instance)
+            except (exception.NovaException, errors.ContainerError) as e:
+                LOG.error('%s', e, instance=instance)
+
+    # In a server
+
+    def attach(self, context, connection_info, instance, mountpoint,
+               encryption):
+        """Give a server a volume.
+
+        :raises nova.exception.NovaException: nothing is left of it
+        :raises ContainerError: the same, of the agent's
+        """
+        if encryption:
+            raise exception.VolumeEncryptionNotSupported(
+                volume_type=connection_info['driver_volume_type'],
+                volume_id=volume_id(connection_info))
+        with steps.Steps('attach_volume', instance) as made:
+            with made.step('connect', lambda: self.disconnect(
+                    connection_info, instance)):
+                volume = self.connect(connection_info, mountpoint)
+            with made.step('attach', lambda: self._client.volume_detach(
+                    instance.uuid, volume['id'])):
+                self._client.volume_attach(instance.uuid, volume)
+            with made.step('metadata'):
+                device_metadata.renew(context, instance)
+            made.success()
+
+    def detach(self, connection_info, instance):
+        """Take a volume away, also one that the server does not have here.
+
+        :raises nova.exception.NovaException: its device is here still
+        :raises ContainerError: the agent's; the server has it still
+        """
+        # After a migration that did not begin, the destination's share of it
+        # is its device alone.
+        if instance.host in (None, self._host):
+            try:
+                self._client.volume_detach(
+                    instance.uuid, volume_id(connection_info))
+            except errors.ContainerError as e:
+                if e.code != 'not_found':
+                    raise
+        self.disconnect(connection_info, instance)
+
+    def extend(self, connection_info, instance):
+        """Have the device know its new size; a guest's follows it.
+
+        :raises nova.exception.NovaException: it has the old one
+        """
+        try:
+            size = self._connector(connection_info).extend_volume(
+                connection_info['data'])
+        except NotImplementedError as e:
+            raise exception.ExtendVolumeNotSupported() from e
+        except _BRICK_ERRORS as e:
+            raise exception.VolumeExtendFailed(
+                volume_id=volume_id(connection_info), reason=str(e)) from e
+        LOG.info('Volume %s has %s bytes now', volume_id(connection_info),
+                 size, instance=instance)
+
+    def usage(self, servers):
+        """What the manager keeps of the use of volumes.
+
+        :param servers: as ``get_all_volume_usage`` has them
+        """
+        infos = {info['uuid']: info for info in self._client.list()}
+        found = []
+        for server in servers:
+            instance = server['instance']
+            volumes = {
+                v['id']: v['statistics'] for v in infos.get(
+                    instance.uuid, {}).get('volumes', ())}
+            for bdm in server['instance_bdms']:
+                figures = volumes.get(bdm['volume_id'])
+                if figures:
+                    found.append({
+                        'volume': bdm['volume_id'], 'instance': instance,
+                        'rd_req': figures['read_requests'],
+                        'rd_bytes': figures['read_bytes'],
+                        'wr_req': figures['write_requests'],
+                        'wr_bytes': figures['write_bytes']})
+        return found
+
+
+def volume_id(connection_info):
+    return (connection_info.get('serial') or
+            (connection_info.get('data') or {}).get('volume_id'))
+
+
+def check_root(instance, block_device_info):
+    """Refuse roots on volumes.
+
+    :raises nova.exception.InvalidInput: in words for the user
+    """
+    mapping = driver.block_device_info_get_mapping(block_device_info)
+    if not instance.image_ref or any(
+            volume.get('boot_index') == 0 for volume in mapping):
+        raise exception.InvalidInput(
+            reason=_('the container driver does not boot from volumes: the '
+                     'host would have to mount what others have written. '
+                     'Boot from an image, and attach the volume'))
+
+
+def renewed(volumes, told):
+    """Volumes of a server that comes, with their devices on this host.
+
+    :param volumes: of this host, from :meth:`Volumes.connect_all`
+    :param told: as the source has them
+    :raises nova.exception.MigrationError: they are not the same
+    """
+    here = {volume['id']: volume for volume in volumes}
+    if {*here} != {volume['id'] for volume in told}:
+        raise exception.MigrationError(
+            reason=_('the volumes of the server (%(nova)s) are not those of '
+                     'its container (%(container)s). A hard reboot makes '
+                     'them so') %
+            {'nova': ', '.join(here) or 'none',
+             'container': ', '.join(v['id'] for v in told) or 'none'})
+    # Under the name that the guest knows.
+    return [here[volume['id']] | {'name': volume['name']} for volume in told]
