@@ -184,7 +184,7 @@ class PyContainerDriver(driver.ComputeDriver):
 
     def _agent_up(self):
         self._remove_leftovers()
-        self._host.set_enabled(self.virtapi, True)
+        return self._host.set_enabled(self.virtapi, True)
 
     def _remove_leftovers(self):
         try:
@@ -195,7 +195,8 @@ class PyContainerDriver(driver.ComputeDriver):
                         '%s', e)
 
     def _agent_down(self, error):
-        self._host.set_enabled(self.virtapi, False, reason=str(error))
+        return self._host.set_enabled(
+            self.virtapi, False, reason=str(error))
 
     # The host.
 

@@ -57,9 +57,9 @@ class Watcher:
     :param client: client of the agent
     :param emit: called with each nova.virt.event.LifecycleEvent
     :param on_up: called when the agent answers after it did not, and at the
-        start
+        start; again until it returns true
     :param on_down: called with the error when the agent has not answered for
-        ``patience`` seconds
+        ``patience`` seconds; again until it returns true
     :param clock: seconds, monotonic
     """
 
@@ -78,6 +78,7 @@ class Watcher:
         self._lock = threading.Lock()
         self._lost_at = None
         self._reported = False
+        self._told = False
         #: Why the agent cannot be reached, or None while it can.
         self.failure = None
 
@@ -114,16 +115,18 @@ class Watcher:
         # for the number of the last event first leaves no gap between.
         last = max((event['seq'] for event in self._client.events(0, 0)),
                    default=0)
-        self._found()
+        settled = self._found()
         self._report_stopped()
         while not self._stop.is_set():
-            for event in self._client.events(last, self._poll):
+            for event in self._client.events(
+                    last, self._poll if settled else self._retry):
                 last = event['seq']
                 if self._stop.is_set():
                     return
                 translated = lifecycle_event(event)
                 if translated is not None:
                     self._emit(translated)
+            settled = settled or self._on_up()
 
     def _report_stopped(self):
         """Tell Nova of the guests that stopped while nobody listened.
@@ -141,8 +144,8 @@ class Watcher:
             LOG.info('The pycontainer agent answers again')
         self.failure = None
         self._lost_at = None
-        self._reported = False
-        self._on_up()
+        self._reported = self._told = False
+        return self._on_up()
 
     def _lost(self, error):
         now = self._clock()
@@ -151,7 +154,9 @@ class Watcher:
             LOG.warning('%s', error)
         self.failure = error
         if not self._reported and now - self._lost_at >= self._patience:
-            self._reported = True
-            LOG.error('%s. Until then no server of this host can be managed; '
-                      'none of them is reported as stopped', error)
-            self._on_down(error)
+            if not self._told:
+                LOG.error('%s. Until then no server of this host can be '
+                          'managed; none of them is reported as stopped',
+                          error)
+            self._told = True
+            self._reported = self._on_down(error)

@@ -151,26 +151,28 @@ class Host:
     def set_enabled(self, virtapi, enabled, reason=None):
         """Take this host into scheduling, or out of it with a reason.
 
-        Only what this function disabled is enabled again. Failures are
-        logged: the state will be set again at the next change.
+        Only what this function disabled is enabled again.
+
+        :returns: whether the state is right now; a failure is logged
         """
         context = nova_context.get_admin_context()
         try:
             service = objects.Service.get_by_compute_host(context, self.name)
             if service.disabled == (not enabled):
-                return
+                return True
             if service.disabled and not (
                     service.disabled_reason or '').startswith(
                         _DISABLE_PREFIX):
                 LOG.info('The compute service was disabled by the operator '
                          'and stays so')
-                return
+                return True
             service.disabled = not enabled
             service.disabled_reason = (
                 None if enabled else
                 f'{_DISABLE_PREFIX}{reason}'[:_REASON_LENGTH])
             service.save()
             self._update_provider_status(virtapi, context, service)
+            return True
         except exception.ComputeHostNotFound:
             # The first start on this host: Nova makes the record later.
             LOG.debug('No service record for host %s yet', self.name)
@@ -178,6 +180,7 @@ class Host:
             LOG.warning('Cannot %s the compute service of host %s',
                         'enable' if enabled else 'disable', self.name,
                         exc_info=True)
+        return False
 
     def _update_provider_status(self, virtapi, context, service):
         """Mirror the service's state in Placement, as libvirt's driver does.

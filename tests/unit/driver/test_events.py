@@ -34,6 +34,7 @@ class WatcherTestCase(base.TestCase):
         super().setUp()
         self.emitted = []
         self.changes = []
+        self.settles = True
         self.now = 0
         self.watcher = self.make()
 
@@ -41,9 +42,13 @@ class WatcherTestCase(base.TestCase):
         return events.Watcher(
             self.agent,
             lambda e: self.emitted.append((e.uuid, e.transition)),
-            lambda: self.changes.append('up'),
-            lambda error: self.changes.append(str(error)),
+            lambda: self._change('up'),
+            lambda error: self._change(str(error)),
             patience=10, poll=0.2, retry=0.01, clock=lambda: self.now)
+
+    def _change(self, change):
+        self.changes.append(change)
+        return self.settles
 
     def start(self):
         self.watcher.start()
@@ -125,6 +130,29 @@ class WatcherTestCase(base.TestCase):
         wait_for(lambda: self.emitted, 'the event')
         self.assertEqual(
             [(uuid, virtevent.EVENT_LIFECYCLE_STOPPED)], self.emitted)
+
+    def test_changes_that_fail_are_made_again(self):
+        """The database may be gone with the agent, and come back later."""
+        self.settles = False
+        self.start()
+        wait_for(lambda: len(self.changes) > 2, 'another attempt')
+        self.assertEqual({'up'}, {*self.changes})
+        self.settles = True
+        self.agent.down = True
+        wait_for(lambda: self.watcher.failure, 'the loss')
+        self.settles = False
+        self.now = 10
+        self.changes.clear()
+        wait_for(lambda: len(self.changes) > 2, 'another attempt')
+        self.assertEqual(1, len({*self.changes}))
+        self.settles = True
+        count = len(self.changes)
+        wait_for(lambda: len(self.changes) > count, 'the last attempt')
+        calls = self.agent.calls.count('events')
+        count = len(self.changes)
+        wait_for(lambda: self.agent.calls.count('events') > calls + 3,
+                 'more attempts')
+        self.assertLessEqual(len(self.changes), count + 1)
 
     def test_a_failing_listener_does_not_end_it(self):
         self.container('running')
