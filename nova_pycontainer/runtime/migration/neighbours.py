@@ -19,6 +19,7 @@ would be added to every blackout.
 """
 
 import collections.abc as cabc
+import contextlib
 import ipaddress
 import re
 import socket
@@ -30,6 +31,7 @@ from pyroute2.netlink import exceptions as nl_exceptions
 from nova_pycontainer.runtime import namespaces
 
 _LIMIT = 1024
+_NUD_INCOMPLETE = 0x01
 _NUD_STALE = 0x04
 #: Entries that somebody has answered for: reachable, stale, delay, probe.
 _NUD_KNOWN = 0x02 | 0x04 | 0x08 | 0x10
@@ -51,6 +53,27 @@ def restore(pid: int, neighbours: cabc.Sequence[ty.Mapping[str, ty.Any]]
     """
     if neighbours:
         namespaces.within('net', pid, lambda: _restore(neighbours))
+
+
+def forget(pid: int) -> None:
+    """Let a container that may run elsewhere soon ask nobody any more.
+
+    The kernel itself checks who it has talked to, also for a guest that is
+    frozen, and such a question would lead the switch back to where it is
+    from. (Only ARP's gets through CRIU's lock of the network.) If it runs on
+    here, it learns them again.
+    """
+    namespaces.within('net', pid, _forget)
+
+
+def _forget() -> None:
+    with pyroute2.IPRoute() as ipr:
+        for item in ipr.get_neighbours(family=socket.AF_INET):
+            if item['state'] & (_NUD_KNOWN | _NUD_INCOMPLETE):
+                with contextlib.suppress(nl_exceptions.NetlinkError):
+                    ipr.neigh(
+                        'del', dst=item.get_attr('NDA_DST'),
+                        ifindex=item['ifindex'], family=socket.AF_INET)
 
 
 def _save() -> list[Neighbour]:

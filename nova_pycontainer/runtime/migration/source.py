@@ -38,6 +38,7 @@ from nova_pycontainer.runtime.migration import images
 from nova_pycontainer.runtime.migration import keys
 from nova_pycontainer.runtime.migration import layer_transfer
 from nova_pycontainer.runtime.migration import moment
+from nova_pycontainer.runtime.migration import neighbours
 from nova_pycontainer.runtime.migration import network_lock
 from nova_pycontainer.runtime.migration import protocol
 from nova_pycontainer.runtime.migration import recovery
@@ -424,6 +425,9 @@ class Source:
         with self.progress.timed('restore'):
             self._restorable = True
             self._control.send('dumped', **dumped)
+            with contextlib.suppress(OSError, errors.ContainerError):
+                neighbours.forget(int(
+                    (self._item.st.run or {})['process']['pid']))
             self._control.expect('ready', _RESTORE_TIMEOUT)
         faults.point('source.ready')
         with self._lock:
