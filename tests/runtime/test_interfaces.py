@@ -12,6 +12,10 @@
 
 """Interfaces that come and go while a container runs."""
 
+import signal
+import subprocess
+import sys
+
 from nova_pycontainer.runtime import errors
 from tests.runtime import base
 from tests.runtime import hosts
@@ -36,6 +40,30 @@ listening.listen()
 open("/run/bound", "w").close()
 while True:
     time.sleep(1000)
+'''
+
+
+#: Prints the frames of a guest's that come after a signal, at its end.
+_LISTEN = '''
+import signal, socket, sys
+mac, frames = bytes.fromhex(sys.argv[2].replace(":", "")), []
+sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.ntohs(3))
+sock.bind((sys.argv[1], 0))
+signal.signal(signal.SIGUSR1, lambda *_: frames.clear())
+def end(*_):
+    print(frames, flush=True)
+    sys.exit()
+signal.signal(signal.SIGTERM, end)
+print("listening", flush=True)
+while True:
+    try:
+        frame = sock.recv(2048)
+    except OSError:
+        # The interface goes with the guest.
+        signal.pause()
+        continue
+    if frame[6:12] == mac:
+        frames.append(frame[:42].hex())
 '''
 
 
@@ -84,6 +112,54 @@ class InterfacesTestCase(hosts.TwoHostsTestCase):
         self.assertEqual(['eth0', 'eth1'], self._names(uuid))
         self.assertEqual([nic['id'], _nic(2)['id']], [
             n['id'] for n in self.a.info(uuid)['nics']])
+
+    @staticmethod
+    def _inside(host, uuid, *argv):
+        return host.run('nsenter', '-t', str(host.info(uuid)['pid']), '-n',
+                        *argv).stdout
+
+    def _neighbour(self, uuid, address, state):
+        self._inside(self.a, uuid, 'ip', 'neigh', 'replace', address, 'dev',
+                     'eth0', 'lladdr', '02:00:00:00:00:77', 'nud', state)
+
+    def test_source_asks_nobody(self):
+        """While its pages follow; the switch would learn the wrong way."""
+        uuid = self.run_container(address='203.0.113.10')
+        # Memory of its own, which follows; files in memory do not.
+        self.sh(self.a, uuid,
+                "setsid sh -c 'x=$(head -c 8388608 /dev/urandom | base64); "
+                "touch /run/ready; while :; do sleep 1; done' "
+                '</dev/null >/dev/null 2>&1 & '
+                'while [ ! -e /run/ready ]; do sleep 0.1; done')
+        nic, = self.a.info(uuid)['nics']
+        heard = subprocess.Popen(
+            self.a.enter(sys.executable, '-c', _LISTEN, nic['devname'],
+                         nic['mac']), stdout=subprocess.PIPE, text=True)
+        self.addCleanup(heard.wait, 10)
+        self.addCleanup(heard.kill)
+        self.addCleanup(heard.stdout.close)
+        self.assertEqual('listening\n', heard.stdout.readline())
+        # The kernel asks it in five seconds.
+        self._neighbour(uuid, '203.0.113.77', 'delay')
+        migration = self.prepare_migration(
+            uuid, self.a, self.b, strategy='post-copy',
+            permit_post_copy=True, bandwidth=1 << 20)
+        base.wait_for(lambda: self.a.migration_status(migration)['phase'] ==
+                      'running', 'the guest to run there')
+        heard.send_signal(signal.SIGUSR1)
+        self.finish_migration(uuid, migration, self.a, self.b)
+        heard.send_signal(signal.SIGTERM)
+        self.assertEqual('[]\n', heard.stdout.readline())
+        base.ping('203.0.113.10')
+
+    def test_neighbours_that_were_set_by_hand(self):
+        uuid = self.run_container(address='203.0.113.10')
+        base.ping('203.0.113.10')
+        self._neighbour(uuid, '203.0.113.77', 'permanent')
+        self.migrate(uuid, self.a, self.b)
+        self.assertIn('PERMANENT', self._inside(
+            self.b, uuid, 'ip', 'neigh', 'show', '203.0.113.77'))
+        base.ping('203.0.113.10')
 
     def test_migrated_under_its_name(self):
         """The only one left is not the first, and one has a new name."""

@@ -35,9 +35,11 @@ _NUD_INCOMPLETE = 0x01
 _NUD_STALE = 0x04
 #: Entries that somebody has answered for: reachable, stale, delay, probe.
 _NUD_KNOWN = 0x02 | 0x04 | 0x08 | 0x10
+#: Set by hand: nobody is asked.
+_NUD_PERMANENT = 0x80
 _MAC = re.compile(r'([0-9a-f]{2}:){5}[0-9a-f]{2}')
 
-Neighbour = dict[str, str]
+Neighbour = dict[str, str | bool]
 
 
 def save(pid: int) -> list[Neighbour]:
@@ -49,7 +51,8 @@ def restore(pid: int, neighbours: cabc.Sequence[ty.Mapping[str, ty.Any]]
             ) -> None:
     """Let a container know them again.
 
-    As stale ones: they are used at once, and checked soon after.
+    As stale ones: they are used at once, and checked soon after. Those that
+    were set by hand are again.
     """
     if neighbours:
         namespaces.within('net', pid, lambda: _restore(neighbours))
@@ -84,10 +87,12 @@ def _save() -> list[Neighbour]:
         for family in (socket.AF_INET, socket.AF_INET6):
             for item in ipr.get_neighbours(family=family):
                 mac = item.get_attr('NDA_LLADDR')
-                if item['state'] & _NUD_KNOWN and mac:
+                state = item['state']
+                if state & (_NUD_KNOWN | _NUD_PERMANENT) and mac:
                     found.append({
                         'interface': names.get(item['ifindex'], ''),
-                        'address': item.get_attr('NDA_DST'), 'mac': mac})
+                        'address': item.get_attr('NDA_DST'), 'mac': mac,
+                        'permanent': bool(state & _NUD_PERMANENT)})
     return found[:_LIMIT]
 
 
@@ -104,7 +109,8 @@ def _restore(neighbours: cabc.Sequence[ty.Mapping[str, ty.Any]]) -> None:
             try:
                 ipr.neigh(
                     'replace', dst=str(address), lladdr=mac, ifindex=index,
-                    state=_NUD_STALE,
+                    state=(_NUD_PERMANENT if item.get('permanent')
+                           else _NUD_STALE),
                     family=(socket.AF_INET if address.version == 4
                             else socket.AF_INET6))
             except nl_exceptions.NetlinkError:
