@@ -100,6 +100,23 @@ def _cpu(flavor):
     }
 
 
+def _disk_io(flavor):
+    """Limits on what is read and written, of each disk apart."""
+    specs = flavor.extra_specs
+    for name in ('bytes', 'iops'):
+        if specs.get(f'quota:disk_total_{name}_sec'):
+            raise exception.InvalidInput(
+                reason=_('flavor extra spec quota:disk_total_%(name)s_sec: '
+                         'containers have limits for reading and for writing '
+                         'only. Use quota:disk_read_%(name)s_sec and '
+                         'quota:disk_write_%(name)s_sec') % {'name': name})
+    return {
+        key: _int_spec(specs, f'quota:disk_{name}_sec', 0) or None
+        for key, name in (
+            ('read_bytes_s', 'read_bytes'), ('write_bytes_s', 'write_bytes'),
+            ('read_iops', 'read_iops'), ('write_iops', 'write_iops'))}
+
+
 def resources(flavor, pids_max):
     """Return the ``resources`` of a container's specification.
 
@@ -122,6 +139,7 @@ def resources(flavor, pids_max):
         'pids_max': pids_max if pids is None else pids,
         # As with every other driver, 0 means that there is no limit.
         'disk_bytes': flavor.root_gb * units.Gi or None,
+        'disk_io': _disk_io(flavor),
         **_cpu(flavor),
     }
 

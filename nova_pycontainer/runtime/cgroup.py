@@ -24,10 +24,14 @@ import errno
 import os
 import pathlib
 import time
+import typing as ty
 
+from nova_pycontainer.runtime import blockio
 from nova_pycontainer.runtime import errors
 
 _REMOVE_TIMEOUT = 10.0
+#: v1 controllers that have another name in v2.
+_V2_NAMES: ty.Final = {'blkio': 'io'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Limits:
     cpu_quota_us: int | None = None
     cpu_period_us: int | None = None
     pids_max: int | None = None
+    io: blockio.Limits = blockio.Limits()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +120,7 @@ class Hierarchies:
 
     def legacy(self, controller: str) -> pathlib.Path | None:
         """The v1 hierarchy of a controller that v2 does not have."""
-        if controller in self.v2_controllers:
+        if _V2_NAMES.get(controller, controller) in self.v2_controllers:
             return None
         return self.v1.get(controller)
 
@@ -129,7 +134,7 @@ class Cgroup:
     """The cgroup of one container, in all hierarchies."""
 
     #: v1 controllers that are used where v2 lacks them.
-    LEGACY = ('memory', 'cpu', 'cpuacct', 'pids')
+    LEGACY = ('memory', 'cpu', 'cpuacct', 'pids', 'blkio')
 
     def __init__(self, hierarchies: Hierarchies, path: str) -> None:
         self._h = hierarchies
@@ -169,8 +174,30 @@ class Cgroup:
         write('cpu', 'cpu.cfs_quota_us', limits.cpu_quota_us)
         write('pids', 'pids.max', limits.pids_max)
 
-    def oci_resources(self, limits: Limits) -> dict[str, object]:
+    def limit_io(self, disks: cabc.Iterable[str], limits: Limits) -> None:
+        """Set the limits on what is read and written.
+
+        :param disks: see :func:`.blockio.disk_of`
+        :raises ContainerError: ``unsupported``: no controller does that
+        """
+        legacy = self._legacy('blkio')
+        for disk in disks:
+            if 'io' in self._h.v2_controllers:
+                blockio.set_v2(self.v2, disk, limits.io)
+            elif legacy is not None:
+                blockio.set_v1(legacy, disk, limits.io)
+            else:
+                raise errors.ContainerError(
+                    'unsupported', 'this host has no cgroup controller for '
+                    'the limits on disks', remedy='Mount the controller io '
+                    '(or blkio), or use a flavor without quota:disk_*')
+
+    def oci_resources(
+        self, limits: Limits, disks: list[str]
+    ) -> dict[str, object]:
         """The limits that the OCI runtime is to set, on cgroup v2.
+
+        :param disks: see :func:`.blockio.disk_of`
 
         A runtime refuses a bundle with limits whose controller v2 lacks.
         """
@@ -187,6 +214,8 @@ class Cgroup:
                 k: v for k, v in cpu.items() if v is not None}
         if 'pids' in have and limits.pids_max is not None:
             resources['pids'] = {'limit': limits.pids_max}
+        if 'io' in have and limits.io and disks:
+            resources['blockIO'] = blockio.oci(disks, limits.io)
         return resources
 
     def exec_procs(self) -> list[pathlib.Path]:

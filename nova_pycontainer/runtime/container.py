@@ -30,6 +30,7 @@ import typing as ty
 
 from oslo_log import log as logging
 
+from nova_pycontainer.runtime import blockio
 from nova_pycontainer.runtime import bundle
 from nova_pycontainer.runtime import cgroup
 from nova_pycontainer.runtime import config as rconfig
@@ -275,7 +276,34 @@ class Container:
                 self.st.exit = None
                 self.st.save(self.directory)
                 self._set_cgroup()
+            with r.step('io-limits'):
+                self.limit_io()
             r.success()
+
+    def disks(self) -> list[str]:
+        """The disks that its limits hold for; its root is mounted.
+
+        :raises ContainerError: ``unsupported``: the limits on that cannot
+            hold
+        """
+        found: list[str] = []
+        if not self.spec.limits.io:
+            return found
+        for device in (os.stat(self.disk.upper).st_dev,
+                       *map(volume.device_of, self.spec.volumes)):
+            disk_of = blockio.disk_of(device)
+            if disk_of is None:
+                raise errors.ContainerError(
+                    'unsupported', 'the file system of the host\'s instances '
+                    'is on no single disk, so that limits on what is read '
+                    'and written cannot hold', uuid=self.uuid,
+                    remedy='Set [pycontainer]disk_limit = loop, or use a '
+                    'flavor without quota:disk_*')
+            found.append(disk_of)
+        return found
+
+    def limit_io(self) -> None:
+        self.cgroup.limit_io(self.disks(), self.spec.limits)
 
     def _watch(self, pid: int) -> None:
         """Have the end of the init written down."""
@@ -318,7 +346,8 @@ class Container:
             init=init,
             cgroups_path=self._oci.cgroups_path(
                 self._config.cgroup_parent, self.uuid),
-            resources=self.cgroup.oci_resources(self.spec.limits),
+            resources=self.cgroup.oci_resources(
+                self.spec.limits, self.disks()),
             config_drive=(
                 self.drive_source if self.config_drive.exists() else None),
             nesting=self.spec.nesting,

@@ -20,6 +20,7 @@ import pathlib
 import re
 import typing as ty
 
+from nova_pycontainer.runtime import blockio
 from nova_pycontainer.runtime import cgroup
 from nova_pycontainer.runtime import config as rconfig
 from nova_pycontainer.runtime import errors
@@ -53,6 +54,13 @@ def _object(data: ty.Mapping[str, ty.Any], key: str) -> dict[str, ty.Any]:
     if not isinstance(value, dict):
         raise _invalid(f'{key} is no object')
     return value
+
+
+def _io(resources: ty.Mapping[str, ty.Any]) -> blockio.Limits:
+    values = _object(resources, 'disk_io')
+    return blockio.Limits(**{
+        field.name: _optional_int(values, field.name, 1)
+        for field in dataclasses.fields(blockio.Limits)})
 
 
 def _nics(data: ty.Mapping[str, ty.Any]) -> tuple[network.Nic, ...]:
@@ -110,7 +118,8 @@ class Spec:
             cpu_quota_us=quota or vcpus * period,
             cpu_period_us=period,
             cpu_shares=shares or min(1024 * vcpus, 262144),
-            pids_max=_optional_int(resources, 'pids_max', 16))
+            pids_max=_optional_int(resources, 'pids_max', 16),
+            io=_io(resources))
         return cls(
             name=str(data.get('name') or ''),
             hostname=_HOSTNAME.sub(

@@ -62,6 +62,9 @@ class Volumes:
                         item.nodes.show(made, pid)
                 with r.step('volume-record'):
                     self._host.change(entry, {'volumes': kept})
+                if pid is not None:
+                    with r.step('volume-limit'):
+                        entry.container.limit_io()
                 r.success()
             return entry.container.info()
 

@@ -222,6 +222,27 @@ class Real:
     def directory(self, host):
         return self._agent(host).base
 
+    @staticmethod
+    def limits_io():
+        """Whether a controller of this machine limits reads and writes."""
+        # Not read here: Nova's tests forbid it.
+        return not subprocess.run(
+            ['sh', '-c', 'test -d /run/cgroup1/blkio || '
+             'grep -qw io /sys/fs/cgroup/cgroup.controllers'],
+            timeout=PATIENCE).returncode
+
+    def cgroup_says(self, host, uuid, *names):
+        """What the files of these names say of a container."""
+        parent = self._agent(host).cgroup_parent
+        done = subprocess.run(
+            ['find', '/sys/fs/cgroup', '/run/cgroup1',
+             '-path', f'*/{parent}/{uuid}/*', '(', '-name', names[0],
+             *(word for name in names[1:] for word in ('-o', '-name', name)),
+             ')', '-exec', 'cat', '{}', ';'],
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            timeout=PATIENCE)
+        return done.stdout
+
     def imports(self, host):
         return self.log(host).count(' is layer ')
 

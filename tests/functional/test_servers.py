@@ -235,6 +235,19 @@ class ServersTest(base.TestCase):
                 for name in ('SSE', 'SSE2'):
                     self.assertIn(f'HW_CPU_X86_{name}', traits)
 
+    def test_speed_of_disks(self):
+        if agents.Agents is not agents.Real:
+            self.skipTest('limits need root; run tools/run_tests.sh')
+        if not self.agents.limits_io():
+            self.skipTest('this machine has no controller io or blkio')
+        self.flavor = self._create_flavor(
+            memory_mb=256, vcpu=1, disk=1, ephemeral=0,
+            extra_spec={'quota:disk_read_iops_sec': '900'})
+        server = self.boot()
+        self.assertRegex(self.agents.cgroup_says(
+            'host1', server['id'], 'io.max',
+            'blkio.throttle.read_iops_device'), r'\d+:\d+ (.*riops=)?900\b')
+
     def test_rebuild(self):
         server = self.boot()
         other = self.make_image(self.image_data() + b'\0' * 1024)

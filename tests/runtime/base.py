@@ -70,6 +70,12 @@ def layer_key(name):
     return 'sha256-' + hashlib.sha256(path.name.encode()).hexdigest(), path
 
 
+def limits_io():
+    """Whether a controller of this machine limits reads and writes."""
+    return pathlib.Path('/run/cgroup1/blkio').exists() or 'io' in (
+        pathlib.Path('/sys/fs/cgroup/cgroup.controllers').read_text().split())
+
+
 def tool(name):
     """The project's own build of crun, runc or criu, else the host's."""
     ours = WORK / 'prefix' / 'bin' / name

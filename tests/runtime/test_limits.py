@@ -252,6 +252,34 @@ class LoopDiskTestCase(base.HostTestCase):
         self.assertEqual([], self.traces(uuid))
 
 
+class DiskSpeedTestCase(base.HostTestCase):
+    disk_limit = 'loop'
+
+    def test_reads_and_writes(self):
+        if not base.limits_io():
+            self.skipTest('this machine has no controller io or blkio')
+        resources = {
+            **self.spec()['resources'], 'disk_io': {
+                'read_bytes_s': 4 * base.MIB, 'write_bytes_s': 8 * base.MIB}}
+        uuid = self.run_container(
+            'debian13', init={'argv': ['/bin/sleep', '1000']},
+            resources=resources)
+        for words, least in (('if=/dev/zero of=/file oflag=direct', 1.5),
+                             ('if=/file of=/dev/null iflag=direct', 3.0)):
+            began = time.monotonic()
+            self.sh(uuid, f'dd bs=1M count=16 {words}')
+            # A lower bound: how long it really takes depends on the machine.
+            self.assertGreater(time.monotonic() - began, least)
+        self.host.kill(uuid)
+        # As after a change of its flavor.
+        self.host.prepare(uuid, {'resources': {
+            **resources, 'disk_io': {'write_iops': 20}}})
+        self.host.start_container(uuid)
+        began = time.monotonic()
+        self.sh(uuid, 'dd if=/dev/zero of=/file bs=4k count=60 oflag=direct')
+        self.assertGreater(time.monotonic() - began, 1.5)
+
+
 class FailuresTestCase(base.HostTestCase):
     """A step that fails leaves nothing, whichever it is."""
 

@@ -13,10 +13,12 @@
 """Volumes: real block devices (loop) in real containers."""
 
 import pathlib
+import re
 import uuid as uuidlib
 
 from nova_pycontainer.runtime import errors
 from tests import loop
+from tests.runtime import base
 from tests.runtime import hosts
 
 #: Has a device open for as long as it lives.
@@ -49,6 +51,15 @@ class VolumesTestCase(hosts.TwoHostsTestCase):
         return self.sh(host or self.a, uuid,
                        'cd /dev; for n in *; do if [ -b $n ]; then '
                        'echo $n; fi; done').split()
+
+    def speeds(self, uuid, host):
+        """Read requests per second, of each of its disks."""
+        files = [f'/sys/fs/cgroup/{host.cgroup_parent}/{uuid}/io.max',
+                 f'/run/cgroup1/blkio/{host.cgroup_parent}/{uuid}/'
+                 'blkio.throttle.read_iops_device']
+        text = host.run('sh', '-c', f'cat {" ".join(files)} 2>/dev/null || :')
+        return [int(found) for found in re.findall(
+            r'(?:riops=|:\d+ )(\d+)', text.stdout)]
 
     def test_to_and_fro(self):
         uuid = self.run_container()
@@ -209,7 +220,11 @@ class VolumesTestCase(hosts.TwoHostsTestCase):
     def test_migrated(self):
         """It moves with its volumes, and not with one open."""
         device = self.device()
-        uuid = self.run_container(volumes=[self.volume(device)])
+        spec = self.spec()['resources']
+        uuid = self.run_container(
+            volumes=[self.volume(device)],
+            resources={**spec, 'disk_io': {
+                'read_iops': 900 if base.limits_io() else None}})
         added = self.volume(self.device(), 'vdc')
         self.a.volume_attach(uuid, added)
         self.sh(self.a, uuid, _HOLD)
@@ -222,6 +237,8 @@ class VolumesTestCase(hosts.TwoHostsTestCase):
             self.migrate(uuid, here, there)
             here, there = there, here
             self.assertEqual(['vdb', 'vdc'], self.names(uuid, here))
+            if base.limits_io():
+                self.assertEqual([900] * 3, self.speeds(uuid, here))
             self.write(uuid, f'turn {turn}', host=here)
             self.assertEqual(f'turn {turn}'.encode(), device.read(6))
         self.a.volume_detach(uuid, added['id'])

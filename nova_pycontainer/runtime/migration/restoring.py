@@ -72,6 +72,7 @@ def make_surroundings(item: container.Container, dumped: Dumped) -> None:
     :raises ContainerError: ``invalid``
     """
     guest.make_cgroups(item.cgroup, dumped['cgroups'], item.st.base_id)
+    item.limit_io()
     for nic in item.spec.nics:
         # Everything that a peer sends to it before it runs would be
         # answered by a reset.

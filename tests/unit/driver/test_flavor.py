@@ -33,10 +33,26 @@ class FlavorTestCase(base.TestCase):
             'memory_bytes': 512 << 20, 'vcpus': 2, 'pids_max': 4096,
             'disk_bytes': 10 << 30, 'cpu_shares': None,
             'cpu_quota_us': 200000, 'cpu_period_us': 100000,
+            'disk_io': {'read_bytes_s': None, 'write_bytes_s': None,
+                        'read_iops': None, 'write_iops': None},
         }, self.resources())
 
     def test_no_disk_limit(self):
         self.assertIsNone(self.resources(root_gb=0)['disk_bytes'])
+
+    def test_speed_of_disks(self):
+        self.assertEqual(
+            {'read_bytes_s': 4096, 'write_bytes_s': 8192, 'read_iops': None,
+             'write_iops': 7}, self.resources({
+                 'quota:disk_read_bytes_sec': '4096',
+                 'quota:disk_write_bytes_sec': '8192',
+                 'quota:disk_read_iops_sec': '0',
+                 'quota:disk_write_iops_sec': '7'})['disk_io'])
+        for name in ('bytes', 'iops'):
+            spec = f'quota:disk_total_{name}_sec'
+            error = self.assertRaises(
+                exception.InvalidInput, self.resources, {spec: '1'})
+            self.assertIn(spec, str(error))
 
     def test_quota_is_each_vcpus_own(self):
         result = self.resources({'quota:cpu_quota': '25000',
