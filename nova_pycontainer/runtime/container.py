@@ -280,9 +280,10 @@ class Container:
                 self.limit_io()
             r.success()
 
-    def disks(self) -> list[str]:
+    def disks(self, *more: volume.Volume) -> list[str]:
         """The disks that its limits hold for; its root is mounted.
 
+        :param more: volumes that it is about to have
         :raises ContainerError: ``unsupported``: the limits on that cannot
             hold
         """
@@ -290,7 +291,7 @@ class Container:
         if not self.spec.limits.io:
             return found
         for device in (os.stat(self.disk.upper).st_dev,
-                       *map(volume.device_of, self.spec.volumes)):
+                       *map(volume.device_of, (*self.spec.volumes, *more))):
             disk_of = blockio.disk_of(device)
             if disk_of is None:
                 raise errors.ContainerError(
@@ -302,8 +303,8 @@ class Container:
             found.append(disk_of)
         return found
 
-    def limit_io(self) -> None:
-        self.cgroup.limit_io(self.disks(), self.spec.limits)
+    def limit_io(self, *more: volume.Volume) -> None:
+        self.cgroup.limit_io(self.disks(*more), self.spec.limits)
 
     def _watch(self, pid: int) -> None:
         """Have the end of the init written down."""

@@ -57,14 +57,13 @@ class Volumes:
                     with r.step('volume-node', lambda: item.nodes.remove(
                             made)):
                         item.nodes.make([made])
+                    with r.step('volume-limit'):
+                        item.limit_io(made)
                     with r.step('volume-show', lambda: self._hide(
                             item, made)):
                         item.nodes.show(made, pid)
                 with r.step('volume-record'):
                     self._host.change(entry, {'volumes': kept})
-                if pid is not None:
-                    with r.step('volume-limit'):
-                        entry.container.limit_io()
                 r.success()
             return entry.container.info()
 

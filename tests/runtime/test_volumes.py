@@ -17,6 +17,7 @@ import re
 import uuid as uuidlib
 
 from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime import revert
 from tests import loop
 from tests.runtime import base
 from tests.runtime import hosts
@@ -255,3 +256,33 @@ class VolumesTestCase(hosts.TwoHostsTestCase):
         self.a.resume(uuid)
         self.write(uuid, 'resumed')
         self.assertEqual(b'resumed', device.read(7))
+
+
+class FailuresTestCase(base.HostTestCase):
+
+    def test_a_step_that_fails_leaves_nothing(self):
+        uuid = self.run_container()
+        device = loop.Loop(self.config.state_dir / 'volume')
+        self.addCleanup(device.close)
+        volume = {'id': 'volume', 'name': 'vdb', 'path': device.path}
+        seen = []
+        self.addCleanup(setattr, revert, 'fault_hook', None)
+        revert.fault_hook = seen.append
+        self.host.volumes.attach(uuid, volume)
+        self.host.volumes.detach(uuid, 'volume')
+        steps = [step for step in seen if step.startswith('volume-')]
+        self.assertEqual(4, len(steps))
+        for step in steps:
+            def fail(name, step=step):
+                if name == step:
+                    raise OSError(f'no {name}')
+
+            revert.fault_hook = fail
+            self.assertRaises(
+                (OSError, errors.ContainerError), self.host.volumes.attach,
+                uuid, volume)
+            self.assertEqual([], self.host.info(uuid)['volumes'], step)
+            self.assertEqual('', self.sh(uuid, 'ls /dev | grep vdb || :'))
+        revert.fault_hook = None
+        self.host.volumes.attach(uuid, volume)
+        self.sh(uuid, 'dd if=/dev/vdb of=/dev/null count=1')
