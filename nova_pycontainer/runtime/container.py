@@ -17,7 +17,6 @@ these methods one at a time for each container.
 """
 
 import contextlib
-import ctypes
 import fcntl
 import json
 import os
@@ -56,8 +55,6 @@ LOG = logging.getLogger(__name__)
 KILL_TIMEOUT = 30.0
 _CONSOLE_TIMEOUT = 10.0
 _TIOCSPTLCK = 0x40045431
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Container:
@@ -391,38 +388,24 @@ class Container:
         path is resolved within the guest's root, since /run may be a link in
         the image.
         """
-        base = self.st.base_id
-        root = os.open(f'/proc/{pid}/root', os.O_PATH | os.O_DIRECTORY)
-        # The tmpfs belongs to the guest's user namespace, in which our own
-        # ids do not exist: the kernel answers EOVERFLOW to them. setfsuid is
-        # of this thread only.
-        _libc.setfsgid(base)
-        _libc.setfsuid(base)
-        try:
-            parent = root
+        with contextlib.ExitStack() as stack:
+            parent = os.open(f'/proc/{pid}/root', os.O_PATH | os.O_DIRECTORY)
+            stack.callback(os.close, parent)
+            # The tmpfs belongs to the guest's user namespace.
+            stack.enter_context(syscalls.files_of(self.st.base_id))
             for part in pathlib.PurePosixPath(path).parent.parts[1:]:
-                try:
+                with contextlib.suppress(FileExistsError):
                     os.mkdir(part, 0o755, dir_fd=parent)
-                except FileExistsError:
-                    pass
-                fd = syscalls.openat2(
+                parent = syscalls.openat2(
                     parent, part, os.O_PATH | os.O_DIRECTORY,
                     syscalls.RESOLVE_IN_ROOT)
-                if parent != root:
-                    os.close(parent)
-                parent = fd
+                stack.callback(os.close, parent)
             fd = os.open(
                 os.path.basename(path),
                 os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644,
                 dir_fd=parent)
             with os.fdopen(fd, 'w') as f:
                 f.write(content)
-            if parent != root:
-                os.close(parent)
-        finally:
-            _libc.setfsuid(os.getuid())
-            _libc.setfsgid(os.getgid())
-            os.close(root)
 
     def _wire(self, pid: int) -> None:
         for position, nic in enumerate(self.spec.nics):

@@ -17,6 +17,8 @@ Linux 5.2 have the same number on every architecture that Nova runs on.
 Every function raises OSError with the name of the call and its object.
 """
 
+import collections.abc as cabc
+import contextlib
 import ctypes
 import os
 
@@ -241,6 +243,49 @@ def setns(fd: int, nstype: int) -> None:
 
 def unshare(flags: int) -> None:
     _check(_libc.unshare(ctypes.c_int(flags)), 'unshare')
+
+
+@contextlib.contextmanager
+def files_of(ident: int) -> cabc.Iterator[None]:
+    """Work on files as another user and group: setfsuid(2).
+
+    A file system that was mounted in a user namespace does not know ids from
+    outside, and answers EOVERFLOW to them. Of this thread only.
+    """
+    _libc.setfsgid(ident)
+    _libc.setfsuid(ident)
+    try:
+        yield
+    finally:
+        _libc.setfsuid(os.getuid())
+        _libc.setfsgid(os.getgid())
+
+
+def mount_tmpfs(
+    target: str, source: str, options: cabc.Mapping[str, str | None],
+    attributes: int,
+) -> None:
+    """Mount a tmpfs that shows up in no other mount namespace.
+
+    :param options: None is the value of those that have none
+    """
+    context = fsopen('tmpfs')
+    try:
+        fsconfig_string(context, 'source', source)
+        for name, value in options.items():
+            if value is None:
+                fsconfig_flag(context, name)
+            else:
+                fsconfig_string(context, name, value)
+        fsconfig_create(context)
+        mount = fsmount(context, attributes)
+    finally:
+        os.close(context)
+    try:
+        mount_setattr(mount, propagation=MS_PRIVATE)
+        move_mount(mount, target)
+    finally:
+        os.close(mount)
 
 
 def fallocate(fd: int, mode: int, offset: int, size: int) -> None:

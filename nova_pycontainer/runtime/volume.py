@@ -22,7 +22,6 @@ mapped into the user namespace is out of reach of its root's capabilities.
 
 import collections.abc as cabc
 import contextlib
-import ctypes
 import dataclasses
 import functools
 import os
@@ -44,8 +43,6 @@ _ATTRIBUTES = syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NOEXEC
 
 #: Of a mount point in the guest; nobody opens it before the device is there.
 _PLACE_MODE = 0o600
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,20 +215,9 @@ class Nodes:
             return
         # The guest's init passes through it while CRIU restores its mounts.
         self.directory.mkdir(mode=0o711, exist_ok=True)
-        context = syscalls.fsopen('tmpfs')
-        try:
-            syscalls.fsconfig_string(context, 'source', 'volumes')
-            syscalls.fsconfig_string(context, 'size', '64k')
-            syscalls.fsconfig_string(context, 'mode', '0711')
-            syscalls.fsconfig_create(context)
-            made = syscalls.fsmount(context, _ATTRIBUTES)
-        finally:
-            os.close(context)
-        try:
-            syscalls.mount_setattr(made, propagation=syscalls.MS_PRIVATE)
-            syscalls.move_mount(made, str(self.directory))
-        finally:
-            os.close(made)
+        syscalls.mount_tmpfs(
+            str(self.directory), 'volumes', {'size': '64k', 'mode': '0711'},
+            _ATTRIBUTES)
 
     # In a guest that runs
 
@@ -255,7 +241,7 @@ class Nodes:
     def _put(self, name: str, tree: int) -> None:
         with self._dev() as dev:
             try:
-                with self._as_guest():
+                with syscalls.files_of(self._base_id):
                     os.close(os.open(
                         name, os.O_CREAT | os.O_EXCL | os.O_WRONLY,
                         _PLACE_MODE, dir_fd=dev))
@@ -288,18 +274,6 @@ class Nodes:
         finally:
             os.close(dev)
 
-    @contextlib.contextmanager
-    def _as_guest(self) -> cabc.Iterator[None]:
-        # The guest's tmpfs does not know our own ids: EOVERFLOW. setfsuid is
-        # of this thread only.
-        _libc.setfsgid(self._base_id)
-        _libc.setfsuid(self._base_id)
-        try:
-            yield
-        finally:
-            _libc.setfsuid(os.getuid())
-            _libc.setfsgid(os.getgid())
-
     def hide(
         self, volume: Volume, points: cabc.Mapping[int, cabc.Sequence[str]],
     ) -> None:
@@ -319,7 +293,7 @@ class Nodes:
                 status = os.stat(
                     volume.name, dir_fd=dev, follow_symlinks=False)
                 if stat.S_ISREG(status.st_mode) and not status.st_size:
-                    with self._as_guest():
+                    with syscalls.files_of(self._base_id):
                         os.unlink(volume.name, dir_fd=dev)
 
         for pid, paths in points.items():

@@ -82,24 +82,13 @@ class Memory:
             self._mount(size, noswap=False)
 
     def _mount(self, size: int, noswap: bool) -> None:
-        context = syscalls.fsopen('tmpfs')
-        try:
-            syscalls.fsconfig_string(context, 'source', 'pycontainer-images')
-            syscalls.fsconfig_string(context, 'size', str(size))
-            syscalls.fsconfig_string(context, 'mode', '0755')
-            if noswap:
-                syscalls.fsconfig_flag(context, 'noswap')
-            syscalls.fsconfig_create(context)
-            mount = syscalls.fsmount(
-                context, syscalls.MOUNT_ATTR_NOSUID |
-                syscalls.MOUNT_ATTR_NODEV | syscalls.MOUNT_ATTR_NOEXEC)
-        finally:
-            os.close(context)
-        try:
-            syscalls.mount_setattr(mount, propagation=syscalls.MS_PRIVATE)
-            syscalls.move_mount(mount, str(self.path))
-        finally:
-            os.close(mount)
+        options: dict[str, str | None] = {'size': str(size), 'mode': '0755'}
+        if noswap:
+            options['noswap'] = None
+        syscalls.mount_tmpfs(
+            str(self.path), 'pycontainer-images', options,
+            syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV |
+            syscalls.MOUNT_ATTR_NOEXEC)
 
     def unmount(self) -> None:
         """Idempotent."""
