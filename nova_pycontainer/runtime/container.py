@@ -260,6 +260,11 @@ class Container:
             with r.step('watch'):
                 self.exit_file.unlink(missing_ok=True)
                 self._watch(pid)
+            with r.step('io-limits'):
+                # systemd chooses the place of a scope itself.
+                cgroup.Cgroup(self._h, cgroup.of_process(
+                    pid, self._h)).limit_io(self.disks(), self.spec.limits)
+            # Last: from then on it has run.
             with r.step('record'):
                 self.st.run = {
                     'process': process.ProcessId.of(pid).to_dict(),
@@ -273,8 +278,6 @@ class Container:
                 self.st.exit = None
                 self.st.save(self.directory)
                 self._set_cgroup()
-            with r.step('io-limits'):
-                self.limit_io()
             r.success()
 
     def disks(self, *more: volume.Volume) -> list[str]:
