@@ -131,6 +131,9 @@ def _start_ovsdb(host: str, chassis: str, address: str,
         process.spawn(name, hosts.enter(host, [
             'ovs-vswitchd', 'unix:/run/openvswitch/db.sock',
             '--pidfile=/run/openvswitch/ovs-vswitchd.pid',
+            # Started again after a crash, as packages do: its userspace
+            # connection tracking (3.1) has died of an assertion.
+            '--monitor',
             '-vconsole:info', '-vsyslog:off']), host)
 
 
