@@ -389,7 +389,7 @@ class PyContainerDriver(driver.ComputeDriver):
 
     def unrescue(self, context, instance):
         with driver_errors.translated(instance, failure=rescue.failure):
-            self._rescuer.unrescue(instance)
+            self._rescuer.unrescue(context, instance)
 
     # In the guest, and about it.
 

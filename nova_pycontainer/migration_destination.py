@@ -70,7 +70,8 @@ class Destination:
         facts = migration_data.load_disk_info(disk_info)
         source = migration_data.recorded_identity(context, instance.host)
         vifs = migration_data.destination_vifs(data, network_info)
-        with driver_steps.Steps('pre_live_migration', instance) as steps:
+        with self._volumes.connecting(instance), driver_steps.Steps(
+                'pre_live_migration', instance) as steps:
             with steps.step('leftovers'):
                 self.remove_leftovers(instance)
             with steps.step('layer'):
@@ -78,7 +79,7 @@ class Destination:
             with steps.step('volumes', lambda: self._volumes.disconnect_all(
                     block_device_info, instance)):
                 volumes = volume.renewed(
-                    self._volumes.connect_all(block_device_info),
+                    self._volumes.connect_all(block_device_info, instance),
                     facts['spec'].get('volumes') or [])
             with steps.step('network'):
                 vifs = _in_order(vifs, facts['spec']['nics'])

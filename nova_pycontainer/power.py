@@ -144,7 +144,8 @@ class Power:
         :yields: the steps, and what of the container's specification is new
         """
         uuid = instance.uuid
-        with driver_steps.Steps(verb, instance) as steps:
+        with self._volumes.connecting(instance), driver_steps.Steps(
+                verb, instance) as steps:
             with steps.step('network'):
                 nics = vif.nics(network_info, self._conf.tx_offload)
                 changes = {
@@ -155,7 +156,7 @@ class Power:
             if block_device_info is not None:
                 with steps.step('volumes'):
                     changes['volumes'] = self._volumes.connect_all(
-                        block_device_info)
+                        block_device_info, instance)
             with steps.step('unplug_vifs'):
                 # The switch may still have the ports of the interfaces that
                 # ended: Open vSwitch's userspace datapath does not see that

@@ -14,7 +14,9 @@
 
 from nova import exception
 from nova.image import glance
+from nova import objects
 from nova.virt import configdrive as nova_configdrive
+from nova.virt import driver as nova_driver
 
 from nova_pycontainer import configdrive
 from nova_pycontainer import flavor
@@ -70,11 +72,14 @@ class Rescuer:
                     instance, network_info, block_device_info, 'rescue')
             steps.success()
 
-    def unrescue(self, instance):
+    def unrescue(self, context, instance):
         """Start the server with its own root.
 
         :raises ContainerError: the agent's
         """
         self._client.unrescue(instance.uuid)
         self._power.bring_up(
-            instance, instance.get_network_info(), None, 'unrescue')
+            instance, instance.get_network_info(),
+            nova_driver.get_block_device_info(
+                instance, objects.BlockDeviceMappingList.
+                get_by_instance_uuid(context, instance.uuid)), 'unrescue')

@@ -69,8 +69,9 @@ class Spawner:
         uuid = instance.uuid
         pids_max = self._conf.pids_max
         self.remove_leftovers([uuid])
-        with contextlib.ExitStack() as waiting, driver_steps.Steps(
-                'spawn', instance) as steps:
+        with self._volumes.connecting(instance), \
+                contextlib.ExitStack() as waiting, \
+                driver_steps.Steps('spawn', instance) as steps:
             with steps.step('check'):
                 # What the request gets wrong must not cost a download.
                 flavor.specification(
@@ -79,7 +80,8 @@ class Spawner:
                 layer = self._images.ensure(context, instance, image_meta)
             with steps.step('volumes', lambda: self._volumes.disconnect_all(
                     block_device_info, instance)):
-                volumes = self._volumes.connect_all(block_device_info)
+                volumes = self._volumes.connect_all(
+                    block_device_info, instance)
             with steps.step('network'):
                 # Neutron works on the ports since before this method was
                 # called; the first look at them waits for it.

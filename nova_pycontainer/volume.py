@@ -16,6 +16,7 @@ A volume is a device in the guest's ``/dev`` and no more: a guest has no right
 to mount a file system of the host's kernel.
 """
 
+import contextlib
 import threading
 
 from nova import block_device
@@ -29,6 +30,7 @@ from oslo_concurrency import processutils
 from oslo_log import log as logging
 
 from nova_pycontainer import device_metadata
+from nova_pycontainer import power
 from nova_pycontainer.runtime import errors
 from nova_pycontainer import steps
 
@@ -53,6 +55,9 @@ class Volumes:
         self._host = host
         # Whether others have a device, and its end, are one thing.
         self._lock = threading.Lock()
+        # Connected for servers of which the agent does not know that yet:
+        # (server, volume).
+        self._coming = set()
 
     def properties(self):
         """What Cinder has to know of this host."""
@@ -75,8 +80,10 @@ class Volumes:
 
     # On this host
 
-    def connect(self, connection_info, mountpoint):
+    def connect(self, connection_info, mountpoint, instance):
         """Have a volume's device on this host; idempotent.
+
+        Until :meth:`known` no other server's end takes it away.
 
         :param mountpoint: its name in the guest
         :returns: the volume, as the agent takes it
@@ -90,6 +97,7 @@ class Volumes:
                 volume_id=ident)
         try:
             with self._lock:
+                self._coming.add((instance.uuid, ident))
                 found = self._connector(connection_info).connect_volume(data)
         except _BRICK_ERRORS as e:
             raise exception.VolumeAttachFailed(
@@ -104,6 +112,13 @@ class Volumes:
         return {'id': ident, 'name': block_device.strip_dev(mountpoint),
                 'path': path, 'read_only': data.get('access_mode') == 'ro'}
 
+    def known(self, instance):
+        """The agent knows the volumes of a server, or never will."""
+        with self._lock:
+            self._coming = {
+                (uuid, ident) for uuid, ident in self._coming
+                if uuid != instance.uuid}
+
     def disconnect(self, connection_info, instance):
         """End :meth:`connect`, whether or not it has been called.
 
@@ -115,12 +130,27 @@ class Volumes:
         ident = volume_id(connection_info)
         data = connection_info.get('data') or {}
         with self._lock:
+            users = {uuid for uuid, volume in self._coming
+                     if volume == ident}
             for info in self._client.list():
-                if info['uuid'] != instance.uuid and not info['moved'] and (
-                        any(v['id'] == ident for v in info['volumes'])):
-                    LOG.info('Volume %s stays connected for server %s',
-                             ident, info['uuid'], instance=instance)
-                    return
+                if not any(v['id'] == ident for v in info['volumes']):
+                    continue
+                # A copy that has left runs no more here.
+                if info['uuid'] != instance.uuid and not (
+                        info['moved'] or info.get('offered')):
+                    users.add(info['uuid'])
+                if info['uuid'] == instance.uuid and (
+                        info['state'] in power.ALIVE and
+                        not info['moved']):
+                    # Its number could become that of another one's device,
+                    # which the node here would open.
+                    raise exception.VolumeDetachFailed(
+                        volume_id=ident, reason=_('the server has it still'))
+            users.discard(instance.uuid)
+            if users:
+                LOG.info('Volume %s stays connected for %s', ident,
+                         ', '.join(users), instance=instance)
+                return
             try:
                 self._connector(connection_info).disconnect_volume(
                     data, data, ignore_errors=False)
@@ -128,9 +158,18 @@ class Volumes:
                 raise exception.VolumeDetachFailed(
                     volume_id=ident, reason=str(e)) from e
 
-    def connect_all(self, block_device_info):
+    @contextlib.contextmanager
+    def connecting(self, instance):
+        """In the body a server gets volumes, which the agent knows then."""
+        try:
+            yield
+        finally:
+            self.known(instance)
+
+    def connect_all(self, block_device_info, instance):
         """:meth:`connect` for all of a server's, as the agent takes them."""
-        return [self.connect(v['connection_info'], v['mount_device'])
+        return [self.connect(
+                    v['connection_info'], v['mount_device'], instance)
                 for v in driver.block_device_info_get_mapping(
                     block_device_info)]
 
@@ -159,10 +198,12 @@ class Volumes:
             raise exception.VolumeEncryptionNotSupported(
                 volume_type=connection_info['driver_volume_type'],
                 volume_id=volume_id(connection_info))
-        with steps.Steps('attach_volume', instance) as made:
+        with self.connecting(instance), steps.Steps(
+                'attach_volume', instance) as made:
             with made.step('connect', lambda: self.disconnect(
                     connection_info, instance)):
-                volume = self.connect(connection_info, mountpoint)
+                volume = self.connect(
+                    connection_info, mountpoint, instance)
             with made.step('attach', lambda: self._client.volume_detach(
                     instance.uuid, volume['id'])):
                 self._client.volume_attach(instance.uuid, volume)

@@ -208,13 +208,15 @@ class Migrations:
                 protocol.Journal(entry.container.directory).remove()
             entry.migration = None
         with self._lock:
-            question = self._sources.pop(migration, None)
+            question = self._sources.get(migration)
         if question is not None:
             question.progress.phase = (
                 protocol.Phase.COMPLETED if moved else
                 protocol.Phase.ABORTED)
             question.progress.ended_at = time.time()
             self._remember(question.progress)
+        with self._lock:
+            self._sources.pop(migration, None)
 
     def _settled_here(self, uuid: str, migration: str) -> None:
         self._host.entry(uuid).migration = None

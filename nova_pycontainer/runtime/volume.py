@@ -187,11 +187,23 @@ class Nodes:
             os.chown(node, self._base_id, self._base_id)
             os.chmod(node, 0o660)
 
-    def revoke(self, volume: Volume) -> None:
-        """Have nobody open it any more, through whatever mount of it."""
-        with contextlib.suppress(FileNotFoundError):
+    def revoke(self, volume: Volume) -> os.stat_result | None:
+        """Have nobody open it any more, through whatever mount of it.
+
+        :returns: for :meth:`give_back`; None: there is no such node
+        """
+        try:
+            before = os.stat(self.path(volume))
             os.chown(self.path(volume), 0, 0)
             os.chmod(self.path(volume), 0)
+        except FileNotFoundError:
+            return None
+        return before
+
+    def give_back(self, volume: Volume, before: os.stat_result) -> None:
+        """End :meth:`revoke`: a guest may have given it to somebody."""
+        os.chown(self.path(volume), before.st_uid, before.st_gid)
+        os.chmod(self.path(volume), stat.S_IMODE(before.st_mode))
 
     def remove(self, volume: Volume) -> None:
         self.revoke(volume)
@@ -250,14 +262,20 @@ class Nodes:
                     'exists', f'the guest has a file /dev/{name}',
                     remedy='Remove it, or attach the volume under another '
                     'name') from None
-            place = syscalls.openat2(
-                dev, name, os.O_PATH | os.O_NOFOLLOW,
-                syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS |
-                syscalls.RESOLVE_NO_XDEV)
             try:
-                syscalls.move_mount_onto(tree, place)
-            finally:
-                os.close(place)
+                place = syscalls.openat2(
+                    dev, name, os.O_PATH | os.O_NOFOLLOW,
+                    syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS |
+                    syscalls.RESOLVE_NO_XDEV)
+                try:
+                    syscalls.move_mount_onto(tree, place)
+                finally:
+                    os.close(place)
+            except BaseException:
+                with contextlib.suppress(OSError), (
+                        syscalls.files_of(self._base_id)):
+                    os.unlink(name, dir_fd=dev)
+                raise
 
     @staticmethod
     @contextlib.contextmanager
@@ -290,6 +308,9 @@ class Nodes:
                     syscalls.umount(
                         path, syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
             with contextlib.suppress(OSError), self._dev() as dev:
+                if not paths:
+                    # What is there is no place of ours.
+                    return
                 status = os.stat(
                     volume.name, dir_fd=dev, follow_symlinks=False)
                 if stat.S_ISREG(status.st_mode) and not status.st_size:

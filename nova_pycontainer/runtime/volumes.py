@@ -82,12 +82,13 @@ class Volumes:
                 return item.info()
             if item.live_pid() is not None:
                 # Nobody can open it any more, then nobody has it open.
-                item.nodes.revoke(found[0])
-                try:
-                    _check_unused(item, found[0])
-                except BaseException:
-                    item.nodes.allow(found[0])
-                    raise
+                before = item.nodes.revoke(found[0])
+                if before is not None:
+                    try:
+                        _check_unused(item, found[0])
+                    except BaseException:
+                        item.nodes.give_back(found[0], before)
+                        raise
                 self._hide(item, found[0])
                 item.nodes.remove(found[0])
             self._host.change(entry, {'volumes': [
@@ -104,10 +105,14 @@ class Volumes:
         number = f'{os.major(device)}:{os.minor(device)}'
         points: dict[int, list[str]] = {}
         seen = set()
-        for pid in item.cgroup.processes():
+        init = item.live_pid()
+        for pid in (*([init] if init else []), *item.cgroup.processes()):
             try:
                 namespace = os.readlink(f'/proc/{pid}/ns/mnt')
-                if namespace in seen:
+                # Somebody in a chroot sees only what is in there.
+                if namespace in seen or (
+                        pid != init and os.readlink(f'/proc/{pid}/root') !=
+                        '/'):
                     continue
                 seen.add(namespace)
                 points[pid] = [
@@ -125,14 +130,14 @@ def _check_unused(
     """:raises ContainerError: ``in_use``, naming the process"""
     device = os.stat(item.nodes.path(volume)).st_rdev
     for pid in item.cgroup.processes():
-        for kind in ('fd', 'map_files'):
+        for directory in _open_files(pid):
             try:
-                names = os.listdir(f'/proc/{pid}/{kind}')
+                names = os.listdir(directory)
             except OSError:
                 continue
             for name in names:
                 try:
-                    status = os.stat(f'/proc/{pid}/{kind}/{name}')
+                    status = os.stat(f'{directory}/{name}')
                 except OSError:
                     continue
                 if stat.S_ISBLK(status.st_mode) and (
@@ -141,6 +146,16 @@ def _check_unused(
                         'in_use', f'/dev/{volume.name} is open in the guest '
                         f'({_name(pid)})', uuid=item.uuid,
                         remedy='Unmount it there, or stop that process')
+
+
+def _open_files(pid: int) -> list[str]:
+    # Threads may have tables of their own, and outlive their leader.
+    try:
+        threads = os.listdir(f'/proc/{pid}/task')
+    except OSError:
+        threads = []
+    return [f'/proc/{pid}/map_files',
+            *(f'/proc/{pid}/task/{thread}/fd' for thread in threads)]
 
 
 def _name(pid: int) -> str:

@@ -132,6 +132,9 @@ class VolumeTestCase(driver_base.Base):
         self.spawn()
         self.attach()
         self.instance.host = 'host2'
+        # Not as long as something here could use it.
+        self.assertRaises(exception.VolumeDetachFailed, self.detach)
+        self.agent.containers[self.instance.uuid]['state'] = 'defined'
         self.detach()
         self.assertEqual(1, len(self.volumes()))
         self.assertEqual([], self.connected)
@@ -153,6 +156,45 @@ class VolumeTestCase(driver_base.Base):
         self.instance = first
         self.detach()
         self.assertEqual([], self.connected)
+
+    def test_one_that_is_just_getting_it(self):
+        """The agent knows nothing of that server yet."""
+        self.spawn()
+        self.attach()
+        other = self.make_instance(uuid=uuids.second)
+        with self.driver._volumes.connecting(other):
+            self.driver._volumes.connect(self.info(), '/dev/vdb', other)
+            self.detach()
+            self.assertTrue(self.connected)
+        self.driver._volumes.disconnect(self.info(), other)
+        self.assertEqual([], self.connected)
+
+    def test_copies_that_left_have_no_use_for_it(self):
+        self.spawn()
+        self.attach()
+        first, self.instance = self.instance, self.make_instance(
+            uuid=uuids.second)
+        self.instance.host = 'host1'
+        self.spawn(network_info=[])
+        self.attach()
+        self.agent.containers[first.uuid].update(
+            state='stopped', offered=True)
+        self.detach()
+        self.assertEqual([], self.connected)
+
+    def test_attach_that_cannot_be_taken_back(self):
+        """The device stays as long as the guest has a node of it."""
+        self.spawn()
+        self.agent.failures['volume_detach'] = errors.ContainerError(
+            'in_use', '/dev/vdb is open in the guest (dd)')
+
+        def fail(instance):
+            raise exception.InstanceNotFound(instance_id=instance.uuid)
+
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.objects.Instance.save', fail))
+        self.assertRaises(exception.InstanceNotFound, self.attach)
+        self.assertEqual(['/dev/loop77'], self.connected)
 
     def test_through_a_life(self):
         one, two = self.info(), self.info(uuids.other, '/dev/loop78')
