@@ -22,7 +22,6 @@ from nova_pycontainer.runtime import errors
 from nova_pycontainer import spawn
 from nova_pycontainer import steps as driver_steps
 from nova_pycontainer import vif
-from nova_pycontainer import volume
 
 LOG = logging.getLogger(__name__)
 
@@ -78,7 +77,7 @@ class Destination:
                 self.get_layer(context, instance, facts['spec'])
             with steps.step('volumes', lambda: self._volumes.disconnect_all(
                     block_device_info, instance)):
-                volumes = volume.renewed(
+                volumes = _renewed(
                     self._volumes.connect_all(block_device_info, instance),
                     facts['spec'].get('volumes') or [])
             with steps.step('network'):
@@ -226,12 +225,29 @@ def _in_order(vifs, nics):
     The guest has them as they were when it started; Nova's list may have
     another order by now.
     """
-    by_id = {port['id']: port for port in vifs or ()}
-    if set(by_id) != {nic['id'] for nic in nics}:
+    return _matched(_('ports'), vifs or (), nics)
+
+
+def _renewed(volumes, told):
+    """The volumes, as the guest knows them, with their devices on this host.
+
+    :param volumes: of :meth:`nova_pycontainer.volume.Volumes.connect_all`
+    """
+    return [here | {'name': volume['name']} for here, volume in zip(
+        _matched(_('volumes'), volumes, told), told, strict=True)]
+
+
+def _matched(what, here, told):
+    """Of what Nova has, in the order of the container's.
+
+    :raises nova.exception.MigrationError: they are not the same
+    """
+    by_id = {item['id']: item for item in here}
+    if set(by_id) != {item['id'] for item in told}:
         raise exception.MigrationError(
-            reason=_('the ports of the server (%(nova)s) are not those of '
+            reason=_('the %(what)s of the server (%(nova)s) are not those of '
                      'its container (%(container)s). A hard reboot makes '
                      'them so') %
-            {'nova': ', '.join(by_id) or 'none',
-             'container': ', '.join(nic['id'] for nic in nics) or 'none'})
-    return [by_id[nic['id']] for nic in nics]
+            {'what': what, 'nova': ', '.join(by_id) or 'none',
+             'container': ', '.join(item['id'] for item in told) or 'none'})
+    return [by_id[item['id']] for item in told]

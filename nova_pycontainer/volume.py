@@ -83,7 +83,8 @@ class Volumes:
     def connect(self, connection_info, mountpoint, instance):
         """Have a volume's device on this host; idempotent.
 
-        Until :meth:`known` no other server's end takes it away.
+        Until the end of :meth:`connecting` no other server's end takes it
+        away.
 
         :param mountpoint: its name in the guest
         :returns: the volume, as the agent takes it
@@ -111,13 +112,6 @@ class Volumes:
             data['multipath_id'] = found['multipath_id']
         return {'id': ident, 'name': block_device.strip_dev(mountpoint),
                 'path': path, 'read_only': data.get('access_mode') == 'ro'}
-
-    def known(self, instance):
-        """The agent knows the volumes of a server, or never will."""
-        with self._lock:
-            self._coming = {
-                (uuid, ident) for uuid, ident in self._coming
-                if uuid != instance.uuid}
 
     def disconnect(self, connection_info, instance):
         """End :meth:`connect`, whether or not it has been called.
@@ -164,7 +158,10 @@ class Volumes:
         try:
             yield
         finally:
-            self.known(instance)
+            with self._lock:
+                self._coming = {
+                    (uuid, ident) for uuid, ident in self._coming
+                    if uuid != instance.uuid}
 
     def connect_all(self, block_device_info, instance):
         """:meth:`connect` for all of a server's, as the agent takes them."""
@@ -285,22 +282,3 @@ def check_root(instance, block_device_info):
             reason=_('the container driver does not boot from volumes: the '
                      'host would have to mount what others have written. '
                      'Boot from an image, and attach the volume'))
-
-
-def renewed(volumes, told):
-    """Volumes of a server that comes, with their devices on this host.
-
-    :param volumes: of this host, from :meth:`Volumes.connect_all`
-    :param told: as the source has them
-    :raises nova.exception.MigrationError: they are not the same
-    """
-    here = {volume['id']: volume for volume in volumes}
-    if {*here} != {volume['id'] for volume in told}:
-        raise exception.MigrationError(
-            reason=_('the volumes of the server (%(nova)s) are not those of '
-                     'its container (%(container)s). A hard reboot makes '
-                     'them so') %
-            {'nova': ', '.join(here) or 'none',
-             'container': ', '.join(v['id'] for v in told) or 'none'})
-    # Under the name that the guest knows.
-    return [here[volume['id']] | {'name': volume['name']} for volume in told]

@@ -43,17 +43,21 @@ class Limits:
         return any(value is not None for value in dataclasses.astuple(self))
 
 
+def number(device: int) -> str:
+    """A device number as the kernel's files have it: ``major:minor``."""
+    return f'{os.major(device)}:{os.minor(device)}'
+
+
 def disk_of(device: int) -> str | None:
     """The whole disk that a device number is of, as ``major:minor``.
 
     :returns: None: it is of no block device, as with btrfs
     """
-    number = f'{os.major(device)}:{os.minor(device)}'
     if os.major(device) == 0:
         return None
-    directory = pathlib.Path(f'/sys/dev/block/{number}')
+    directory = pathlib.Path('/sys/dev/block', number(device))
     if not (directory / 'partition').exists():
-        return number
+        return number(device)
     return (directory.resolve().parent / 'dev').read_text().strip()
 
 

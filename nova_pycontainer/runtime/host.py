@@ -18,6 +18,7 @@ holds; nothing that waits for a guest's good will is done under it.
 
 import collections.abc as cabc
 import contextlib
+import functools
 import os
 import pathlib
 import platform
@@ -314,6 +315,11 @@ class Host:
         return entry.container.info() | {
             'migration': migration.progress.migration if migration else None}
 
+    @functools.cached_property
+    def _cpu_flags(self) -> tuple[str, ...]:
+        # They stay; /proc/cpuinfo has pages of them for each CPU.
+        return tuple(compatibility.cpu()['flags'])
+
     def host_info(self) -> Info:
         """What this host has. Sizes are bytes."""
         usage = shutil.disk_usage(self._config.state_dir)
@@ -328,7 +334,7 @@ class Host:
             'architecture': platform.machine(),
             'kernel': platform.release(),
             'cpus': os.cpu_count() or 1,
-            'cpu_flags': compatibility.cpu()['flags'],
+            'cpu_flags': [*self._cpu_flags],
             'memory_bytes': memory['MemTotal'],
             'memory_available_bytes': memory['MemAvailable'],
             'disk_total_bytes': usage.total,

@@ -30,6 +30,7 @@ import re
 import stat
 import typing as ty
 
+from nova_pycontainer.runtime import blockio
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import namespaces
 from nova_pycontainer.runtime import syscalls
@@ -112,7 +113,7 @@ def device_of(volume: Volume) -> int:
             'invalid', f'volume {volume.id}: {volume.path} is no block '
             'device', remedy='Volumes that are files, as those of NFS, are '
             'not supported')
-    number = f'{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}'
+    number = blockio.number(status.st_rdev)
     with open('/proc/self/mountinfo') as f:
         if any(line.split(None, 3)[2] == number for line in f):
             raise errors.ContainerError(
@@ -128,9 +129,8 @@ def statistics(volume: Volume) -> dict[str, int] | None:
     is not there.
     """
     try:
-        device = os.stat(volume.path).st_rdev
         directory = pathlib.Path(
-            f'/sys/dev/block/{os.major(device)}:{os.minor(device)}')
+            '/sys/dev/block', blockio.number(os.stat(volume.path).st_rdev))
         numbers = [*map(int, (directory / 'stat').read_text().split())]
         size = int((directory / 'size').read_text())
     except OSError:
@@ -138,6 +138,13 @@ def statistics(volume: Volume) -> dict[str, int] | None:
     return {'size_bytes': size * _SECTOR,
             'read_requests': numbers[0], 'read_bytes': numbers[2] * _SECTOR,
             'write_requests': numbers[4], 'write_bytes': numbers[6] * _SECTOR}
+
+
+def _close(node: pathlib.Path) -> os.stat_result:
+    before = os.stat(node)
+    os.chown(node, 0, 0)
+    os.chmod(node, 0)
+    return before
 
 
 class Nodes:
@@ -175,9 +182,9 @@ class Nodes:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(node)
             os.mknod(node, stat.S_IFBLK, number)
-            self.allow(volume)
+            self._allow(volume)
 
-    def allow(self, volume: Volume) -> None:
+    def _allow(self, volume: Volume) -> None:
         node = self.path(volume)
         if volume.read_only:
             # An owner could change the mode.
@@ -193,12 +200,9 @@ class Nodes:
         :returns: for :meth:`give_back`; None: there is no such node
         """
         try:
-            before = os.stat(self.path(volume))
-            os.chown(self.path(volume), 0, 0)
-            os.chmod(self.path(volume), 0)
+            return _close(self.path(volume))
         except FileNotFoundError:
             return None
-        return before
 
     def give_back(self, volume: Volume, before: os.stat_result) -> None:
         """End :meth:`revoke`: a guest may have given it to somebody."""
@@ -216,8 +220,7 @@ class Nodes:
             for node in self.directory.iterdir():
                 # A mount of it may be left in a namespace that somebody
                 # holds.
-                os.chown(node, 0, 0)
-                os.chmod(node, 0)
+                _close(node)
             syscalls.umount(str(self.directory), syscalls.MNT_DETACH)
         with contextlib.suppress(FileNotFoundError):
             self.directory.rmdir()
@@ -298,7 +301,7 @@ class Nodes:
         """Unmount a node in the guest.
 
         :param points: pid of a process of each of the guest's mount
-            namespaces → its mount points of the node
+            namespaces that have it → its mount points of the node
         """
         def unmount(paths: cabc.Sequence[str]) -> None:
             for path in paths:
@@ -308,9 +311,6 @@ class Nodes:
                     syscalls.umount(
                         path, syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
             with contextlib.suppress(OSError), self._dev() as dev:
-                if not paths:
-                    # What is there is no place of ours.
-                    return
                 status = os.stat(
                     volume.name, dir_fd=dev, follow_symlinks=False)
                 if stat.S_ISREG(status.st_mode) and not status.st_size:

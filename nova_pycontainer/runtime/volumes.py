@@ -16,6 +16,7 @@ import os
 import stat
 import typing as ty
 
+from nova_pycontainer.runtime import blockio
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime.migration import guest
 from nova_pycontainer.runtime import revert
@@ -102,7 +103,7 @@ class Volumes:
         device = item.nodes.device()
         if device is None:
             return
-        number = f'{os.major(device)}:{os.minor(device)}'
+        number = blockio.number(device)
         points: dict[int, list[str]] = {}
         seen = set()
         init = item.live_pid()
@@ -115,12 +116,14 @@ class Volumes:
                         '/'):
                     continue
                 seen.add(namespace)
-                points[pid] = [
+                found = [
                     mount.point for mount in guest.mounts(pid)
                     if mount.device == number and
                     mount.root == f'/{volume.name}']
             except OSError:
                 continue
+            if found:
+                points[pid] = found
         item.nodes.hide(volume, points)
 
 

@@ -31,6 +31,7 @@ import subprocess
 import sys
 import typing as ty
 
+from nova_pycontainer.runtime import blockio
 from nova_pycontainer.runtime import bundle
 from nova_pycontainer.runtime import cgroup
 from nova_pycontainer.runtime import errors
@@ -84,8 +85,9 @@ def external_mounts(pid: int, nodes: volume.Nodes) -> dict[str, str]:
         not made
     """
     status = os.stat('/dev/null')
-    device = _device(status.st_dev)
-    volumes = _device(nodes.device())
+    device = blockio.number(status.st_dev)
+    made = nodes.device()
+    volumes = None if made is None else blockio.number(made)
     found = {}
     for mount in mounts(pid):
         if mount.point == bundle.CONFIG_DRIVE:
@@ -103,12 +105,6 @@ def external_mounts(pid: int, nodes: volume.Nodes) -> dict[str, str]:
             found[mount.point] = (
                 f'{_VOLUME}{name}' if of_volume else f'/dev/{name}')
     return found
-
-
-def _device(number: int | None) -> str | None:
-    if number is None:
-        return None
-    return f'{os.major(number)}:{os.minor(number)}'
 
 
 def dump_externals(external: cabc.Mapping[str, str]) -> tuple[str, ...]:

@@ -318,7 +318,7 @@ class Source:
     def _dump(self) -> None:
         self._check_abort()
         item = self._item
-        pid = int((item.st.run or {})['process']['pid'])
+        pid = self._pid
         external = guest.external_mounts(pid, item.nodes)
         limit = item.spec.limits.memory_bytes or (64 << 30)
         with contextlib.ExitStack() as stack:
@@ -402,11 +402,15 @@ class Source:
                 remedy='Start it again: its disk is as it was then')
         self._thaw()
 
+    @property
+    def _pid(self) -> int:
+        """Of the guest's init."""
+        return int((self._item.st.run or {})['process']['pid'])
+
     def _thaw(self) -> None:
         """Whatever was tried: the guest is again as it was."""
         with contextlib.suppress(OSError):
-            self.moment.given_up(int(
-                (self._item.st.run or {})['process']['pid']))
+            self.moment.given_up(self._pid)
         recovery.thaw(self._item, self._paused)
 
     @property
@@ -426,8 +430,7 @@ class Source:
             self._restorable = True
             self._control.send('dumped', **dumped)
             with contextlib.suppress(OSError, errors.ContainerError):
-                neighbours.forget(int(
-                    (self._item.st.run or {})['process']['pid']))
+                neighbours.forget(self._pid)
             self._control.expect('ready', _RESTORE_TIMEOUT)
         faults.point('source.ready')
         with self._lock:

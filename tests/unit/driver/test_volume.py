@@ -62,6 +62,15 @@ class VolumeTestCase(driver_base.Base):
         self.driver.detach_volume(
             self.context, self.info(), self.instance, '/dev/vdb')
 
+    def another(self):
+        """Have another server with the volume; returns the one before."""
+        first, self.instance = self.instance, self.make_instance(
+            uuid=uuids.second)
+        self.instance.host = 'host1'
+        self.spawn(network_info=[])
+        self.attach()
+        return first
+
     def volumes(self):
         return [(v['id'], v['name'], v['path'], v['read_only']) for v in
                 self.agent.containers[self.instance.uuid]['volumes']]
@@ -146,11 +155,7 @@ class VolumeTestCase(driver_base.Base):
     def test_one_of_two_servers_has_it_still(self):
         self.spawn()
         self.attach()
-        first, self.instance = self.instance, self.make_instance(
-            uuid=uuids.second)
-        self.instance.host = 'host1'
-        self.spawn(network_info=[])
-        self.attach()
+        first = self.another()
         self.detach()
         self.assertTrue(self.connected)
         self.instance = first
@@ -172,11 +177,7 @@ class VolumeTestCase(driver_base.Base):
     def test_copies_that_left_have_no_use_for_it(self):
         self.spawn()
         self.attach()
-        first, self.instance = self.instance, self.make_instance(
-            uuid=uuids.second)
-        self.instance.host = 'host1'
-        self.spawn(network_info=[])
-        self.attach()
+        first = self.another()
         self.agent.containers[first.uuid].update(
             state='stopped', offered=True)
         self.detach()
