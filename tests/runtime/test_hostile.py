@@ -194,7 +194,7 @@ class HostileTestCase(base.HostTestCase):
             self.background(uuid, """
                 while :; do for d in /proc/[0-9]*; do
                   read comm < $d/comm; case $comm in (python*)
-                    echo $comm > /root/seen
+                    echo $comm >> /root/seen
                     # It may have become the command meanwhile.
                     case $(readlink $d/exe; cat $d/maps) in (*python*)
                       touch /root/looked;;
@@ -203,9 +203,10 @@ class HostileTestCase(base.HostTestCase):
                 done; done 2>/dev/null""")
         for _ in range(100):
             self.host.exec(uuid, ['/bin/true'])
-            if self.sh(uuid, 'ls /root | grep seen || :'):
+            seen = self.sh(uuid, 'cat /root/seen 2>/dev/null || :')
+            if seen:
                 break
-        self.assertIn('python', self.sh(uuid, 'cat /root/seen'))
+        self.assertIn('python', seen)
         self.assertEqual('', self.sh(uuid, 'ls /root | grep looked || :'))
 
     def test_another_root(self):

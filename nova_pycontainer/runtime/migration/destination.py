@@ -181,9 +181,7 @@ class Destination:
     def connected(self, connection: channel.Connection) -> None:
         """A connection has come in, authenticated and for this migration."""
         role, seq = connection.hello.role, connection.hello.seq
-        if role == 'control' and self._control is None:
-            self._control = protocol.Control(connection)
-            self._control.on_abort = lambda reason: self._abort.set()
+        if role == 'control' and self._begin(connection):
             threading.Thread(
                 target=self._run, name=f'incoming-{self._item.uuid[:8]}',
                 daemon=True).start()
@@ -201,6 +199,19 @@ class Destination:
             with self._arrived:
                 self._data[role, seq] = connection
                 self._arrived.notify_all()
+
+    def _begin(self, connection: channel.Connection) -> bool:
+        """Whether it is the first, and for a migration that goes on.
+
+        Else an abort that came just before would end it, and the thread of
+        this connection too, both at once.
+        """
+        with self._lock:
+            if self._control is not None or self._abort.is_set():
+                return False
+            self._control = protocol.Control(connection)
+            self._control.on_abort = lambda reason: self._abort.set()
+            return True
 
     def _lead_pages(self, connection: channel.Connection) -> socket.socket:
         ours, theirs = socket.socketpair()
@@ -232,12 +243,13 @@ class Destination:
                 errors.ContainerError(
                     'aborted', 'the migration was aborted',
                     cause=reason).to_dict())
+            again = self._abort.is_set()
             self._abort.set()
         if self._control is not None:
             self._control.close()
             if self._pump is not None:
                 self._pump.abort()
-        else:
+        elif not again:
             self._finish(errors.ContainerError(
                 'aborted', 'the migration was aborted', cause=reason))
 
