@@ -32,9 +32,10 @@ import uuid
 from openstack import config
 from openstack import connection
 from openstack import exceptions
-import testtools
 from testtools import content
 from testtools import content_type
+
+from tests import cases
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
 WORK = pathlib.Path(os.environ.get('NOVA_PYCONTAINER_WORK') or
@@ -132,7 +133,7 @@ def connected(name: str, **kwargs: str) -> connection.Connection:
     return _connections[key]
 
 
-class CloudTestCase(testtools.TestCase):
+class CloudTestCase(cases.TestCase):
     """Gives connections as administrator and as the demo user."""
 
     #: What the tests of a class share, or why it could not be made.

@@ -22,13 +22,12 @@ import tempfile
 import time
 import uuid as uuidlib
 
-import testtools
-
 from nova_pycontainer.runtime import config
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import host
 from nova_pycontainer.runtime import keeper_client
 from nova_pycontainer.runtime import process
+from tests import cases
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 WORK = pathlib.Path(os.environ.get(
@@ -82,7 +81,7 @@ def tool(name):
     return str(ours) if ours.exists() else name
 
 
-class HostTestCase(testtools.TestCase):
+class HostTestCase(cases.TestCase):
     """A fresh host in directories of its own, removed afterwards."""
 
     runtime = 'crun'
@@ -187,6 +186,10 @@ class HostTestCase(testtools.TestCase):
             raise AssertionError(
                 f'{script!r} ended with {done.exit_code}: {done.stderr!r}')
         return done.stdout.decode().strip()
+
+    def sh_end(self, uuid, command):
+        """Let a guest end itself, which may end the command first."""
+        self.sh(uuid, command, check=False)
 
     def wait_state(self, uuid, *states):
         return wait_for(

@@ -24,10 +24,9 @@ import tempfile
 import time
 import uuid as uuidlib
 
-import testtools
-
 from nova_pycontainer.agent import client
 from nova_pycontainer.runtime import errors
+from tests import cases
 from tests.runtime import base
 
 BIN = pathlib.Path(sys.executable).parent
@@ -153,7 +152,7 @@ class Agent(client.Client):
         return found
 
 
-class TwoHostsTestCase(testtools.TestCase):
+class TwoHostsTestCase(cases.TestCase):
     """``self.a`` and ``self.b``, and a switch that the test is on too."""
 
     agent_options: dict[str, object] = {}

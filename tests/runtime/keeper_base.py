@@ -18,11 +18,11 @@ import socket
 import subprocess
 import tempfile
 import time
-import unittest
 import uuid as uuidlib
 
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import keeper_client
+from tests import cases
 
 #: Nothing here takes long; this only ends a test that hangs.
 PATIENCE = 60.0
@@ -62,7 +62,7 @@ def open_files(pid):
     return sorted(found)
 
 
-class KeeperTestCase(unittest.TestCase):
+class KeeperTestCase(cases.TestCase):
 
     def setUp(self):
         super().setUp()

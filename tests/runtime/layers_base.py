@@ -22,11 +22,10 @@ import threading
 import time
 import uuid
 
-import testtools
-
 from nova_pycontainer.runtime import archive
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import layers
+from tests import cases
 from tests import leaks
 from tests import tarballs
 
@@ -59,7 +58,7 @@ def fields(pid):
             (line.split(':', 1) for line in text.splitlines())}
 
 
-class Case(testtools.TestCase):
+class Case(cases.TestCase):
 
     def setUp(self):
         super().setUp()

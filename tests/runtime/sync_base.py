@@ -26,12 +26,11 @@ import threading
 import time
 import uuid
 
-import testtools
-
 from nova_pycontainer.runtime import disk
 from nova_pycontainer.runtime.migration import sync
 from nova_pycontainer.runtime.migration import sync_links
 from nova_pycontainer.runtime import overlay
+from tests import cases
 from tests import leaks
 
 WORK = pathlib.Path(os.environ.get(
@@ -177,7 +176,7 @@ class Valve:
             end.close()
 
 
-class Case(testtools.TestCase):
+class Case(cases.TestCase):
     """``self.a`` is the source, ``self.b`` the destination."""
 
     #: of limiting the disk; "loop" gives each upper a file system of 32 MiB

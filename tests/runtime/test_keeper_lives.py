@@ -20,11 +20,11 @@ import subprocess
 import sys
 import tempfile
 import tty
-import unittest
 import uuid as uuidlib
 
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import keeper_client
+from tests import cases
 from tests.runtime import keeper_base as base
 
 
@@ -239,7 +239,7 @@ class TestRestart(base.KeeperTestCase):
         self.assertEqual([], os.listdir(f'{self.socket}.d'))
 
 
-class TestEnsureKeeper(unittest.TestCase):
+class TestEnsureKeeper(cases.TestCase):
 
     def setUp(self):
         super().setUp()

@@ -96,7 +96,7 @@ class LifeTestCase(base.HostTestCase):
     def test_guest_that_powers_off_is_stopped_with_an_event(self):
         uuid = self.run_container()
         seen = self.host.events(-1, 0)[-1].seq
-        self.sh(uuid, 'poweroff')
+        self.sh_end(uuid, 'poweroff')
         event = self.host.events(seen, base.PATIENCE)[0]
         self.assertEqual(('stopped', uuid), (event.type, event.uuid))
         self.assertEqual('stopped', self.state(uuid))
@@ -105,7 +105,8 @@ class LifeTestCase(base.HostTestCase):
         uuid = self.run_container()
         seen = self.host.events(-1, 0)[-1].seq
         first = self.host.info(uuid)['pid']
-        self.sh(uuid, 'echo kept > /root/file; sync; reboot')
+        self.sh(uuid, 'echo kept > /root/file; sync')
+        self.sh_end(uuid, 'reboot')
         event = self.host.events(seen, base.PATIENCE)[0]
         self.assertEqual(('rebooted', uuid), (event.type, event.uuid))
         self.assertEqual('running', self.state(uuid))
@@ -434,7 +435,7 @@ class NetworkTestCase(base.HostTestCase):
 
         thread = threading.Thread(target=come_and_go)
         thread.start()
-        self.addCleanup(thread.join)
+        self.addCleanup(thread.join, base.PATIENCE)
         self.addCleanup(over.set)
         seen = set()
         deadline = time.monotonic() + 5

@@ -160,7 +160,7 @@ class CheckTestCase(hosts.TwoHostsTestCase):
             uuid, ['/bin/sh', '-c', 'while ! [ -e /root/end ]; do sleep 1; '
                    'done']))
         thread.start()
-        self.addCleanup(thread.join)
+        self.addCleanup(thread.join, base.PATIENCE)
         base.wait_for(lambda: self.problems(uuid), 'the session')
         problem = self.only(uuid, 'outside-parent')
         self.assertIn('sh (pid', problem['process'])

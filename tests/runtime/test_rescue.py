@@ -141,7 +141,7 @@ class RescueTestCase(base.HostTestCase):
         self.rescue(uuid)
         self.start(uuid)
         seen = self.host.events(-1, 0)[-1].seq
-        self.sh(uuid, 'reboot')
+        self.sh_end(uuid, 'reboot')
         self.assertEqual(
             'rebooted', self.host.events(seen, base.PATIENCE)[0].type)
         self.assertEqual('own', self.sh(uuid, 'cat /mnt/root/file'))

@@ -166,7 +166,9 @@ class SnapshotTestCase(Helpers, base.HostTestCase):
 
         thread = threading.Thread(target=work)
         thread.start()
-        self.addCleanup(thread.join)
+        # It may wait at a gate that a test which failed never opened.
+        self.addCleanup(thread.join, base.PATIENCE)
+        self.addCleanup((self.config.run_dir / 'go').touch)
 
         def end():
             thread.join(base.PATIENCE)
@@ -327,7 +329,8 @@ class SnapshotTestCase(Helpers, base.HostTestCase):
         pid = self.host.info(uuid)['pid']
         stop = threading.Thread(target=self.host.stop, args=(uuid, 30))
         stop.start()
-        self.addCleanup(stop.join)
+        self.addCleanup(stop.join, base.PATIENCE)
+        self.addCleanup((self.config.run_dir / 'go').touch)
         base.wait_for(
             lambda: not os.path.exists(f'/proc/{pid}/root/etc'), 'the end')
         go()
@@ -341,7 +344,7 @@ class SnapshotTestCase(Helpers, base.HostTestCase):
         end = self.begin(uuid)
         self.waiting('snapshot.pass')
         seen = self.host.events(-1, 0)[-1].seq
-        self.sh(uuid, 'reboot')
+        self.sh_end(uuid, 'reboot')
         go()
         self.assert_changes(end())
         self.assertEqual(
@@ -367,7 +370,7 @@ class SnapshotTestCase(Helpers, base.HostTestCase):
         self.waiting('snapshot.pass')
         delete = threading.Thread(target=self.host.delete, args=(uuid,))
         delete.start()
-        self.addCleanup(delete.join)
+        self.addCleanup(delete.join, base.PATIENCE)
         go()
         error = end()
         self.assertEqual('aborted', error.code, error)
@@ -386,7 +389,7 @@ class SnapshotTestCase(Helpers, base.HostTestCase):
 
         thread = threading.Thread(target=take)
         thread.start()
-        self.addCleanup(thread.join)
+        self.addCleanup(thread.join, base.PATIENCE)
         self.waiting('snapshot.pass')
         gone.append(True)
         base.wait_for(lambda: self.host.snapshots._of(
