@@ -114,9 +114,6 @@ def _seccomp(program: bytes) -> None:
 def _become(document: dict[str, ty.Any]) -> None:
     os.setsid()
     os.chdir('/')
-    for item in document['rlimits']:
-        number = getattr(resource, item['type'])
-        resource.setrlimit(number, (item['soft'], item['hard']))
     user = document['user']
     os.setgroups([])
     os.setresgid(user['gid'], user['gid'], user['gid'])
@@ -159,6 +156,10 @@ def main() -> int:
     for path in document['cgroup_procs']:
         with open(path, 'w') as f:
             f.write('0')
+    # Root of a container may not raise a hard limit.
+    for item in document['rlimits']:
+        number = getattr(resource, item['type'])
+        resource.setrlimit(number, (item['soft'], item['hard']))
     # Nothing of the guest may look into this process (CVE-2019-5736: its
     # program is the host's).
     _check(_prctl(PR_SET_DUMPABLE, 0), 'prctl')

@@ -60,7 +60,7 @@ class ProcessId:
         if self.boot_id != boot_id():
             return None
         try:
-            fd = os.pidfd_open(self.pid)
+            fd = pidfd_open(self.pid)
         except ProcessLookupError:
             return None
         try:
@@ -70,6 +70,22 @@ class ProcessId:
             pass
         os.close(fd)
         return None
+
+
+def pidfd_open(pid: int) -> int:
+    """As os.pidfd_open.
+
+    :raises ProcessLookupError: there is no such process, for all kernels:
+        those before 6.16 call it EINVAL as long as the number is still that of
+        a session or of a process group
+    """
+    try:
+        return os.pidfd_open(pid)
+    except OSError as e:
+        if e.errno == errno.EINVAL:
+            raise ProcessLookupError(
+                errno.ESRCH, f'no process {pid}') from None
+        raise
 
 
 def _start_time(pid: int) -> int:
