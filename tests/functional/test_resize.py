@@ -13,6 +13,7 @@
 """Cold migration and resize, with real containers on two hosts."""
 
 from nova.compute import power_state
+from nova.compute import task_states
 from nova.tests.functional.api import client
 
 from nova_pycontainer.runtime import errors
@@ -184,11 +185,14 @@ class ResizeTest(test_snapshots.TestCase):
     def test_nova_compute_dies_while_it_stops(self):
         server = self.start()
         agent = self.agents.client('host1')
+        # As in a resize: else Nova stops what it sees stopped.
+        instance = self.instance(server)
+        instance.task_state = task_states.RESIZE_MIGRATING
+        instance.save()
         agent.stop(server['id'], 0)
         agent.transfer_offer(
             server['id'], server['id'],
             self.agents.client('host2').host_info()['migration'])
-        instance = self.instance(server)
         self.computes['host1'].driver.finish_revert_migration(
             None, instance, [], None, None, True)
         self.assertEqual(power_state.RUNNING, self.computes[
