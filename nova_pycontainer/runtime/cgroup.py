@@ -19,6 +19,7 @@ is what the guest sees. A controller is used where the kernel has it.
 """
 
 import collections.abc as cabc
+import contextlib
 import dataclasses
 import errno
 import os
@@ -32,6 +33,9 @@ from nova_pycontainer.runtime import errors
 _REMOVE_TIMEOUT = 10.0
 #: v1 controllers that have another name in v2.
 _V2_NAMES: ty.Final = {'blkio': 'io'}
+#: Those that OCI runtimes enable for a container, where there are any.
+_V2_ENABLED: ty.Final = (
+    'cpuset', 'cpu', 'io', 'memory', 'hugetlb', 'pids', 'rdma', 'misc')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +52,18 @@ class Limits:
     cpu_period_us: int | None = None
     pids_max: int | None = None
     io: blockio.Limits = blockio.Limits()
+
+
+#: The kernel's own (Documentation/admin-guide/cgroup-v2.rst, cpu.max).
+_CPU_PERIOD_US: ty.Final = 100_000
+
+
+def _weight(shares: int) -> int:
+    """``cpu.weight`` for v1's ``cpu.shares``: 2..262144 on 1..10000, as OCI
+    runtimes had it for long. What the source says, whose runtime may have it
+    otherwise, is set after it.
+    """
+    return 1 + (min(max(shares, 2), 262144) - 2) * 9999 // 262142
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +189,44 @@ class Cgroup:
         write('cpu', 'cpu.cfs_period_us', limits.cpu_period_us)
         write('cpu', 'cpu.cfs_quota_us', limits.cpu_quota_us)
         write('pids', 'pids.max', limits.pids_max)
+
+    def create_v2(self, limits: Limits) -> None:
+        """Make the v2 cgroup, with limits, as an OCI runtime would.
+
+        A cgroup has the files of a controller only if each one above enables
+        it for those below (``cgroup.subtree_control``).
+
+        :raises OSError: a limit cannot be set that this host's kernel has
+        """
+        above = self._h.v2
+        for name in pathlib.PurePosixPath(self.path).parts:
+            have = (above / 'cgroup.controllers').read_text().split()
+            control = above / 'cgroup.subtree_control'
+            enabled = control.read_text().split()
+            for controller in _V2_ENABLED:
+                if controller in have and controller not in enabled:
+                    # One by one: that one is refused is not the others'
+                    # concern, and shows where it is needed.
+                    with contextlib.suppress(OSError):
+                        control.write_text(f'+{controller}')
+            above = above / name
+            above.mkdir(exist_ok=True)
+        for file, value in self._v2_limits(limits):
+            (self.v2 / file).write_text(value)
+
+    def _v2_limits(self, limits: Limits) -> cabc.Iterator[tuple[str, str]]:
+        have = self._h.v2_controllers
+        if 'memory' in have and limits.memory_bytes is not None:
+            yield 'memory.max', str(limits.memory_bytes)
+            if (self.v2 / 'memory.swap.max').exists():
+                yield 'memory.swap.max', '0'
+        if 'pids' in have and limits.pids_max is not None:
+            yield 'pids.max', str(limits.pids_max)
+        if 'cpu' in have and limits.cpu_quota_us is not None:
+            period = limits.cpu_period_us or _CPU_PERIOD_US
+            yield 'cpu.max', f'{limits.cpu_quota_us} {period}'
+        if 'cpu' in have and limits.cpu_shares is not None:
+            yield 'cpu.weight', str(_weight(limits.cpu_shares))
 
     def limit_io(self, disks: cabc.Iterable[str], limits: Limits) -> None:
         """Set the limits on what is read and written.

@@ -13,6 +13,7 @@
 """Live migration between two hosts, by the runtime alone."""
 
 import base64
+import signal
 import time
 
 from tests import echo
@@ -37,6 +38,12 @@ class MigrationTestCase(hosts.TwoHostsTestCase):
             self.assertEqual('kept', self.sh(here, uuid, 'cat /root/file'))
             self.assertEqual('x', self.sh(here, uuid, 'cat /run/memory'))
             self.sh(here, uuid, 'ps | grep -q "[t]ail -f"')
+            self.assertGreater(here.info(uuid)['memory_bytes'], 0)
+        # The limits hold as they did.
+        done = here.exec(uuid, ['/bin/sh', '-c', 'tail /dev/zero'],
+                         timeout_s=base.PATIENCE)
+        self.assertIn(done['exit_code'], (137, -signal.SIGKILL))
+        self.assertEqual(1, here.info(uuid)['oom_kills'])
 
 
 #: A service in the guest, as an administrator would add one.

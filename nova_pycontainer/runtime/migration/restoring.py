@@ -71,6 +71,7 @@ def make_surroundings(item: container.Container, dumped: Dumped) -> None:
 
     :raises ContainerError: ``invalid``
     """
+    item.cgroup.create_v2(item.spec.limits)
     guest.make_cgroups(item.cgroup, dumped['cgroups'], item.st.base_id)
     item.limit_io()
     for nic in item.spec.nics:

@@ -196,6 +196,7 @@ class Trial:
             if not gone:
                 raise errors.ContainerError(
                     'criu_failed', 'the trial container did not end')
+        item.cgroup.create_v2(item.spec.limits)
         guest.make_cgroups(item.cgroup, cgroups, item.st.base_id)
         # It has no login either.
         terminals.mend(memory.path, self._criu.messages(), {})
