@@ -41,7 +41,8 @@ from nova_pycontainer.runtime.migration import versions
 
 #: Of the hello frame.
 VERSION: ty.Final = 1
-ROLES: ty.Final = frozenset(['control', 'upper', 'images', 'pages', 'layer'])
+ROLES: ty.Final = frozenset([
+    'control', 'upper', 'memory', 'images', 'pages', 'layer'])
 Bandwidth = bandwidth.Bandwidth
 #: Bytes of a frame.
 MAX_FRAME: ty.Final = 1 << 20

@@ -37,6 +37,7 @@ from nova_pycontainer.runtime.migration import guest
 from nova_pycontainer.runtime.migration import images
 from nova_pycontainer.runtime.migration import layer_transfer
 from nova_pycontainer.runtime.migration import lazy
+from nova_pycontainer.runtime.migration import precopy
 from nova_pycontainer.runtime.migration import protocol
 from nova_pycontainer.runtime.migration import recovery
 from nova_pycontainer.runtime.migration import relay
@@ -51,7 +52,7 @@ LOG = logging.getLogger(__name__)
 
 Phase = protocol.Phase
 
-ROLES = ('control', 'layer', 'upper', 'images', 'pages')
+ROLES = ('control', 'layer', 'upper', precopy.ROLE, 'images', 'pages')
 _ANSWER_TIMEOUT = 60.0
 _DATA_TIMEOUT = 30.0
 _COPY_TIMEOUT = 3600.0
@@ -110,6 +111,9 @@ class Destination:
         self._session: criu.Session | None = None
         #: The init that CRIU makes, long before it is in its control group.
         self._init: int | None = None
+        self._rounds = precopy.Received(self._memory.path)
+        #: Bytes of memory that came before the dump.
+        self._ahead = 0
         self._images_error: BaseException | None = None
         #: Whether the console was no session's terminal.
         self._unowned = False
@@ -139,7 +143,7 @@ class Destination:
             item.disk.mount()
             self._undo.callback(item.disk.unmount)
             limit = item.spec.limits.memory_bytes or (64 << 30)
-            self._memory.mount(limit + limit // 4 + (256 << 20))
+            self._memory.mount(precopy.size_of(limit, True))
             self._stack.callback(self._memory.unmount)
             for nic in item.spec.nics:
                 network.plug(nic)
@@ -310,12 +314,14 @@ class Destination:
             lambda seq, stats: self._connected_socket('layer', seq, stats),
             self._abort.is_set, self.progress)
         faults.point('destination.prepared')
-        self._control.send('prepared')
+        self._control.send('prepared', rounds=True)
         while True:
             frame = self._control.receive(_COPY_TIMEOUT)
             if frame['type'] == 'files':
                 self._fetch(str(frame['what']), int(frame['seq']),
                             bool(frame['final']))
+            elif frame['type'] == 'memory':
+                self._take_round(int(frame['round']), int(frame['seq']))
             elif frame['type'] == 'dumped':
                 break
             else:
@@ -345,6 +351,23 @@ class Destination:
         self._control.send(
             'files', seq=seq, bytes=stats.received, complete=stats.complete)
 
+    def _take_round(self, number: int, seq: int) -> None:
+        """Memory of the guest, which runs on and may write to it again."""
+        assert self._control is not None
+        self.progress.strategy = 'pre-copy'
+        connection = self._take(precopy.ROLE, seq)
+        before = self._ahead
+
+        def progress(total: int) -> None:
+            self.progress.memory_sent = before + total
+
+        try:
+            with room.needed('the pages of the guest\'s memory'):
+                self._ahead += self._rounds.take(number, connection, progress)
+        finally:
+            connection.close()
+        self._control.send('memory', round=number)
+
     @contextlib.contextmanager
     def _connected_socket(
         self, role: str, seq: int, stats: relay.Stats | None = None
@@ -365,7 +388,7 @@ class Destination:
 
     def _receive(self, connection: channel.Connection) -> None:
         def progress(total: int) -> None:
-            self.progress.memory_sent = total
+            self.progress.memory_sent = self._ahead + total
 
         # The stream before has ended for the source, and maybe not yet here.
         with self._receiving:
@@ -373,7 +396,8 @@ class Destination:
             try:
                 # A dump that was tried again begins anew.
                 for path in self._memory.path.glob('*'):
-                    path.unlink()
+                    if not path.is_dir():
+                        path.unlink()
                 with room.needed('the pages of the guest\'s memory'):
                     if images.receive(
                             self._memory.path, connection, progress) is None:
@@ -401,6 +425,7 @@ class Destination:
             raise self._images_error
         self.progress.phase = Phase.FROZEN
         faults.point('destination.images')
+        self._rounds.link(dumped.get('parent'))
         self._moment = dumped['moment']
         with self.progress.timed('patches'):
             self._unowned = restoring.mend(

@@ -36,6 +36,7 @@ _WHOLE = 0xFFFFFFFF
 _GIVEN_UP = 0xFFFFFFFE
 _CHUNK = 1 << 20
 _POLL = 0.002
+_TICK = 0.2
 _FALLOC_PUNCH = 0x03  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 _NAME_MAX = 255
 #: No file is longer (loff_t).
@@ -120,13 +121,18 @@ class Sender:
     def start(self) -> None:
         self._thread.start()
 
-    def finish(self) -> None:
+    def finish(
+        self, check: ty.Callable[[], None] = lambda: None
+    ) -> None:
         """The dump is whole: send the rest, and wait until that is done.
 
+        :param check: called now and then; raises if that is not wanted
         :raises ContainerError: the stream broke
         """
         self._complete.set()
-        self._thread.join()
+        while self._thread.is_alive():
+            self._thread.join(_TICK)
+            check()
         if self._error is not None:
             raise errors.ContainerError(
                 'network', 'sending the images failed',

@@ -48,10 +48,11 @@ def give(
     control: protocol.Control, store: layers.LayerStore, key: str,
     connect: cabc.Callable[[], channel.Connection], carry: Carry,
     progress: protocol.Progress,
-) -> None:
+) -> dict[str, ty.Any]:
     """The source: wait until the destination is prepared, and serve it the
     layer if it does not have it.
 
+    :returns: what it says of itself
     :raises ContainerError: the destination cannot take the instance
     """
     timeout = _ANSWER_TIMEOUT
@@ -59,7 +60,7 @@ def give(
         while True:
             frame = control.receive(timeout, 'prepared')
             if frame['type'] == 'prepared':
-                return
+                return frame
             if frame['type'] != 'layer':
                 raise errors.ContainerError(
                     'invalid', f'the other host said {frame["type"]!r} '

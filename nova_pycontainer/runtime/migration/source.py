@@ -20,6 +20,7 @@ import pathlib
 import socket
 import threading
 import time
+import types
 import typing as ty
 
 from oslo_log import log as logging
@@ -40,6 +41,7 @@ from nova_pycontainer.runtime.migration import layer_transfer
 from nova_pycontainer.runtime.migration import moment
 from nova_pycontainer.runtime.migration import neighbours
 from nova_pycontainer.runtime.migration import network_lock
+from nova_pycontainer.runtime.migration import precopy
 from nova_pycontainer.runtime.migration import protocol
 from nova_pycontainer.runtime.migration import recovery
 from nova_pycontainer.runtime.migration import relay
@@ -121,6 +123,11 @@ class Source:
         self._pages: relay.Relay | None = None
         #: The destination has all that it needs to run the instance.
         self._restorable = False
+        #: What the destination can do beyond what all can.
+        self._there: dict[str, ty.Any] = {}
+        #: The last round of memory that was sent ahead of the dump.
+        self._parent: str | None = None
+        self.sent_ahead = 0
         #: Whether the pass before has copied all that it was to copy.
         self._complete = True
         #: When the pass before began.
@@ -172,7 +179,7 @@ class Source:
             self.progress.strategy = 'post-copy'
         self._force.set()
 
-    def _check_abort(self) -> None:
+    def check_abort(self) -> None:
         if self._abort.is_set():
             raise errors.ContainerError(
                 'aborted', 'the migration was aborted',
@@ -188,7 +195,10 @@ class Source:
         try:
             with self._stack:
                 self.connect()
+                ahead = self._ahead()
                 self.copy()
+                if ahead:
+                    self._send_ahead()
                 self.hand_over()
         except BaseException as e:
             if not self.committed:
@@ -196,7 +206,7 @@ class Source:
                 if self._abort_reason:
                     # What was in the middle of something ends with an error
                     # of its own.
-                    self._check_abort()
+                    self.check_abort()
             raise
 
     def _fail(self, error: BaseException) -> None:
@@ -242,7 +252,7 @@ class Source:
                 created_at=st.created_at, run=st.run, paused=self._paused,
                 strategy=self.progress.strategy, layer=self._layer().to_dict())
             faults.point('source.connected')
-            layer_transfer.give(
+            self._there = layer_transfer.give(
                 self._control, self._layers, self._item.spec.layer,
                 lambda: self._connect('layer'), self._carry, self.progress)
 
@@ -264,7 +274,7 @@ class Source:
             self._serve('drive', self._item.config_drive, None, True)
         self.link_aliases()
         for number in range(self._options.max_passes + _MORE_PASSES):
-            self._check_abort()
+            self.check_abort()
             if self._force.is_set() and self._mark is not None:
                 break
             if number >= self._options.max_passes and self._complete:
@@ -274,6 +284,30 @@ class Source:
             # One that did not come to its end says nothing of the next.
             if self._complete and time.monotonic() - began < _SHORT_PASS:
                 break
+
+    def _ahead(self) -> bool:
+        """:raises ContainerError: ``unsupported``"""
+        options = self._options
+        if self._paused or self.lazy or options.strategy == 'stop-and-copy':
+            return False
+        return precopy.wanted(
+            options.strategy, here=lambda: self._criu.check(precopy.FEATURE),
+            there=bool(self._there.get('rounds')),
+            memory=self._item.cgroup.usage().memory_bytes)
+
+    def _send_ahead(self) -> None:
+        """Send most of the memory, and once more what was written to files.
+        """
+        self._memory.mount(precopy.size_of(self._memory_limit, False))
+        self._stack.callback(self._memory.unmount)
+        self.progress.strategy = 'pre-copy'
+        rounds = precopy.Rounds(self, self._options.max_downtime)
+        with self.progress.timed('rounds'):
+            self._parent = rounds.run()
+        self.sent_ahead = self.progress.memory_sent = rounds.sent
+        if self._parent is None:
+            self.progress.strategy = 'stop-and-copy'
+        self._pass(final=False)
 
     def _pass(self, final: bool,
               ready: channel.Connection | None = None) -> None:
@@ -316,18 +350,22 @@ class Source:
             final=lambda: self.committed)
 
     def _dump(self) -> None:
-        self._check_abort()
+        self.check_abort()
         item = self._item
         pid = self._pid
         external = guest.external_mounts(pid, item.nodes)
-        limit = item.spec.limits.memory_bytes or (64 << 30)
+        # Nothing of it is left for another try, which then dumps everything.
+        parent, self._parent = self._parent, None
         with contextlib.ExitStack() as stack:
             # All that can be made before the freeze is made before it.
-            self._memory.mount(limit + limit // 4 + (256 << 20))
+            self._memory.mount(precopy.size_of(self._memory_limit, False))
             stack.callback(self._memory.unmount)
             dump = _Dump(self, stack, pid, external)
             options = dumping.options(
                 self._criu, item, self._memory.path, external, pid)
+            if parent is not None and not dump.lazy:
+                dump.parent = options.parent_img = parent
+                options.track_mem = True
             if dump.lazy:
                 options.lazy_pages = True
                 config = dump.lazy_config()
@@ -403,6 +441,10 @@ class Source:
         self._thaw()
 
     @property
+    def _memory_limit(self) -> int:
+        return self._item.spec.limits.memory_bytes or (64 << 30)
+
+    @property
     def _pid(self) -> int:
         """Of the guest's init."""
         return int((self._item.st.run or {})['process']['pid'])
@@ -436,7 +478,7 @@ class Source:
         with self._lock:
             # An abort that was accepted is obeyed, and none is accepted that
             # cannot be.
-            self._check_abort()
+            self.check_abort()
             self._journal.write(
                 Phase.COMMITTED, role='source',
                 migration=self.progress.migration, paused=self._paused,
@@ -504,6 +546,49 @@ class Source:
         return recovery.ask(
             self._identity, dataclasses.asdict(self._endpoint),
             self.progress.migration, self._item.uuid, phase)
+
+    # For the rounds
+
+    @property
+    def forced(self) -> bool:
+        """Whether the guest is to be frozen now."""
+        return self._force.is_set()
+
+    @property
+    def rpc(self) -> types.ModuleType:
+        return self._criu.rpc
+
+    def check_peer(self) -> None:
+        """:raises ContainerError: the destination has given up"""
+        assert self._control is not None
+        if self._control.broken:
+            raise self.reason(protocol.PeerGone(
+                'network', 'the destination is gone'))
+
+    def dump_options(self, directory: pathlib.Path) -> ty.Any:
+        return dumping.options(
+            self._criu, self._item, directory,
+            guest.external_mounts(self._pid, self._item.nodes), self._pid)
+
+    def open_round(self, number: int) -> channel.Connection:
+        """The connection for a round; the destination waits for it."""
+        assert self._control is not None
+        connection = self._connect(precopy.ROLE)
+        self._control.send('memory', round=number, seq=self._seq)
+        return connection
+
+    def round_taken(self) -> None:
+        """Wait until the destination has all of a round."""
+        assert self._control is not None
+        self._control.expect('memory', _PASS_TIMEOUT)
+
+    def criu_failed(
+        self, directory: pathlib.Path, response: ty.Any
+    ) -> errors.ContainerError:
+        return criu.failed(
+            'the memory cannot be dumped while the guest runs',
+            self._item.uuid, 'pre-dump', directory / 'criu.log', self._logs,
+            response, 'Migrate it by stop-and-copy')
 
     # For _Dump
 
@@ -581,6 +666,8 @@ class _Dump:
         stack.callback(stream.close)
         #: The pages follow when the guest runs on the destination.
         self.lazy = source.lazy
+        #: The round of memory that the dump is the rest of.
+        self.parent: str | None = None
         fds = {}
         if self.lazy:
             with source.open_pages() as pages:
@@ -666,7 +753,7 @@ class _Dump:
                 self._sender.finish()
             except errors.ContainerError as e:
                 raise self._reason(e) from e
-        source.progress.memory_sent = self._sender.sent
+        source.progress.memory_sent = source.sent_ahead + self._sender.sent
         source.progress.steps['memory'] = time.monotonic() - self._frozen_at
         self._files_thread.join(_PASS_TIMEOUT)
         if self._error is not None:
@@ -676,7 +763,8 @@ class _Dump:
             source.final_pass(None)
         dumped = {
             'external': self._external, 'cgroups': cgroups,
-            'ramfs': self._ramfs, 'lazy': self.lazy, **self._network,
+            'ramfs': self._ramfs, 'lazy': self.lazy, 'parent': self.parent,
+            **self._network,
             'moment': source.moment.dumped()}
         source.commit(dumped | {'console': console_log.pack(
             source.item.log, source.item.log_bytes,
