@@ -251,8 +251,7 @@ class Restorer:
             images, self._criu.messages(), moment_)
         item.mount_root(self._layer)
         restoring.make_surroundings(item, self._dumped)
-        notified = restoring.Notified(
-            self, self._dumped, self._item.cgroup)
+        notified = restoring.Notified(self, self._dumped, self._item)
         try:
             response = self._session.request(
                 self._criu.rpc.RESTORE,

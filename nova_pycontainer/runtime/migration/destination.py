@@ -449,7 +449,7 @@ class Destination:
         else:
             # Each page is let go as soon as it is where it belongs.
             options.auto_dedup = True
-        restore = restoring.Notified(self, dumped, item.cgroup)
+        restore = restoring.Notified(self, dumped, item)
         guard: ty.ContextManager[object] = (
             lazy.userfaultfd(self._memory.path.parent) if self._daemon
             else contextlib.nullcontext())

@@ -189,10 +189,14 @@ def _owned(path: pathlib.Path, status: os.stat_result) -> list[str]:
 
 def make_cgroups(
     group: cgroup.Cgroup, tree: cabc.Sequence[cabc.Mapping[str, ty.Any]],
-    base_id: int,
+    base_id: int, occupied: bool = False,
 ) -> None:
     """Make the tree again. What differs is set, so it may be called twice.
 
+    :param occupied: the container's own cgroup has to take a process once
+        more, which it cannot while it enables controllers for those below
+        (cgroups(7), "no internal processes"). These are left alone then, and
+        what depends on them
     :raises ContainerError: ``invalid``: the peer names a path outside, or an
         owner that is not of the guest
     """
@@ -209,6 +213,9 @@ def make_cgroups(
         directory = group.v2 / path
         directory.mkdir(parents=True, exist_ok=True)
         for name, value in item['settings'].items():
+            if occupied and not path.parts and (
+                    name == 'cgroup.subtree_control'):
+                continue
             if name in _SETTINGS:
                 _set(directory / name, name, str(value))
         os.chmod(directory, int(item['mode']) & 0o777)

@@ -33,7 +33,6 @@ import pathlib
 import types
 import typing as ty
 
-from nova_pycontainer.runtime import cgroup
 from nova_pycontainer.runtime import container
 from nova_pycontainer.runtime import criu
 from nova_pycontainer.runtime.migration import exe_links
@@ -72,7 +71,9 @@ def make_surroundings(item: container.Container, dumped: Dumped) -> None:
     :raises ContainerError: ``invalid``
     """
     item.cgroup.create_v2(item.spec.limits)
-    guest.make_cgroups(item.cgroup, dumped['cgroups'], item.st.base_id)
+    # CRIU moves the init into it to make the cgroup namespace.
+    guest.make_cgroups(
+        item.cgroup, dumped['cgroups'], item.st.base_id, occupied=True)
     item.limit_io()
     for nic in item.spec.nics:
         # Everything that a peer sends to it before it runs would be
@@ -137,10 +138,12 @@ class Notified:
     """Answers to CRIU's notifications while it restores."""
 
     def __init__(
-        self, owner: Owner, dumped: Dumped, group: cgroup.Cgroup
+        self, owner: Owner, dumped: Dumped, item: container.Container
     ) -> None:
         self._owner = owner
-        self._group = group
+        self._group = item.cgroup
+        self._base_id = item.st.base_id
+        self._cgroups = dumped['cgroups']
         self._netlink = list(dumped['moment'].get('netlink') or ())
         self._ramfs = list(dumped['ramfs'])
         self._neighbours = list(dumped.get('neighbours') or ())
@@ -166,6 +169,9 @@ class Notified:
             self._owner.begun(script.pid)
         elif script.name == 'post-setup-namespaces':
             assert self._pid is not None
+            # The init is in the cgroup below that it belongs to. The guest's
+            # systemd watches files that only a controller's cgroups have.
+            guest.make_cgroups(self._group, self._cgroups, self._base_id)
             self._owner.fill(self._pid, self._ramfs)
             gone_addresses.lend(self._pid, self._addresses)
             if self._lazy:
