@@ -15,6 +15,7 @@
 # machine has: Debian 13 with its own kernel, systemd as PID 1, cgroup v2
 # alone, AppArmor, and a root file system with project quotas.
 #
+#   tools/vm.sh make                   make it, if it is not there
 #   tools/vm.sh up                     make it if need be, and boot it
 #   tools/vm.sh run COMMAND [ARG...]   in a copy of this clone, as root, with
 #                                      what the tests need in PATH
@@ -152,22 +153,26 @@ make_disk() {
     mv "$VM/disk.new" "$VM/disk"
 }
 
+make() {
+    local package
+    mkdir -p -m 700 "$VM"
+    [ ! -e "$VM/disk" ] || return 0
+    for package in mmdebstrap openssh-client qemu-system-x86; do
+        dpkg-query -W "$package" >/dev/null 2>&1 ||
+            logged "apt-$package" env DEBIAN_FRONTEND=noninteractive \
+                apt-get -q -y --no-install-recommends install "$package"
+    done
+    make_root
+    make_disk
+}
+
 up() {
     local deadline
     if running; then
         say 'vm: it is up'
         return
     fi
-    mkdir -p -m 700 "$VM"
-    for package in mmdebstrap openssh-client qemu-system-x86; do
-        dpkg-query -W "$package" >/dev/null 2>&1 ||
-            logged "apt-$package" env DEBIAN_FRONTEND=noninteractive \
-                apt-get -q -y --no-install-recommends install "$package"
-    done
-    if [ ! -e "$VM/disk" ]; then
-        make_root
-        make_disk
-    fi
+    make
     say "vm: booting ($ACCEL)"
     qemu-system-x86_64 -daemonize -pidfile "$VM/pid" -display none \
         -serial "file:$VM/console.log" -no-reboot \
@@ -213,10 +218,11 @@ down() {
 }
 
 case ${1:-} in
+make) make ;;
 up) up ;;
 run) shift; run "$@" ;;
 test) shift; run tools/lib/in-host.sh python -m testtools.run "$@" ;;
 down) down "${2:-}" ;;
-*) sed -n '14,36p' "${BASH_SOURCE[0]}" | sed 's/^# \{0,1\}//'
+*) sed -n '14,37p' "${BASH_SOURCE[0]}" | sed 's/^# \{0,1\}//'
    [ "${1:-}" = --help ] || exit 2 ;;
 esac
