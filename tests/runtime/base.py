@@ -35,6 +35,17 @@ WORK = pathlib.Path(os.environ.get(
 #: Ends a test that hangs; nothing is measured by it. A machine that is
 #: emulated needs more.
 PATIENCE = float(os.environ.get('NOVA_PYCONTAINER_PATIENCE', 90.0))
+#: The first that busybox's DHCP client does is to take all addresses away.
+NO_DHCP = '''
+if [ -d /etc/udhcpc ]; then
+    until pid=$(cat /run/udhcpc.eth0.pid) && kill $pid; do
+        sleep 0.05
+    done 2>/dev/null
+    while [ -e /proc/$pid ] || pidof default.script; do
+        sleep 0.05
+    done >/dev/null
+fi
+'''
 MIB = 1 << 20
 
 

@@ -243,8 +243,9 @@ class TwoHostsTestCase(cases.TestCase):
         self.attach(host, uuid)
         host.start_container(uuid)
         if address:
-            self.sh(host, uuid, f'ip address add {address}/24 dev eth0; '
-                    'ip link set eth0 up')
+            self.sh(host, uuid, base.NO_DHCP +
+                    f'ip address add {address}/24 dev eth0; '
+                    'ip link set eth0 up', timeout_s=base.PATIENCE)
         return uuid
 
     def dhcp(self):

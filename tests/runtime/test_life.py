@@ -406,7 +406,8 @@ class NetworkTestCase(base.HostTestCase):
         subprocess.run(
             ['ip', 'address', 'add', '203.0.113.1/24', 'dev',
              nics[0]['devname']], check=True, timeout=30)
-        self.sh(uuid, 'ip address add 203.0.113.2/24 dev eth0; '
+        self.sh(uuid, base.NO_DHCP +
+                'ip address add 203.0.113.2/24 dev eth0; '
                 'ip link set eth0 up')
         subprocess.run(['ping', '-c', '1', '-W', '10', '203.0.113.2'],
                        check=True, timeout=30, stdout=subprocess.DEVNULL)
