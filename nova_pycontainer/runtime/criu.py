@@ -278,7 +278,7 @@ class Session:
         # What it restores has its end of the socket too, so that its death
         # is not the end of the connection.
         try:
-            self._pidfd = os.pidfd_open(pid)
+            self._pidfd = process.pidfd_open(pid)
         except ProcessLookupError:
             sock.close()
             raise errors.ContainerError(

@@ -142,8 +142,8 @@ class Destination:
             self._journal.write(Phase.PREPARED, **self._facts())
             item.disk.mount()
             self._undo.callback(item.disk.unmount)
-            limit = item.spec.limits.memory_bytes or (64 << 30)
-            self._memory.mount(precopy.size_of(limit, True))
+            self._memory.mount(images.size_of(
+                item.spec.limits.memory_bytes, ahead=True))
             self._stack.callback(self._memory.unmount)
             for nic in item.spec.nics:
                 network.plug(nic)
@@ -366,7 +366,7 @@ class Destination:
                 self._ahead += self._rounds.take(number, connection, progress)
         finally:
             connection.close()
-        self._control.send('memory', round=number)
+        self._control.send('memory')
 
     @contextlib.contextmanager
     def _connected_socket(

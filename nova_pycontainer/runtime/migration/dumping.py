@@ -45,13 +45,19 @@ _PAUSE = 0.5
 
 def options(
     tool: criu.Criu, item: container.Container, images: pathlib.Path,
-    external: dict[str, str], pid: int,
+    external: dict[str, str], pid: int, *, track: bool = False,
+    parent: str | None = None,
 ) -> ty.Any:
-    """The ``criu_opts`` of the dump of an init and all below it."""
+    """The ``criu_opts`` of the dump of an init and all below it.
+
+    :param track: another dump follows, or this one follows another
+    :param parent: the images that this one leads to, as seen from ``images``
+    """
     made = tool.options(criu.Options(
         images=images, root=item.root,
         external=guest.dump_externals(external),
-        cgroup='/' + item.cgroup.path))
+        cgroup='/' + item.cgroup.path,
+        track_memory=track, parent_images=parent))
     made.pid = pid
     return made
 

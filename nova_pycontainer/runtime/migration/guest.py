@@ -187,6 +187,17 @@ def _owned(path: pathlib.Path, status: os.stat_result) -> list[str]:
         file.stat(follow_symlinks=False).st_uid == status.st_uid)
 
 
+def _enables(item: cabc.Mapping[str, ty.Any]) -> bool:
+    """Whether it is the container's own cgroup, and enables controllers."""
+    return item['path'] == '.' and bool(
+        item['settings'].get('cgroup.subtree_control'))
+
+
+def has_controllers(tree: cabc.Iterable[cabc.Mapping[str, ty.Any]]) -> bool:
+    """Whether a call for an occupied cgroup has left something to do."""
+    return any(map(_enables, tree))
+
+
 def make_cgroups(
     group: cgroup.Cgroup, tree: cabc.Sequence[cabc.Mapping[str, ty.Any]],
     base_id: int, occupied: bool = False,
@@ -213,8 +224,8 @@ def make_cgroups(
         directory = group.v2 / path
         directory.mkdir(parents=True, exist_ok=True)
         for name, value in item['settings'].items():
-            if occupied and not path.parts and (
-                    name == 'cgroup.subtree_control'):
+            if occupied and name == 'cgroup.subtree_control' and (
+                    _enables(item)):
                 continue
             if name in _SETTINGS:
                 _set(directory / name, name, str(value))

@@ -39,6 +39,8 @@ _POLL = 0.002
 _TICK = 0.2
 _FALLOC_PUNCH = 0x03  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 _NAME_MAX = 255
+#: Bytes for a guest whose memory has no limit.
+_UNLIMITED = 64 << 30
 #: No file is longer (loff_t).
 _END = (1 << 63) - 1
 
@@ -97,6 +99,16 @@ class Memory:
             syscalls.umount(str(self.path), syscalls.MNT_DETACH)
         if self.path.exists():
             self.path.rmdir()
+
+
+def size_of(limit: int | None, ahead: bool = False) -> int:
+    """How large the images of a guest may get, in bytes.
+
+    :param limit: of the guest's memory
+    :param ahead: whether what a page was before may lie there beside it
+    """
+    limit = limit or _UNLIMITED
+    return limit * (2 if ahead else 1) + limit // 4 + (256 << 20)
 
 
 class Sender:

@@ -138,10 +138,8 @@ class Rounds:
             stack.callback(connection.close)
             sender = images.Sender(directory, connection, source.limiter)
             stack.callback(sender.stop)
-            options = source.dump_options(directory)
-            options.track_mem = True
-            if number > 1:
-                options.parent_img = f'../{number - 1}'
+            options = source.round_options(
+                directory, f'../{number - 1}' if number > 1 else None)
             sender.start()
             response = session.request(
                 source.rpc.PRE_DUMP, options, lambda script: None,
@@ -220,12 +218,3 @@ class Received:
             place = self._directory / str(number)
             if place.exists():
                 shutil.rmtree(place)
-
-
-def size_of(limit: int, ahead: bool) -> int:
-    """How large the images may get, in bytes.
-
-    :param limit: of the guest's memory
-    :param ahead: whether what a page was before may lie there beside it
-    """
-    return limit * (2 if ahead else 1) + limit // 4 + (256 << 20)

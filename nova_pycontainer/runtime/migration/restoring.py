@@ -141,8 +141,7 @@ class Notified:
         self, owner: Owner, dumped: Dumped, item: container.Container
     ) -> None:
         self._owner = owner
-        self._group = item.cgroup
-        self._base_id = item.st.base_id
+        self._item = item
         self._cgroups = dumped['cgroups']
         self._netlink = list(dumped['moment'].get('netlink') or ())
         self._ramfs = list(dumped['ramfs'])
@@ -171,7 +170,9 @@ class Notified:
             assert self._pid is not None
             # The init is in the cgroup below that it belongs to. The guest's
             # systemd watches files that only a controller's cgroups have.
-            guest.make_cgroups(self._group, self._cgroups, self._base_id)
+            if guest.has_controllers(self._cgroups):
+                guest.make_cgroups(
+                    self._item.cgroup, self._cgroups, self._item.st.base_id)
             self._owner.fill(self._pid, self._ramfs)
             gone_addresses.lend(self._pid, self._addresses)
             if self._lazy:
@@ -183,7 +184,7 @@ class Notified:
             assert self._pid is not None
             gone_addresses.take_back(self._pid, self._addresses)
             neighbours.restore(self._pid, self._neighbours)
-            netlink_options.restore(self._group, self._netlink)
+            netlink_options.restore(self._item.cgroup, self._netlink)
         elif script.name == 'pre-resume':
             assert self._pid is not None
             self._owner.ready(self._pid, self._master)

@@ -288,7 +288,7 @@ class Source:
     def _ahead(self) -> bool:
         """:raises ContainerError: ``unsupported``"""
         options = self._options
-        if self._paused or self.lazy or options.strategy == 'stop-and-copy':
+        if self._paused or self.lazy:
             return False
         return precopy.wanted(
             options.strategy, here=lambda: self._criu.check(precopy.FEATURE),
@@ -298,7 +298,7 @@ class Source:
     def _send_ahead(self) -> None:
         """Send most of the memory, and once more what was written to files.
         """
-        self._memory.mount(precopy.size_of(self._memory_limit, False))
+        self._mount_memory()
         self._stack.callback(self._memory.unmount)
         self.progress.strategy = 'pre-copy'
         rounds = precopy.Rounds(self, self._options.max_downtime)
@@ -358,14 +358,12 @@ class Source:
         parent, self._parent = self._parent, None
         with contextlib.ExitStack() as stack:
             # All that can be made before the freeze is made before it.
-            self._memory.mount(precopy.size_of(self._memory_limit, False))
+            self._mount_memory()
             stack.callback(self._memory.unmount)
-            dump = _Dump(self, stack, pid, external)
+            dump = _Dump(self, stack, pid, external, parent)
             options = dumping.options(
-                self._criu, item, self._memory.path, external, pid)
-            if parent is not None and not dump.lazy:
-                dump.parent = options.parent_img = parent
-                options.track_mem = True
+                self._criu, item, self._memory.path, external, pid,
+                track=dump.parent is not None, parent=dump.parent)
             if dump.lazy:
                 options.lazy_pages = True
                 config = dump.lazy_config()
@@ -440,9 +438,9 @@ class Source:
                 remedy='Start it again: its disk is as it was then')
         self._thaw()
 
-    @property
-    def _memory_limit(self) -> int:
-        return self._item.spec.limits.memory_bytes or (64 << 30)
+    def _mount_memory(self) -> None:
+        self._memory.mount(
+            images.size_of(self._item.spec.limits.memory_bytes))
 
     @property
     def _pid(self) -> int:
@@ -565,10 +563,13 @@ class Source:
             raise self.reason(protocol.PeerGone(
                 'network', 'the destination is gone'))
 
-    def dump_options(self, directory: pathlib.Path) -> ty.Any:
+    def round_options(
+        self, directory: pathlib.Path, parent: str | None
+    ) -> ty.Any:
         return dumping.options(
             self._criu, self._item, directory,
-            guest.external_mounts(self._pid, self._item.nodes), self._pid)
+            guest.external_mounts(self._pid, self._item.nodes), self._pid,
+            track=True, parent=parent)
 
     def open_round(self, number: int) -> channel.Connection:
         """The connection for a round; the destination waits for it."""
@@ -656,7 +657,7 @@ class _Dump:
 
     def __init__(
         self, source: Source, stack: contextlib.ExitStack, pid: int,
-        external: dict[str, str],
+        external: dict[str, str], parent: str | None,
     ) -> None:
         self._source = source
         self._pid = pid
@@ -667,7 +668,7 @@ class _Dump:
         #: The pages follow when the guest runs on the destination.
         self.lazy = source.lazy
         #: The round of memory that the dump is the rest of.
-        self.parent: str | None = None
+        self.parent = None if self.lazy else parent
         fds = {}
         if self.lazy:
             with source.open_pages() as pages:
