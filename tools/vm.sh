@@ -100,18 +100,13 @@ copy_configuration() {
 }
 
 make_root() {
-    local root=$VM/root line
-    local -a options=()
+    local root=$VM/root
     say "vm: unpacking Debian $SUITE"
-    while IFS= read -r line; do
-        [ -z "$line" ] || options+=("--aptopt=$line")
-    done < <(apt_acquire_options)
-    debian_sources "$SUITE" >"$VM/sources.list"
     rm -rf --one-file-system "$root"
-    logged vm-root mmdebstrap --mode=root --variant=important \
+    logged vm-root debian_bootstrap "$VM/sources.list" "$root" "$SUITE" \
+        --variant=important \
         --include=apparmor,ca-certificates,dbus,git,linux-image-amd64 \
-        --include=openssh-server,python3,quota,sudo,systemd-sysv \
-        "${options[@]}" "$SUITE" "$root" "$VM/sources.list"
+        --include=openssh-server,python3,quota,sudo,systemd-sysv
     copy_configuration
     echo host >"$root/etc/hostname"
     printf '127.0.0.1 localhost host\n::1 localhost\n' >"$root/etc/hosts"

@@ -110,21 +110,14 @@ tar_tree() {
         -cf - .
 }
 
-# bootstrap TARGET SUITE ARGUMENT…: mmdebstrap with this machine's mirror.
-# TARGET is a directory or a .tar.
+# bootstrap TARGET SUITE ARGUMENT…: TARGET is a directory or a .tar.
 bootstrap() {
-    local target=$1 suite=$2 line
-    local -a options=()
+    local target=$1 suite=$2
     shift 2
-    while IFS= read -r line; do
-        [ -z "$line" ] || options+=("--aptopt=$line")
-    done < <(apt_acquire_options)
     # Device nodes are the container's business, and no unpacker may make
     # them from an image anyway.
-    debian_sources "$suite" >"$tmp/sources.list"
-    mmdebstrap --quiet --mode=root --skip=output/dev \
-        --aptopt='Acquire::Retries "3"' "${options[@]}" "$@" \
-        "$suite" "$target" "$tmp/sources.list"
+    debian_bootstrap "$tmp/sources.list" "$target" "$suite" \
+        --skip=output/dev "$@"
 }
 
 build() {

@@ -96,3 +96,18 @@ debian_release_time() {
     rm -rf "$tmp"
     date -u -d "$when" +%s
 }
+
+# debian_bootstrap SOURCES TARGET SUITE ARGUMENT...
+#   mmdebstrap with this machine's mirror and ways to it. SOURCES is the file
+#   that the sources.list is written to.
+debian_bootstrap() {
+    local sources=$1 target=$2 suite=$3 line
+    local -a options=()
+    shift 3
+    while IFS= read -r line; do
+        [ -z "$line" ] || options+=("--aptopt=$line")
+    done < <(apt_acquire_options)
+    debian_sources "$suite" >"$sources"
+    mmdebstrap --quiet --mode=root --aptopt='Acquire::Retries "3"' \
+        "${options[@]}" "$@" "$suite" "$target" "$sources"
+}
