@@ -15,8 +15,8 @@
 it writes to.
 """
 
-import subprocess
-
+from nova_pycontainer.runtime import criu
+from nova_pycontainer.runtime.migration import precopy
 from tests.runtime import base
 from tests.runtime import hosts
 
@@ -56,10 +56,7 @@ _PAGES = _SIZE // 4096
 
 def _lacking():
     """What the kernel lacks, in CRIU's words; None: nothing."""
-    done = subprocess.run(
-        ['criu', 'check', '--feature', 'mem_dirty_track'],
-        capture_output=True, text=True, timeout=60)
-    return (done.stderr + done.stdout).strip() if done.returncode else None
+    return criu.Criu(base.tool('criu'), None).check(precopy.FEATURE)
 
 
 class RefusedTestCase(hosts.TwoHostsTestCase):
@@ -85,7 +82,8 @@ class PreCopyTestCase(hosts.TwoHostsTestCase):
         super().setUp()
         lacking = _lacking()
         if lacking is not None:
-            self.skipTest(f'criu check --feature mem_dirty_track: {lacking}')
+            self.skipTest(
+                f'criu check --feature {precopy.FEATURE}: {lacking}')
 
     def writer(self, hot):
         uuid = self.run_container('debian13', memory=1024, init={

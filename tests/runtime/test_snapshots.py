@@ -151,8 +151,17 @@ class SnapshotTestCase(Helpers, base.HostTestCase):
         """Let snapshots wait at a point, until the function is called."""
         go = self.config.run_dir / 'go'
         self.plan(point, f'wait:{go}')
-        self.addCleanup(go.touch)
         return go.touch
+
+    def joined(self, thread):
+        """Start a thread that may wait at a gate, whoever opens it.
+
+        A test that fails before it has done so does at its end.
+        """
+        thread.start()
+        self.addCleanup(thread.join, base.PATIENCE)
+        self.addCleanup((self.config.run_dir / 'go').touch)
+        return thread
 
     def begin(self, uuid):
         """Take a snapshot in another thread; returns how to get it."""
@@ -164,11 +173,7 @@ class SnapshotTestCase(Helpers, base.HostTestCase):
             except errors.ContainerError as e:
                 result.append(e)
 
-        thread = threading.Thread(target=work)
-        thread.start()
-        # It may wait at a gate that a test which failed never opened.
-        self.addCleanup(thread.join, base.PATIENCE)
-        self.addCleanup((self.config.run_dir / 'go').touch)
+        thread = self.joined(threading.Thread(target=work))
 
         def end():
             thread.join(base.PATIENCE)
@@ -327,10 +332,8 @@ class SnapshotTestCase(Helpers, base.HostTestCase):
         end = self.begin(uuid)
         self.waiting('snapshot.pass')
         pid = self.host.info(uuid)['pid']
-        stop = threading.Thread(target=self.host.stop, args=(uuid, 30))
-        stop.start()
-        self.addCleanup(stop.join, base.PATIENCE)
-        self.addCleanup((self.config.run_dir / 'go').touch)
+        stop = self.joined(
+            threading.Thread(target=self.host.stop, args=(uuid, 30)))
         base.wait_for(
             lambda: not os.path.exists(f'/proc/{pid}/root/etc'), 'the end')
         go()
@@ -368,9 +371,8 @@ class SnapshotTestCase(Helpers, base.HostTestCase):
         go = self.gate('snapshot.pass')
         end = self.begin(uuid)
         self.waiting('snapshot.pass')
-        delete = threading.Thread(target=self.host.delete, args=(uuid,))
-        delete.start()
-        self.addCleanup(delete.join, base.PATIENCE)
+        delete = self.joined(
+            threading.Thread(target=self.host.delete, args=(uuid,)))
         go()
         error = end()
         self.assertEqual('aborted', error.code, error)
@@ -387,9 +389,7 @@ class SnapshotTestCase(Helpers, base.HostTestCase):
             return self.assert_code(
                 'aborted', self.take, uuid, gone=lambda: bool(gone))
 
-        thread = threading.Thread(target=take)
-        thread.start()
-        self.addCleanup(thread.join, base.PATIENCE)
+        thread = self.joined(threading.Thread(target=take))
         self.waiting('snapshot.pass')
         gone.append(True)
         base.wait_for(lambda: self.host.snapshots._of(
