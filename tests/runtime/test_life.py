@@ -127,8 +127,9 @@ class LifeTestCase(base.HostTestCase):
         uuid = self.run_container()
         self.sh(uuid, '(while :; do echo x >> /root/ticks; sleep 0.05; done) '
                 '>/dev/null 2>&1 &')
-        self.assertEqual('paused', self.host.pause(uuid)['state'])
         upper = self.config.instances_dir / uuid / 'disk/upper/root/ticks'
+        base.wait_for(upper.exists, 'the first tick')
+        self.assertEqual('paused', self.host.pause(uuid)['state'])
         size = upper.stat().st_size
         time.sleep(0.5)
         self.assertEqual(size, upper.stat().st_size)
