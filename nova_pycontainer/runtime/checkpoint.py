@@ -21,6 +21,7 @@ restored guest runs: its files change from then on.
 """
 
 import contextlib
+import errno
 import os
 import pathlib
 import shutil
@@ -52,6 +53,7 @@ LOG = logging.getLogger(__name__)
 #: disk.
 _CRIU_TIMEOUT = 1800.0
 _FACTS = 'dumped.json'
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def release(directory: pathlib.Path) -> None:
@@ -112,6 +114,11 @@ class Saver:
         item = self._item
         remove(self._directory)
         self._directory.mkdir(mode=0o700)
+        # What the guest has written needs not wait for the disk while it is
+        # frozen. And the kernel tells of a page that could not be written
+        # only once, maybe much later: that shall not be the checkpoint's.
+        with contextlib.suppress(OSError):
+            unpack_client.sync_filesystem(self._directory)
         external = guest.external_mounts(self._pid, item.nodes)
         facts: dict[str, ty.Any] = {
             'external': external, 'run': item.st.run,
@@ -150,6 +157,8 @@ class Saver:
                     LOG.warning('instance %s: %s', item.uuid, e)
                     return
                 self._thaw()
+                if isinstance(e, OSError) and e.errno in _FULL:
+                    raise self._full(str(e)) from e
                 raise
         if response.success or self._saved:
             LOG.info('instance %s: criu dumped it in %.3f s', item.uuid,
@@ -166,12 +175,14 @@ class Saver:
         """:raises ContainerError: ``no_space``, if that was the reason"""
         free = room.free_if_full(self._directory)
         if free is not None:
-            raise errors.ContainerError(
-                'no_space', 'the memory of the instance does not fit on its '
-                'disk', uuid=self._item.uuid, step='dump',
-                cause=f'{free >> 20} MiB are free',
-                remedy='Delete files in the server, or resize it to a flavor '
-                'with more disk')
+            raise self._full(f'{free >> 20} MiB are free')
+
+    def _full(self, cause: str) -> errors.ContainerError:
+        return errors.ContainerError(
+            'no_space', 'the memory of the instance does not fit on its '
+            'disk', uuid=self._item.uuid, step='dump', cause=cause,
+            remedy='Delete files in the server, or resize it to a flavor '
+            'with more disk')
 
     def _write(self, facts: dict[str, ty.Any]) -> None:
         state.write_json(
@@ -208,8 +219,8 @@ class Restorer:
     def run(self, commit: ty.Callable[[], None]) -> None:
         """Restore it and let it run.
 
-        :param commit: called when it runs, and its images are worth nothing
-            any more
+        :param commit: called when it is about to run, and its images are
+            worth nothing any more
         :raises ContainerError: nothing runs, and nothing is left but the
             checkpoint
         """
@@ -317,14 +328,19 @@ class Restorer:
             faults.point('resume.adopted')
             for nic in item.spec.nics:
                 network.hold(nic, False)
+            # Before the first of its instructions: whatever dies from here,
+            # it must not begin a second time with what was saved.
+            self._commit()
         except BaseException:
             # CRIU does not heed a refusal at this moment.
             item.cgroup.kill()
             self._session.kill()
             raise
-        freezer.write_text('0')
+        self._running = True
+        try:
+            faults.point('resume.committed')
+        finally:
+            freezer.write_text('0')
 
     def resumed(self, pid: int) -> None:
-        self._running = True
-        self._commit()
         announce.announce(self._item, pid)

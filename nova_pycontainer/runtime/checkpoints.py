@@ -19,7 +19,9 @@
 ``saved``
     the checkpoint is whole, and no process may run any more
 ``restoring``
-    as ``saved``, until a process of it has run
+    as ``saved``, and what there is of it is frozen
+``resumed``
+    it runs, or has run; the checkpoint is of the past
 """
 
 import pathlib
@@ -115,12 +117,13 @@ class Checkpoints:
                 checkpoint.Restorer(
                     item, self._host.layer_root(item), self._criu,
                     self._directory(item),
-                ).run(lambda: self._mark(item, None))
+                ).run(lambda: self._mark(item, 'resumed'))
             except BaseException:
                 item.st.run = None
                 self._mark(item, 'saved')
                 raise
             checkpoint.remove(self._directory(item))
+            self._mark(item, None)
             self._host.watch(uuid)
             self._host.note('resumed', uuid)
             return item.info()
@@ -153,12 +156,14 @@ class Checkpoints:
             recovery.thaw(item, False)
             checkpoint.remove(self._directory(item))
             self._mark(item, None)
-        elif phase == 'saving':
-            self.discard(item)
-        elif phase == 'restoring' and alive and not item.cgroup.frozen():
-            # It has run, so the checkpoint is of the past.
+        elif phase == 'resumed' and alive:
+            recovery.thaw(item, False)
             checkpoint.remove(self._directory(item))
             self._mark(item, None)
+        elif phase in ('saving', 'resumed'):
+            # What it has done since is on its disk, and not in what was
+            # saved.
+            self.discard(item)
         else:
             self._put_down(item)
             self._mark(item, 'saved')
