@@ -21,12 +21,13 @@ import contextlib
 import os
 import pathlib
 import signal
+import subprocess
 import time
 
 from tests.faults import kernel
 
-#: So long a link is cut that heals.
-_CUT = 1.0
+#: So long a step is late: less than what is given up after.
+_LATE = 20.0
 
 
 class Fault:
@@ -34,8 +35,14 @@ class Fault:
 
     #: What happens at the step itself, see nova_pycontainer.runtime.faults.
     action = 'wait'
-    #: Whether it is the run's business to end it.
+    #: Whether it is the run's business to end it, for a peer that is mute
+    #: meanwhile.
     lasts = False
+    #: Whether it goes on until the guest's fate is known.
+    stays = False
+    #: The hosts on which the guest may end by it, as a machine does whose
+    #: power fails.
+    ends: tuple[str, ...] = ()
 
     def __init__(self, title):
         self.title = title
@@ -120,9 +127,9 @@ class KillRuntime(Kill):
 class CutLink(Fault):
     """Nothing passes between the hosts, and nobody is told."""
 
-    def __init__(self, title, lasts):
+    def __init__(self, title, seconds=None):
         super().__init__(title)
-        self.lasts = lasts
+        self._seconds, self.lasts = seconds, seconds is None
 
     def inject(self, rig):
         for host in (rig.a, rig.b):
@@ -132,7 +139,7 @@ class CutLink(Fault):
 
     def after(self, rig):
         if not self.lasts:
-            time.sleep(_CUT)
+            time.sleep(self._seconds)
             self.heal(rig)
         return True
 
@@ -142,12 +149,18 @@ class CutLink(Fault):
                      check=False)
 
 
-class FillDisk(Fault):
-    """Not a byte is left where a host keeps its instances."""
+class OfHost(Fault):
+    """What one host lacks for a while."""
+
+    stays = True
 
     def __init__(self, title, name):
         super().__init__(title)
         self._name = name
+
+
+class FillDisk(OfHost):
+    """Not a byte is left where a host keeps its instances."""
 
     def _path(self, rig):
         host = getattr(rig, self._name)
@@ -169,6 +182,86 @@ class FillDisk(Fault):
         self._path(rig).unlink(missing_ok=True)
 
 
+class ReadOnly(OfHost):
+    """Where a host keeps its instances the agent can write nothing down.
+
+    The directories are immutable: a file system becomes read-only for nobody
+    while a console's log is open for writing.
+    """
+
+    def _directories(self, rig):
+        host = getattr(rig, self._name)
+        top = pathlib.Path(f'/proc/{host.pid}/root{host.directory}',
+                           'state/instances')
+        return [top, *(path for path in top.iterdir()
+                       if path.is_dir() and path.name != 'lost+found')]
+
+    def _change(self, rig, how):
+        subprocess.run(['chattr', how, *map(str, self._directories(rig))],
+                       check=True, timeout=30)
+
+    def inject(self, rig):
+        self._change(rig, '+i')
+        return True
+
+    def heal(self, rig):
+        if getattr(rig, self._name).has_power():
+            self._change(rig, '-i')
+
+
+class Memory(OfHost):
+    """A host has no more memory for guests than they use now."""
+
+    #: cgroup v1, as tools/lib/in-host.sh arranges it, and v2
+    _FILES = (('/run/cgroup1/memory', 'memory.limit_in_bytes',
+               'memory.usage_in_bytes', '-1'),
+              ('/sys/fs/cgroup', 'memory.max', 'memory.current', 'max'))
+
+    def _files(self, rig):
+        parent = getattr(rig, self._name).cgroup_parent
+        for top, limit, used, none in self._FILES:
+            directory = pathlib.Path(top, parent)
+            if (directory / limit).exists():
+                return directory / limit, directory / used, none
+        return None
+
+    def inject(self, rig):
+        found = self._files(rig)
+        # Whom the kernel's OOM killer takes in a restored guest is the
+        # guest's own matter.
+        if found is None or 'destination.restored' in rig.passed():
+            return False
+        limit, used, _ = found
+        limit.write_text(str(int(used.read_text()) + (256 << 10)))
+        return True
+
+    def heal(self, rig):
+        found = self._files(rig)
+        if found is not None:
+            found[0].write_text(found[2])
+
+
+class Late(Fault):
+    """The step comes to pass, when nobody expects it any more."""
+
+    def inject(self, rig):
+        time.sleep(_LATE)
+        return True
+
+
+class PowerLoss(Fault):
+    """Everything on a host ends at once, and the host boots."""
+
+    def __init__(self, title, *names):
+        super().__init__(title)
+        self.ends = names
+
+    def inject(self, rig):
+        for name in self.ends:
+            rig.power_off(getattr(rig, name))
+        return True
+
+
 #: Of a migration from a to b.
 MIGRATION = {
     'fails': Raise('the step fails'),
@@ -183,9 +276,18 @@ MIGRATION = {
                   soon=True),
     'copier-a': Kill("source's rsync killed", 'a', 'rsync', soon=True),
     'copier-b': Kill("destination's rsync killed", 'b', 'rsync', soon=True),
-    'link-1s': CutLink('link cut for 1 s', False),
-    'link-cut': CutLink('link cut', True),
+    'late': Late('20 s late'),
+    'link-1s': CutLink('link cut for 1 s', 1.0),
+    'link-30s': CutLink('link cut for 30 s', 30.0),
+    'link-cut': CutLink('link cut'),
+    'disk-a': FillDisk("source's disk full", 'a'),
     'disk-b': FillDisk("destination's disk full", 'b'),
+    'readonly-a': ReadOnly("source's disk read-only", 'a'),
+    'readonly-b': ReadOnly("destination's disk read-only", 'b'),
+    'memory-b': Memory("destination's memory used up", 'b'),
+    'power-a': PowerLoss("source's power lost", 'a'),
+    'power-b': PowerLoss("destination's power lost", 'b'),
+    'power': PowerLoss("both hosts' power lost", 'a', 'b'),
 }
 #: Of define, prepare, start and delete on a.
 LIFE = {
@@ -194,4 +296,15 @@ LIFE = {
     'runtime': Kill('crun killed', 'a', 'crun', soon=True),
     'runtime-late': KillRuntime('crun killed, later', 'a', 'crun', soon=True),
     'disk-a': FillDisk('disk full', 'a'),
+    'readonly-a': ReadOnly('disk read-only', 'a'),
+    'power-a': PowerLoss('power lost', 'a'),
+}
+#: Of suspend and resume on a.
+SUSPEND = {
+    'fails': Raise('the step fails'),
+    'agent-a': KillAgent('agent killed', 'a'),
+    'criu-a': Kill('criu killed', 'a', 'criu', soon=True),
+    'disk-a': FillDisk('disk full', 'a'),
+    'readonly-a': ReadOnly('disk read-only', 'a'),
+    'power-a': PowerLoss('power lost', 'a'),
 }

@@ -14,59 +14,61 @@
 """Two hosts on which one row after the other is tried."""
 
 import os
-import pathlib
 import subprocess
 import threading
 import time
-import uuid as uuidlib
 
 from nova_pycontainer.runtime import errors
 from tests import echo
 from tests.faults import inject
 from tests.faults import kernel
+from tests.faults import one_host
 from tests.faults import points
 from tests.faults import witness
 from tests.runtime import base
 from tests.runtime import hosts
 
-ADDRESS = '203.0.113.10'
+ADDRESS = one_host.ADDRESS
 #: Of the file system that a host has its instances on: with little of it a
 #: full disk is soon made.
 _DISK_MIB = 96
 _SUPERVISOR = 0.5
+_BOOT = 3.0
 _REACHED = 40.0
 _END = 150.0
 #: Longer than what a dead link is noticed in.
 _CUT_OFF = 75.0
 
-MODES = ('move', 'post-copy', 'life')
+MODES = ('move', 'post-copy', 'life', 'suspend')
 #: Some seconds for the pages that follow the guest.
 _OPTIONS = {'move': {}, 'post-copy': {
     'strategy': 'post-copy', 'permit_post_copy': True,
     'bandwidth': 3 << 20}}
 #: What a source says when nobody has the guest any more.
 _LOST = 'lost'
+#: Of a guest that has ended with the power of its host: what it was there.
+_ENDED = {'a': 'ended on source', 'b': 'ended on destination'}
 
 
 class Broken(AssertionError):
     """A promise was not kept."""
 
 
-class Absent(Exception):
-    """There is nothing that this fault could break at this step."""
-
-
 def steps(mode):
+    if mode == 'suspend':
+        return [s.name for s in points.listed('verbs')
+                if s.module == 'runtime/checkpoint.py']
     return points.names('life' if mode == 'life' else 'migration')
 
 
 def faults(mode):
-    found = inject.LIFE if mode == 'life' else inject.MIGRATION
+    found = {'life': inject.LIFE, 'suspend': inject.SUSPEND}.get(
+        mode, inject.MIGRATION)
     return {name: fault for name, fault in found.items()
             if mode == 'post-copy' or name != 'pages'}
 
 
-class Rig(hosts.TwoHostsTestCase):
+class Rig(one_host.OneHost, hosts.TwoHostsTestCase):
     """``self.row(mode, step, fault)`` tries one."""
 
     #: Whether the kernel's settings are these hosts' alone.
@@ -95,8 +97,35 @@ class Rig(hosts.TwoHostsTestCase):
         os.truncate(disk, _DISK_MIB << 20)
         subprocess.run(['mkfs.ext4', '-q', '-F', '-m', '0', str(disk)],
                        check=True, timeout=60)
-        made.run('mount', '-o', 'loop', str(disk), str(instances))
+        self._mount(made)
         return made
+
+    @staticmethod
+    def _mount(host):
+        host.run('mount', '-o', 'loop', str(host.directory / 'disk.img'),
+                 str(host.directory / 'state' / 'instances'))
+
+    def power_off(self, host):
+        # A machine without power sends no last words, as the sockets of
+        # killed processes do.
+        host.run('ip', 'link', 'set', 'uplink', 'down')
+        host.run('ip', 'link', 'set', 'hostlink', 'down', check=False)
+        host.power_off(lambda: kernel.processes(host))
+
+    def _power_on(self, *hosts_):
+        for host in hosts_:
+            host.power_on()
+            self._mount(host)
+        # The kernel removes links some time after their namespaces.
+        for host in (self.a, self.b):
+            host.run('ip', 'link', 'del', 'hostlink', check=False,
+                     stderr=subprocess.DEVNULL)
+        self._link()
+        for host in hosts_:
+            subprocess.run(
+                ['ip', 'link', 'del', f'up{host.name}{os.getpid()}'],
+                timeout=30, stderr=subprocess.DEVNULL)
+            self._plug(host)
 
     @staticmethod
     def _plan(host):
@@ -137,7 +166,8 @@ class Rig(hosts.TwoHostsTestCase):
                   else fault.action)
         self._before = {
             h.name: kernel.traces(h, self.alone) for h in (self.a, self.b)}
-        runner = self._life if mode == 'life' else self._migration
+        runner = {'life': self._life, 'suspend': self._suspend}.get(
+            mode, self._migration)
         try:
             return runner(mode, step, fault, f'{step}={action}')
         except (AssertionError, errors.ContainerError) as e:
@@ -168,12 +198,18 @@ class Rig(hosts.TwoHostsTestCase):
         self._disarm()
         self.plan_go.touch()
         done = fault.after(self) or done
-        if not fault.lasts and not isinstance(fault, inject.FillDisk):
+        if not fault.lasts and not fault.stays:
             self.fault = None
         return done
 
     def _supervise(self):
-        """What an init system does with a service that has died."""
+        """What an init system does with a service that has died, and a
+        machine that has power again.
+        """
+        off = [h for h in (self.a, self.b) if not h.has_power()]
+        if off:
+            time.sleep(_BOOT)
+            self._power_on(*off)
         for host in (self.a, self.b):
             if host.process.poll() is not None:
                 time.sleep(_SUPERVISOR)
@@ -219,15 +255,16 @@ class Rig(hosts.TwoHostsTestCase):
         if fault.lasts:
             word = self._cut_off(uuid, migration) + ', then '
         self._supervise()
+        self.ends = fault.ends
         verdict = self._verdict(uuid, migration, mode, committed)
         self.fault_heal()
         watcher.join()
-        if verdict == _LOST:
+        if verdict in (_LOST, *_ENDED.values()):
             self._check_lost(uuid)
         else:
             self._check_runs(uuid, verdict)
         if not broken:
-            raise Absent
+            raise one_host.Absent
         return word + verdict + self.cut
 
     def _watch(self, migration):
@@ -282,7 +319,7 @@ class Rig(hosts.TwoHostsTestCase):
     def _verdict(self, uuid, migration, mode, committed):
         """How it has ended, and what Nova does then.
 
-        :returns: "source", "destination", or "lost"
+        :returns: "source", "destination", "lost" or one of _ENDED
         """
         deadline = time.monotonic() + _END
         status = self._status(uuid, migration)
@@ -300,11 +337,16 @@ class Rig(hosts.TwoHostsTestCase):
             if not self._gone(uuid):
                 self.a.delete(uuid)
                 return 'destination'
+            if 'b' in self.ends:
+                return _ENDED['b']
         elif (status['error'] or {}).get('code') != _LOST:
-            base.wait_for(lambda: self._runs_only('a', uuid),
-                          'the guest to run on the source', 40)
+            base.wait_for(
+                lambda: self._runs_only('a', uuid) or
+                'a' in self.ends and self._gone(uuid),
+                'the guest to run on the source', 40)
+            gone = self._gone(uuid)
             self._roll_back(uuid, migration)
-            return 'source'
+            return _ENDED['a'] if gone else 'source'
         if mode != 'post-copy' or not committed and (
                 'source.committed' not in self.passed()):
             raise AssertionError(f'the guest is lost: {status}')
@@ -425,77 +467,3 @@ class Rig(hosts.TwoHostsTestCase):
             self._before[host.name], host, self.alone)]
         if left:
             raise AssertionError('left behind:\n' + '\n'.join(left))
-
-    # Life on one host
-
-    def _life(self, mode, step, fault, plan):
-        uuid = str(uuidlib.uuid4())
-        self.spec()  # the layer is no step of it
-        drive = {'openstack/latest/meta_data.json': 'e30='}
-        spec = self.spec(address=ADDRESS, config_drive=drive)
-        failure = []
-
-        def verbs():
-            try:
-                self._verbs(uuid, spec)
-            except errors.ContainerError as e:
-                failure.append(e)
-            self._finished.set()
-
-        self._arm(plan)
-        thread = threading.Thread(target=verbs, daemon=True)
-        thread.start()
-        broken = self._break(step, fault)
-        thread.join(base.PATIENCE)
-        if thread.is_alive():
-            raise AssertionError('the verb does not return')
-        self.fault_heal()
-        self._supervise()
-        self._disarm()
-        self._check_view(uuid)
-        word = 'failed' if failure else 'done'
-        # Nova deletes what it could not make, and makes it again.
-        self.a.delete(uuid)
-        self._check_clean()
-        self._verbs(uuid, spec)
-        self._check_clean()
-        if not broken:
-            raise Absent
-        return word
-
-    def _verbs(self, uuid, spec):
-        """Make, run and remove a guest."""
-        self.a.define(uuid, spec)
-        self.a.prepare(uuid)
-        self.attach(self.a, uuid)
-        self.a.start_container(uuid)
-        self.sh(self.a, uuid, 'true')
-        copy = kernel.Copy(self.a, uuid)
-        if len(copy.inits) != 1 or copy.frozen:
-            raise AssertionError(f'it is to run: {copy}')
-        self.a.delete(uuid)
-
-    def _check_view(self, uuid):
-        """The agent says what the kernel says."""
-        copy = kernel.Copy(self.a, uuid)
-        try:
-            state = self.a.info(uuid)['state']
-        except errors.ContainerError as e:
-            if e.code != 'not_found':
-                raise
-            state = None
-        if len(copy.inits) > 1:
-            raise AssertionError(f'there are several: {copy}')
-        alive = state in ('created', 'running', 'paused')
-        if bool(copy.inits) != alive:
-            raise AssertionError(f'there is {copy}; the agent says {state}')
-        if not alive:
-            return
-        # What waits to be started executes the OCI runtime still.
-        started = 'crun' not in os.path.basename(pathlib.Path(
-            f'/proc/{copy.inits[0]}/comm').read_text().strip()) and (
-                'init' in kernel.command(copy.inits[0]))
-        if started != (state == 'running'):
-            raise AssertionError(
-                f'init is {kernel.command(copy.inits[0])!r}, and the agent '
-                f'says {state}')

@@ -19,6 +19,7 @@ _TITLES = {
     'move': 'Stop and copy',
     'post-copy': 'Post-copy',
     'life': 'One host: define, prepare, start, delete',
+    'suspend': 'One host: suspend, resume',
 }
 
 

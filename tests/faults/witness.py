@@ -42,26 +42,30 @@ class Witness:
     """Reads the lines on both hosts all the while."""
 
     def __init__(self, hosts, uuid):
-        # The upper directory, which no guest can hide.
-        self._paths = {host.name: pathlib.Path(
-            f'/proc/{host.pid}/root{host.directory}/state/instances',
-            uuid, 'disk/upper/ticks') for host in hosts}
+        self._hosts = {host.name: host for host in hosts}
+        self._uuid = uuid
         #: host → lines that it has had at any time.
-        self._seen = {name: {} for name in self._paths}
+        self._seen = {name: {} for name in self._hosts}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self):
         while not self._stop.wait(_PERIOD):
-            for name in self._paths:
+            for name in self._hosts:
                 for number, text in self.lines(name):
                     self._seen[name].setdefault(number, set()).add(text)
 
     def lines(self, name):
         """What a host has now: (number, text) each."""
+        # The upper directory, which no guest can hide. A host that has lost
+        # its power has another pid then.
+        host = self._hosts[name]
+        path = pathlib.Path(
+            f'/proc/{host.pid}/root{host.directory}/state/instances',
+            self._uuid, 'disk/upper/ticks')
         try:
-            data = self._paths[name].read_bytes()
+            data = path.read_bytes()
         except OSError:
             return []
         # A line that is being copied or written is not one yet.

@@ -22,6 +22,7 @@ import sys
 import time
 import unittest
 
+from tests.faults import one_host
 from tests.faults import rig
 
 
@@ -39,7 +40,7 @@ class Worker(rig.Rig):
             began = time.monotonic()
             try:
                 answer['outcome'] = self.row(*row)
-            except rig.Absent:
+            except one_host.Absent:
                 answer['outcome'] = None
             except rig.Broken as e:
                 answer['broken'] = str(e)

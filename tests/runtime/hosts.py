@@ -14,6 +14,7 @@
 """
 
 import contextlib
+import errno
 import os
 import pathlib
 import shutil
@@ -47,19 +48,61 @@ class Agent(client.Client):
         shared = base.WORK / 'test-layers'
         shared.mkdir(mode=0o700, exist_ok=True)
         (directory / 'state' / 'layers').symlink_to(shared)
-        # Keeps the namespaces; everything else enters them by its pid.
-        self.holder = subprocess.Popen(
-            [IN_HOST, 'sh', '-c', 'echo; exec sleep infinity'],
-            stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
-        assert self.holder.stdout.read(1) == b'\n'
-        self.pid = self.holder.pid
+        self._hold()
         self.process = None
         #: See nova_pycontainer.runtime.faults.
         self.faults = ''
         self.record = ''
         #: More of the agent's environment.
         self.env = {}
-        super().__init__(f'/proc/{self.pid}/root/run/pyc/agent.sock')
+        super().__init__(self._socket)
+
+    @property
+    def _socket(self):
+        return f'/proc/{self.pid}/root/run/pyc/agent.sock'
+
+    def _hold(self):
+        # Keeps the namespaces; everything else enters them by its pid.
+        self.holder = subprocess.Popen(
+            [IN_HOST, 'sh', '-c', 'echo; exec sleep infinity'],
+            stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
+        assert self.holder.stdout.read(1) == b'\n'
+        self.pid = self.holder.pid
+
+    def _release(self):
+        self.holder.kill()
+        self.holder.wait(base.PATIENCE)
+        self.holder.stdout.close()
+
+    def power_off(self, everything):
+        """Nobody is asked, and nothing is put away.
+
+        :param everything: gives the pids of the host's processes, those that
+            have left its namespaces among them
+        """
+        # Whoever starts programs goes first.
+        self.process.kill()
+        while pids := everything():
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        self.process.wait(base.PATIENCE)
+        # With it the namespaces: mounts, links and /run.
+        self._release()
+        self._remove_cgroups()
+
+    def power_on(self):
+        """Nothing is known but what is on the disk. The agent is not
+        started.
+
+        That the kernel is the same one cannot be hidden: a mount over its
+        boot_id would have guests refused a /proc.
+        """
+        self._hold()
+        self._path = self._socket
+
+    def has_power(self):
+        return self.holder.returncode is None
 
     def enter(self, *argv):
         return ['nsenter', '-t', str(self.pid), '-n', '-m', '-u', *argv]
@@ -122,6 +165,8 @@ class Agent(client.Client):
         self.start_agent(**options)
 
     def stop(self):
+        if not self.has_power():
+            return
         if self.process is not None and self.process.poll() is None:
             for info in self.list():
                 with contextlib.suppress(errors.ContainerError):
@@ -131,14 +176,16 @@ class Agent(client.Client):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         base.wait_for(lambda: not self.pids(), 'the end of the processes')
-        self.holder.kill()
-        self.holder.wait(base.PATIENCE)
-        self.holder.stdout.close()
-        for parent in ('/sys/fs/cgroup', *map(
-                str, pathlib.Path('/run/cgroup1').glob('*'))):
-            directory = pathlib.Path(parent) / self.cgroup_parent
-            if directory.exists():
-                directory.rmdir()
+        self._release()
+        self._remove_cgroups()
+
+    def _remove_cgroups(self):
+        for parent in (pathlib.Path('/sys/fs/cgroup'),
+                       *pathlib.Path('/run/cgroup1').glob('*')):
+            top = parent / self.cgroup_parent
+            # What is below is of a host without power.
+            for directory, _, _ in os.walk(top, topdown=False):
+                _remove_cgroup(pathlib.Path(directory))
 
     def pids(self):
         """Our processes in the host's mount namespace, but the holder."""
@@ -150,6 +197,18 @@ class Agent(client.Client):
                         int(entry.name) != self.pid):
                     found.append(int(entry.name))
         return found
+
+
+def _remove_cgroup(path):
+    def removed():
+        try:
+            path.rmdir()
+        except OSError as e:
+            # Its last process is still about to go.
+            return e.errno != errno.EBUSY
+        return True
+
+    base.wait_for(removed, f'the end of {path}')
 
 
 class TwoHostsTestCase(cases.TestCase):
@@ -190,6 +249,12 @@ class TwoHostsTestCase(cases.TestCase):
         return made
 
     def _connect(self):
+        self._link()
+        for host in (self.a, self.b):
+            self._plug(host)
+
+    def _link(self):
+        """The hosts' own network."""
         self._ip('link', 'add', 'hostlink', 'netns', str(self.a.pid), 'type',
                  'veth', 'peer', 'name', 'hostlink', 'netns',
                  str(self.b.pid))
@@ -197,18 +262,20 @@ class TwoHostsTestCase(cases.TestCase):
             host.run('ip', 'address', 'add', f'{host.address}/24', 'dev',
                      'hostlink')
             host.run('ip', 'link', 'set', 'hostlink', 'up')
-            # A bridge of the host, that the test's bridge is the spine of.
-            uplink = f'up{host.name}{os.getpid()}'
-            self._ip('link', 'add', uplink, 'master', self.bridge, 'up',
-                     'type', 'veth', 'peer', 'name', 'uplink', 'netns',
-                     str(host.pid))
-            # The kernel destroys it with the namespace, some time later.
-            self.addCleanup(subprocess.run, ['ip', 'link', 'del', uplink],
-                            timeout=30, stderr=subprocess.DEVNULL)
-            host.run('ip', 'link', 'add', 'br-int', 'type', 'bridge',
-                     'forward_delay', '0')
-            host.run('ip', 'link', 'set', 'br-int', 'up')
-            host.run('ip', 'link', 'set', 'uplink', 'master', 'br-int', 'up')
+
+    def _plug(self, host):
+        """A bridge of the host, that the test's bridge is the spine of."""
+        uplink = f'up{host.name}{os.getpid()}'
+        self._ip('link', 'add', uplink, 'master', self.bridge, 'up',
+                 'type', 'veth', 'peer', 'name', 'uplink', 'netns',
+                 str(host.pid))
+        # The kernel destroys it with the namespace, some time later.
+        self.addCleanup(subprocess.run, ['ip', 'link', 'del', uplink],
+                        timeout=30, stderr=subprocess.DEVNULL)
+        host.run('ip', 'link', 'add', 'br-int', 'type', 'bridge',
+                 'forward_delay', '0')
+        host.run('ip', 'link', 'set', 'br-int', 'up')
+        host.run('ip', 'link', 'set', 'uplink', 'master', 'br-int', 'up')
 
     # What most tests do
 

@@ -71,3 +71,19 @@ class FaultsTestCase(rig.Rig):
             ('record', 'agent-a', 'failed'),
             ('start.running', 'agent-a', 'failed'),
             ('delete.killed', 'agent-a', 'failed'))
+
+    def test_power(self):
+        self.try_all(
+            'move',
+            ('source.frozen', 'power-a', 'ended on source'),
+            ('source.ready', 'power-b', 'source'),
+            ('destination.committed', 'power-a', 'destination'),
+            ('destination.committed', 'power', 'ended on destination'))
+
+    def test_suspend(self):
+        self.try_all(
+            'suspend',
+            ('suspend.frozen', 'agent-a', 'running, failed'),
+            ('suspend.saved', 'power-a', 'suspended, failed'),
+            ('resume.restored', 'criu-a',
+             'suspended, failed|running, failed|running, done'))

@@ -29,6 +29,8 @@ import typing
 from cloud import layout
 
 RECORDS = layout.RUN / 'processes'
+#: A directory of files that tests let services fail by, one a service.
+FAULTS = os.environ.get('PYCONTAINER_CLOUD_FAULTS')
 TAIL_LINES = 20
 
 
@@ -143,6 +145,10 @@ def spawn(name: str, argv: list[str], host: str,
     environ = {'PATH': f'{layout.VENV}/bin:/usr/local/sbin:/usr/local/bin:'
                        '/usr/sbin:/usr/bin:/sbin:/bin',
                'LANG': 'C.UTF-8', 'PYTHONUNBUFFERED': '1'}
+    if FAULTS:
+        # What is to go wrong in whom, see nova_pycontainer.runtime.faults.
+        environ['PYCONTAINER_FAULTS'] = f'@{FAULTS}/{name}'
+        environ['PYCONTAINER_FAULT_POINTS'] = f'{FAULTS}/{name}.points'
     environ.update(env or {})
     with open(log_path(name), 'ab', buffering=0) as log:
         log.write(f'=== {time.strftime("%F %T")} {" ".join(argv)}\n'.encode())
