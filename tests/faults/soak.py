@@ -11,7 +11,7 @@
 # under the License.
 
 
-"""Guests come, move and go for long, while agents are killed.
+"""Guests come, move and go for long, while agents are killed and restarted.
 
 ``python -m tests.faults.soak --creates 500 --moves 200``
 
@@ -80,7 +80,8 @@ class Soak(hosts.TwoHostsTestCase):
         self._errors = []
         self.count = dict.fromkeys(
             ('created', 'migrated', 'migration failed', 'deleted', 'paused',
-             'kills', 'verbs interrupted'), 0)
+             'kills', 'restarts',
+             'verbs interrupted'), 0)
         self.spec()
         self._before = {h.name: kernel.traces(h, False)
                         for h in (self.a, self.b)}
@@ -120,8 +121,13 @@ class Soak(hosts.TwoHostsTestCase):
     def _kill(self, over):
         while not over.wait(self._random.uniform(*_KILL_EVERY)):
             host = self._random.choice((self.a, self.b))
-            host.kill_agent()
-            self.count['kills'] += 1
+            if self._random.random() < 0.5:
+                host.kill_agent()
+                self.count['kills'] += 1
+            else:
+                # As for an upgrade, one host after the other.
+                host.stop_agent()
+                self.count['restarts'] += 1
             time.sleep(_SUPERVISOR)
             host.start_agent(**self.agent_options)
 
