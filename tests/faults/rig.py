@@ -120,12 +120,12 @@ class Rig(one_host.OneHost, hosts.TwoHostsTestCase):
         for host in (self.a, self.b):
             host.run('ip', 'link', 'del', 'hostlink', check=False,
                      stderr=subprocess.DEVNULL)
-        self._link()
+        self._connect_hosts()
         for host in hosts_:
             subprocess.run(
                 ['ip', 'link', 'del', f'up{host.name}{os.getpid()}'],
                 timeout=30, stderr=subprocess.DEVNULL)
-            self._plug(host)
+            self._connect_uplink(host)
 
     @staticmethod
     def _plan(host):

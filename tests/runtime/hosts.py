@@ -249,11 +249,11 @@ class TwoHostsTestCase(cases.TestCase):
         return made
 
     def _connect(self):
-        self._link()
+        self._connect_hosts()
         for host in (self.a, self.b):
-            self._plug(host)
+            self._connect_uplink(host)
 
-    def _link(self):
+    def _connect_hosts(self):
         """The hosts' own network."""
         self._ip('link', 'add', 'hostlink', 'netns', str(self.a.pid), 'type',
                  'veth', 'peer', 'name', 'hostlink', 'netns',
@@ -263,7 +263,7 @@ class TwoHostsTestCase(cases.TestCase):
                      'hostlink')
             host.run('ip', 'link', 'set', 'hostlink', 'up')
 
-    def _plug(self, host):
+    def _connect_uplink(self, host):
         """A bridge of the host, that the test's bridge is the spine of."""
         uplink = f'up{host.name}{os.getpid()}'
         self._ip('link', 'add', uplink, 'master', self.bridge, 'up',
