@@ -432,7 +432,8 @@ class Rig(hosts.TwoHostsTestCase):
         uuid = str(uuidlib.uuid4())
         self.spec()  # the layer is no step of it
         drive = {'openstack/latest/meta_data.json': 'e30='}
-        spec = self.spec(address=ADDRESS, config_drive=drive)
+        files = [{'path': '/etc/given/file', 'content': 'e30='}]
+        spec = self.spec(address=ADDRESS, config_drive=drive, files=files)
         failure = []
 
         def verbs():

@@ -109,7 +109,7 @@ class FakeAgent(fake_migration.Migrations):
         # The config drive is not read back.
         return {**item, 'spec': {key: value for key, value
                                  in item['spec'].items()
-                                 if key != 'config_drive'}}
+                                 if key not in ('config_drive', 'files')}}
 
     # Layers
 
