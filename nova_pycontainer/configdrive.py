@@ -17,13 +17,10 @@ read-only directory, where cloud-init looks for them as well (``ds-identify``
 and ``DataSourceConfigDrive`` accept ``/config-drive``).
 """
 
-import base64
-
 from nova.api.metadata import base as instance_metadata
 from nova.virt import configdrive
-from oslo_log import log as logging
 
-LOG = logging.getLogger(__name__)
+from nova_pycontainer import injection
 
 
 def files(instance, injected_files, admin_password, network_info):
@@ -33,20 +30,10 @@ def files(instance, injected_files, admin_password, network_info):
     :param admin_password: generated or given by the user, or None
     """
     if not configdrive.required_by(instance):
-        if injected_files:
-            LOG.warning(
-                'The server has no config drive, so that the files of its '
-                'personality are not given to it', instance=instance)
         return None
     extra = {'admin_pass': admin_password} if admin_password else {}
     metadata = instance_metadata.InstanceMetadata(
         instance, content=injected_files, extra_md=extra,
         network_info=network_info)
-    return {path: _encode(content)
+    return {path: injection.encode(content)
             for path, content in metadata.metadata_for_config_drive()}
-
-
-def _encode(content):
-    if isinstance(content, str):
-        content = content.encode('utf-8')
-    return base64.b64encode(content).decode('ascii')

@@ -38,6 +38,9 @@ _IMAGE_PREFIX = 124
 #: "Build of instance <uuid> aborted: Failed to deploy instance: ".
 _OTHER_PREFIX = 96
 
+#: "Build of instance <uuid> aborted: Invalid input received: ".
+_INPUT_PREFIX = 88
+
 #: A shorter piece of a cause says nothing.
 _MIN_CAUSE = 30
 
@@ -128,6 +131,10 @@ def to_nova(error, *, image_id=None,
         return exception.ImageUnacceptable(image_id=image_id, reason=text)
     if error.code in _RESOURCE_CODES:
         return exception.ComputeResourcesUnavailable(reason=reason(error))
+    if error.code == 'file_refused':
+        # The user's mistake, who is told; no other host would help.
+        return exception.InvalidInput(
+            reason=reason(error, _FAULT_LENGTH - _INPUT_PREFIX, step=False))
     if error.code == 'network':
         return plug_failure(reason(error))
     return failure(reason=reason(error))

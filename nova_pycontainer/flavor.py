@@ -223,13 +223,14 @@ def nesting(instance):
 
 
 def specification(instance, *, layer, nics, pids_max, config_drive=None,
-                  volumes=()):
+                  volumes=(), files=()):
     """Return the whole specification of an instance's container.
 
     :param layer: key of the image's layer
     :param nics: list of NICs, see :mod:`nova_pycontainer.vif`
     :param config_drive: files, see :mod:`nova_pycontainer.configdrive`
     :param volumes: see :mod:`nova_pycontainer.volume`
+    :param files: for the root, see :mod:`nova_pycontainer.injection`
     """
     return {
         'name': instance.name,
@@ -244,5 +245,6 @@ def specification(instance, *, layer, nics, pids_max, config_drive=None,
         'volumes': list(volumes),
         'init': init(instance),
         'config_drive': config_drive,
+        'files': list(files),
         'nesting': nesting(instance),
     }

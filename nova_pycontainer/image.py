@@ -18,12 +18,14 @@ room nor the right to unpack anything.
 """
 
 import contextlib
+import hashlib
 import queue
 import re
 import threading
 import time
 
 import cryptography.exceptions
+from cursive import exception as cursive_exception
 from nova.compute import utils as compute_utils
 from nova import exception
 from nova.i18n import _
@@ -43,6 +45,9 @@ _STRONG = frozenset(['sha256', 'sha384', 'sha512', 'sha3_256', 'sha3_384',
                      'sha3_512', 'blake2b', 'blake2s'])
 _HEX = re.compile(r'^[0-9a-f]{56,128}$')
 
+#: Keys of layers of images that have no such hash begin with it.
+_BY_IMAGE = 'image-'
+
 #: Pieces that travel through the pipe, and how many wait in it.
 _PIECE = units.Mi
 _PIECES = 8
@@ -55,6 +60,28 @@ class _Broken(Exception):
     """The pipe was given up by its other side."""
 
 
+class _Hasher:
+    """What Glance's client writes to, and only the hash is wanted of.
+
+    :param algorithm: one of :data:`_STRONG`
+    """
+
+    def __init__(self, algorithm):
+        self._algorithm = algorithm
+        self._hash = hashlib.new(algorithm, usedforsecurity=False)
+
+    def write(self, data):
+        self._hash.update(data)
+
+    def truncate(self, size):
+        """Nova drops what it wrote when a signature turns out to be bad."""
+
+    @property
+    def digest(self):
+        """As a layer has it."""
+        return f'{self._algorithm}-{self._hash.hexdigest()}'
+
+
 class _Pipe:
     """What Glance's client writes and the agent's client reads.
 
@@ -64,14 +91,20 @@ class _Pipe:
     been written.
     """
 
-    def __init__(self, timeout, late):
-        """:param late: the exception to raise after ``timeout`` seconds"""
+    def __init__(self, timeout, late, hasher=None):
+        """
+        :param late: the exception to raise after ``timeout`` seconds
+        :param hasher: is written to as well
+        """
+        self._hasher = hasher
         self._queue = queue.Queue(maxsize=_PIECES)
         self._deadline = time.monotonic() + timeout
         self._late = late
         self._reader_gone = threading.Event()
         #: What kept the writer from writing all of it.
         self.error = None
+        #: Whether the writer wrote all of it, and all of it is good.
+        self.finished = False
 
     def _expired(self):
         return time.monotonic() > self._deadline
@@ -79,6 +112,8 @@ class _Pipe:
     # The writer's side.
 
     def write(self, data):
+        if self._hasher is not None:
+            self._hasher.write(data)
         for start in range(0, len(data), _PIECE):
             self._put(bytes(data[start:start + _PIECE]))
 
@@ -138,8 +173,8 @@ class Images:
         # An image's data never change once it is active, so neither does its
         # key. image id → (key, digest)
         self._keys = {}
-        # Images whose signature was verified by this process, with the
-        # certificates that were trusted.
+        # Verifications by this process that went well: of which data, as
+        # which image, with which certificates trusted.
         self._verified = set()
 
     def ensure(self, context, instance, image_meta):
@@ -157,19 +192,19 @@ class Images:
         # One download and one check at a time for each image; whoever waits
         # here finds the layer afterwards.
         with lockutils.lock(f'pycontainer-layer-{key}'):
-            size = {layer['key']: layer['bytes']
-                    for layer in self._client.layer_list()}.get(key)
-            if size is None:
-                self._import(context, instance.trusted_certs, image_id, key,
-                             digest, limit)
-            elif limit is not None and size > limit:
+            layer = {layer['key']: layer
+                     for layer in self._client.layer_list()}.get(key)
+            if layer is None:
+                layer = self._import(context, instance.trusted_certs,
+                                     image_id, key, digest, limit)
+            elif limit is not None and layer['bytes'] > limit:
                 raise errors.ContainerError(
-                    'image_too_large', f'it needs {size} bytes of disk, the '
-                    f'flavor has {limit}',
+                    'image_too_large', f'it needs {layer["bytes"]} bytes of '
+                    f'disk, the flavor has {limit}',
                     remedy='Choose a flavor with a larger disk')
-            else:
-                self._verify_again(
-                    context, instance.trusted_certs, image_id)
+            # Also one that was just imported: the agent may have got it from
+            # another host meanwhile, and then reads nothing of ours.
+            self._verify(context, instance.trusted_certs, image_id, layer)
         return key
 
     def cache(self, context, image_id):
@@ -211,44 +246,58 @@ class Images:
                     f'{algorithm}:{value}')
             else:
                 self._keys[image_id] = (
-                    f'image-{image_id.replace("-", "")}', None)
+                    f'{_BY_IMAGE}{image_id.replace("-", "")}', None)
         return self._keys[image_id]
 
-    @staticmethod
-    def _signature(certs, image_id):
-        """What stands for a verification in the set of those made, or None.
+    def needs_verification(self, instance, key):
+        """Whether the server may run on a layer only once that is verified.
 
-        Nova decides itself whether to verify, by its options and by the
-        certificates of the server (GlanceImageServiceV2._get_verifier).
+        One that is named by the hash of its data is what was verified where
+        the server comes from.
         """
-        glance_conf = glance.CONF.glance
-        ids = certs.ids if certs else (
-            glance_conf.default_trusted_certificate_ids
-            if glance_conf.enable_certificate_validation else ())
-        if not ids and not glance_conf.verify_glance_signatures:
-            return None
-        return image_id, frozenset(ids)
+        return (_trusted(instance.trusted_certs) is not None and
+                key.startswith(_BY_IMAGE))
 
-    def _verify_again(self, context, certs, image_id):
-        """Verify the signature of an image whose layer is there already.
+    def _verify(self, context, certs, image_id, layer):
+        """Verify that the image is signed and the layer was made of it.
 
         The layer may have been made for a server that asked for no
-        verification. The agent has checked the data against Glance's hash,
-        so that verifying what Glance has now verifies the layer.
+        verification, or of an image with the same data and another signature
+        or none. So what is verified is what Glance has now under the name of
+        this server's image; that it is also what the layer was made of is
+        seen by the hash, which the agent has computed itself.
+
+        :raises nova.exception.ImageUnacceptable: the signature is bad, or is
+            that of other data
+        :raises nova.exception.CertificateValidationFailed: nobody who is
+            trusted has signed
         """
-        signature = self._signature(certs, image_id)
-        if signature is None or signature in self._verified:
+        trusted = _trusted(certs)
+        if trusted is None or (
+                layer['digest'], image_id, trusted) in self._verified:
             return
-        with _signature_errors(image_id):
-            self._api.download(context, image_id, trusted_certs=certs)
-        self._verified.add(signature)
+        algorithm = layer['digest'].rpartition('-')[0]
+        if algorithm not in _STRONG:
+            raise _not_of_the_image(image_id, layer)
+        hasher = _Hasher(algorithm)
+        with _download_errors(image_id):
+            self._api.download(
+                context, image_id, data=hasher, trusted_certs=certs)
+        if hasher.digest != layer['digest']:
+            raise _not_of_the_image(image_id, layer)
+        self._verified.add((hasher.digest, image_id, trusted))
 
     def _import(self, context, certs, image_id, key, digest, limit):
+        """Have the agent make the layer; returns what it says of it."""
         late = exception.CouldNotFetchImage(
             _('Image %(image_id)s was not imported within %(timeout)d s. '
               'Raise [pycontainer]image_import_timeout, or see why Glance '
               'is slow') % {'image_id': image_id, 'timeout': self._timeout})
-        pipe = _Pipe(self._timeout, late)
+        trusted = _trusted(certs)
+        # The agent's own choice where there is no hash to check against.
+        hasher = None if trusted is None else _Hasher(
+            digest.partition(':')[0] if digest else 'sha256')
+        pipe = _Pipe(self._timeout, late, hasher)
         reader = threading.Thread(
             target=self._download, name=f'image-{image_id}',
             args=(context, image_id, certs, pipe),
@@ -256,7 +305,7 @@ class Images:
         reader.start()
         try:
             with compute_utils.disk_ops_semaphore:
-                self._client.layer_import(
+                layer = self._client.layer_import(
                     key, pipe, image=image_id, max_bytes=limit,
                     digest=digest)
         except _Broken:
@@ -272,39 +321,50 @@ class Images:
             reader.join(_TICK_S * 2)
         if pipe.error is not None:
             raise pipe.error
-        signature = self._signature(certs, image_id)
-        if signature is not None:
-            self._verified.add(signature)
+        if pipe.finished and hasher is not None:
+            self._verified.add((hasher.digest, image_id, trusted))
+        return layer
 
     def _download(self, context, image_id, trusted_certs, pipe):
         """Body of the thread that reads from Glance."""
         context.update_store()
         error = None
         try:
-            with _signature_errors(image_id):
+            with _download_errors(image_id):
                 self._api.download(context, image_id, data=pipe,
                                    trusted_certs=trusted_certs)
         except _Broken:
             LOG.debug('Download of image %s stopped by the agent', image_id)
         except exception.NovaException as e:
             error = e
-        except OSError as e:
-            # glanceclient's answer to a checksum that does not match, and
-            # a connection that broke.
-            error = exception.CouldNotFetchImage(
-                _('Could not fetch image %(image_id)s: %(reason)s') %
-                {'image_id': image_id, 'reason': e})
         except Exception as e:
-            # A thread must hand over whatever happened: SignatureVerification
-            # Error of cursive is known to Nova, the rest is reported as it
-            # is.
+            # A thread must hand over whatever happened.
             error = e
+        else:
+            pipe.finished = True
         pipe.finish(error)
 
 
+def _trusted(certs):
+    """The ids of the certificates that are trusted, or None: not verified.
+
+    Nova decides itself whether to verify, by its options and by the
+    certificates of the server (GlanceImageServiceV2._get_verifier).
+
+    :param certs: those of the server, or None
+    """
+    conf = glance.CONF.glance
+    if certs:
+        return frozenset(certs.ids)
+    if (conf.enable_certificate_validation and
+            conf.default_trusted_certificate_ids):
+        return frozenset(conf.default_trusted_certificate_ids)
+    return frozenset() if conf.verify_glance_signatures else None
+
+
 @contextlib.contextmanager
-def _signature_errors(image_id):
-    """Turn the one error of a bad signature that Nova does not know."""
+def _download_errors(image_id):
+    """Say what is wrong with an image, in a class that survives an RPC."""
     try:
         yield
     except cryptography.exceptions.InvalidSignature as e:
@@ -312,6 +372,25 @@ def _signature_errors(image_id):
             image_id=image_id,
             reason=_('its signature does not match its data. Upload the '
                      'image again, or sign it again')) from e
+    except cursive_exception.SignatureVerificationError as e:
+        raise exception.ImageUnacceptable(
+            image_id=image_id,
+            # Nova keeps the beginning of a fault only; what stands around
+            # the reason says the same again.
+            reason=e.kwargs.get('reason') or e.format_message()) from e
+    except OSError as e:
+        # glanceclient's answer to a checksum that does not match, and a
+        # connection that broke.
+        raise exception.CouldNotFetchImage(
+            _('Could not fetch image %(image_id)s: %(reason)s') %
+            {'image_id': image_id, 'reason': e}) from e
+
+
+def _not_of_the_image(image_id, layer):
+    return exception.ImageUnacceptable(
+        image_id=image_id,
+        reason=_('its layer on this host holds other data than are signed: '
+                 'pycontainer layers --delete %s') % layer['key'])
 
 
 def _check_formats(image_meta):

@@ -130,8 +130,13 @@ class Destination:
         Its key names the data, so that a layer of that key is the right one
         whatever Glance has. Otherwise the agent gets it from the source's
         when that begins.
+
+        :raises nova.exception.NovaException: the server may only run on
+            what is signed, and that the image is cannot be shown
         """
-        if self._client.layer_present(spec['layer']):
+        present = self._client.layer_present(spec['layer'])
+        if present and not self._images.needs_verification(
+                instance, spec['layer']):
             return
         try:
             meta = objects.ImageMeta.from_instance(instance)
@@ -141,6 +146,12 @@ class Destination:
             reason = 'it has other data than the server was made of'
         except _NOT_FROM_GLANCE as e:
             reason = e.format_message()
+        if present:
+            # It was made of what had that name on this host.
+            raise exception.MigrationError(
+                reason=_('the signature of image %(image_id)s cannot be '
+                         'verified on the destination: %(reason)s') %
+                {'image_id': spec['image_id'], 'reason': reason})
         LOG.info('Image %s cannot be had from Glance (%s): its layer will '
                  'come from the source', spec['image_id'], reason,
                  instance=instance)

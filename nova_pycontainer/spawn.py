@@ -24,6 +24,7 @@ from oslo_log import log as logging
 from nova_pycontainer import configdrive
 from nova_pycontainer import device_metadata
 from nova_pycontainer import flavor
+from nova_pycontainer import injection
 from nova_pycontainer.runtime import errors
 from nova_pycontainer import steps as driver_steps
 from nova_pycontainer import vif
@@ -98,13 +99,15 @@ class Spawner:
                 instance.device_metadata = device_metadata.build(
                     context, instance)
                 nova_configdrive.update_instance(instance)
-                files = configdrive.files(
+                drive = configdrive.files(
                     instance, injected_files, admin_password, network_info)
             with steps.step('define', lambda: self._undefine(instance, nics)):
                 with self._unusable_removed(layer):
                     info = self._client.define(uuid, flavor.specification(
                         instance, layer=layer, nics=nics, pids_max=pids_max,
-                        config_drive=files, volumes=volumes))
+                        config_drive=drive, volumes=volumes,
+                        files=injection.files(
+                            instance, injected_files, network_info)))
                 # The compute manager saves it with the instance.
                 instance.system_metadata[BASE_ID] = str(info['base_id'])
             if power_on:

@@ -16,6 +16,7 @@ No locking here and no registry: :mod:`nova_pycontainer.runtime.host` calls
 these methods one at a time for each container.
 """
 
+import collections.abc as cabc
 import contextlib
 import fcntl
 import json
@@ -36,6 +37,7 @@ from nova_pycontainer.runtime import config as rconfig
 from nova_pycontainer.runtime import disk
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import faults
+from nova_pycontainer.runtime import guest_files
 from nova_pycontainer.runtime import init as initd
 from nova_pycontainer.runtime import keeper_client
 from nova_pycontainer.runtime import namespaces
@@ -190,8 +192,15 @@ class Container:
 
     # Making it
 
-    def define(self, config_drive: ty.Mapping[str, str] | None) -> None:
+    def define(
+        self, config_drive: ty.Mapping[str, str] | None,
+        files: cabc.Sequence[guest_files.File] = (),
+        layer: pathlib.Path | None = None,
+    ) -> None:
         """Make the directory, the disk and ``state.json``; all or nothing.
+
+        :param files: to be in its root beside those of the image
+        :param layer: as for :meth:`prepare`; needed for files only
         """
         with revert.Reverter(self.uuid) as r:
             with r.step('instance-directory'):
@@ -202,7 +211,26 @@ class Container:
                 self.set_config_drive(config_drive)
             with r.step('state'):
                 self.st.save(self.directory)
+            # Known from here on, so that what is mounted goes after a kill.
+            with r.step('files', self.unmount_root):
+                if files and layer is not None:
+                    self._write_files(files, layer)
             r.success()
+
+    def _write_files(
+        self, files: cabc.Sequence[guest_files.File], layer: pathlib.Path
+    ) -> None:
+        """Write into the root, which is mounted only for that.
+
+        Not when it starts: a server may be moved before it ever does.
+        """
+        self.disk.mount()
+        try:
+            self._mount_overlay(layer)
+            guest_files.write(self.root, files, self.st.base_id)
+        finally:
+            overlay.unmount(self.root)
+            self.disk.unmount()
 
     def _make_directory(self) -> None:
         try:
@@ -246,8 +274,7 @@ class Container:
             try:
                 with r.step('guest-files'):
                     if init.kind is initd.Kind.SYSTEMD:
-                        for file in initd.SYSTEMD_DROP_INS:
-                            self._write_guest_file(pid, *file)
+                        self._write_drop_ins(pid)
                 with r.step('console', self._release_console):
                     self._keeper.hold(
                         self.uuid, master, str(self.log),
@@ -317,13 +344,16 @@ class Container:
             self.uuid, pid, str(self.exit_file), start_time)
 
     def mount_root(self, layer: pathlib.Path) -> None:
+        self._mount_overlay(layer)
+        if self.config_drive.exists():
+            overlay.bind(self.config_drive, self.drive_source)
+        self.nodes.make(self.spec.volumes)
+
+    def _mount_overlay(self, layer: pathlib.Path) -> None:
         self.root.parent.mkdir(mode=0o711, exist_ok=True)
         overlay.mount(
             self.root, layer=layer, upper=self.disk.upper,
             work=self.disk.work, base_id=self.st.base_id)
-        if self.config_drive.exists():
-            overlay.bind(self.config_drive, self.drive_source)
-        self.nodes.make(self.spec.volumes)
 
     def unmount_root(self) -> None:
         self.nodes.unmount()
@@ -384,31 +414,15 @@ class Container:
                 f'{self._oci.name} sent {len(fds)} consoles instead of one')
         return pid, fds[0]
 
-    def _write_guest_file(self, pid: int, path: str, content: str) -> None:
-        """Write a file into the guest's /run before its init runs.
-
-        Nothing of the guest has run yet, and the tmpfs is ours; still the
-        path is resolved within the guest's root, since /run may be a link in
-        the image.
-        """
-        with contextlib.ExitStack() as stack:
-            parent = os.open(f'/proc/{pid}/root', os.O_PATH | os.O_DIRECTORY)
-            stack.callback(os.close, parent)
-            # The tmpfs belongs to the guest's user namespace.
-            stack.enter_context(syscalls.files_of(self.st.base_id))
-            for part in pathlib.PurePosixPath(path).parent.parts[1:]:
-                with contextlib.suppress(FileExistsError):
-                    os.mkdir(part, 0o755, dir_fd=parent)
-                parent = syscalls.openat2(
-                    parent, part, os.O_PATH | os.O_DIRECTORY,
-                    syscalls.RESOLVE_IN_ROOT)
-                stack.callback(os.close, parent)
-            fd = os.open(
-                os.path.basename(path),
-                os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644,
-                dir_fd=parent)
-            with os.fdopen(fd, 'w') as f:
-                f.write(content)
+    def _write_drop_ins(self, pid: int) -> None:
+        """Write into the guest's /run before its init runs."""
+        # The tmpfs belongs to the guest's user namespace.
+        with syscalls.files_of(self.st.base_id):
+            guest_files.write(
+                pathlib.Path(f'/proc/{pid}/root'),
+                [guest_files.File(path, content.encode())
+                 for path, content in initd.SYSTEMD_DROP_INS],
+                self.st.base_id)
 
     def _wire(self, pid: int) -> None:
         for position, nic in enumerate(self.spec.nics):

@@ -27,6 +27,7 @@ CODES: ty.Final[dict[str, int]] = {
     'bad_state': 409,
     'criu_failed': 500,
     'exists': 409,
+    'file_refused': 422,
     'forbidden': 403,
     'image_is_disk': 422,
     'image_no_init': 422,

@@ -44,6 +44,7 @@ from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import events
 from nova_pycontainer.runtime import execute
 from nova_pycontainer.runtime import faults
+from nova_pycontainer.runtime import guest_files
 from nova_pycontainer.runtime import idmap
 from nova_pycontainer.runtime import imagecheck
 from nova_pycontainer.runtime import interfaces
@@ -413,12 +414,14 @@ class Host:
         :param layer_later: the layer need not be here yet
         :param incoming: its files come from elsewhere, see :mod:`.transfers`
         :raises ContainerError: ``exists``, ``layer_missing``, ``invalid``,
-            ``no_base_id``, ``no_space``
+            ``no_base_id``, ``no_space``, ``file_refused``
         """
         rconfig.check_uuid(uuid)
         parsed = rspec.Spec.from_dict(spec)
         drive = spec.get('config_drive')
-        kept = {k: v for k, v in spec.items() if k != 'config_drive'}
+        files = guest_files.parse(spec.get('files') or ())
+        kept = {k: v for k, v in spec.items()
+                if k not in ('config_drive', 'files')}
         # The layer may not be deleted before it is known to be in use. One
         # that may come later may just be coming, which takes its time.
         guard = (contextlib.nullcontext() if layer_later
@@ -446,7 +449,7 @@ class Host:
             entry = self._entries[uuid] = Entry(item)
             entry.lock.acquire()
         try:
-            item.define(drive)
+            item.define(drive, files, layer.root if layer else None)
         except BaseException:
             with self._lock:
                 del self._entries[uuid]

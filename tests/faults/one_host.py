@@ -36,7 +36,8 @@ class OneHost:
         uuid = str(uuidlib.uuid4())
         self.spec()  # the layer is no step of it
         drive = {'openstack/latest/meta_data.json': 'e30='}
-        spec = self.spec(address=ADDRESS, config_drive=drive)
+        files = [{'path': '/etc/given/file', 'content': 'e30='}]
+        spec = self.spec(address=ADDRESS, config_drive=drive, files=files)
         broken, failed = self._broken(
             step, fault, plan, lambda: self._verbs(uuid, spec))
         self._check_view(uuid)

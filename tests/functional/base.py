@@ -12,6 +12,7 @@
 
 """Nova's services in one process, with this driver on every host."""
 
+import contextlib
 import hashlib
 import io
 import os
@@ -58,6 +59,17 @@ def tarball(*names, content=b''):
             member.mode, member.size = 0o755, len(content)
             archive.addfile(member, io.BytesIO(content))
     return data.getvalue()
+
+
+@contextlib.contextmanager
+def microversion(api, version):
+    """Use another version of Nova's API for a while."""
+    before = api.microversion
+    api.microversion = version
+    try:
+        yield
+    finally:
+        api.microversion = before
 
 
 class TestCase(integrated_helpers.ProviderUsageBaseTestCase):

@@ -12,7 +12,6 @@
 
 """Servers from creation to deletion, through Nova's API."""
 
-import contextlib
 import platform
 import threading
 
@@ -163,7 +162,7 @@ class ServersTest(base.TestCase):
             f'/servers/{server["id"]}/diagnostics').body
         self.assertEqual(256 << 10, figures['memory'])
         self.assertIn('cpu0_time', figures)
-        with self._microversion('2.48'):
+        with base.microversion(self.admin_api, '2.48'):
             figures = self.admin_api.api_get(
                 f'/servers/{server["id"]}/diagnostics').body
         self.assertEqual('running', figures['state'])
@@ -171,15 +170,6 @@ class ServersTest(base.TestCase):
         self.assertEqual(256, figures['memory_details']['maximum'])
         self.assertEqual([mac], [
             nic['mac_address'] for nic in figures['nic_details']])
-
-    @contextlib.contextmanager
-    def _microversion(self, version):
-        before = self.admin_api.microversion
-        self.admin_api.microversion = version
-        try:
-            yield
-        finally:
-            self.admin_api.microversion = before
 
     def test_admin_password_without_chpasswd(self):
         """The small system has none; tests/cloud has one that has."""

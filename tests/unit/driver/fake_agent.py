@@ -109,7 +109,7 @@ class FakeAgent(fake_migration.Migrations):
         # The config drive is not read back.
         return {**item, 'spec': {key: value for key, value
                                  in item['spec'].items()
-                                 if key != 'config_drive'}}
+                                 if key not in ('config_drive', 'files')}}
 
     # Layers
 
@@ -125,11 +125,11 @@ class FakeAgent(fake_migration.Migrations):
                      digest=None):
         self._enter('layer_import')
         data = b''.join(stream)
-        if digest is not None:
-            algorithm, _, value = digest.partition(':')
-            if hashlib.new(algorithm, data).hexdigest() != value:
-                raise _error('image_truncated',
-                             'the data do not match the hash')
+        algorithm, _, value = (digest or 'sha256:').partition(':')
+        found = hashlib.new(algorithm, data).hexdigest()
+        if value and found != value:
+            raise _error('image_truncated',
+                         'the data do not match the hash')
         try:
             with tarfile.open(fileobj=io.BytesIO(data)) as archive:
                 members = archive.getmembers()
@@ -147,9 +147,10 @@ class FakeAgent(fake_migration.Migrations):
         size = sum(m.size for m in members)
         if max_bytes is not None and size > max_bytes:
             raise _error('image_too_large', 'the image is too large')
-        self.layers[key] = {'image': image, 'bytes': size}
+        self.layers[key] = {'image': image, 'bytes': size,
+                            'digest': f'{algorithm}-{found}'}
         self.imports += 1
-        return {'key': key}
+        return {'key': key, **self.layers[key]}
 
     # Network
 

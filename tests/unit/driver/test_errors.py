@@ -73,6 +73,7 @@ class ToNovaTestCase(testtools.TestCase):
                 (make('image_no_init'), exception.ImageUnacceptable),
                 (make('no_space'), exception.ComputeResourcesUnavailable),
                 (make('no_base_id'), exception.ComputeResourcesUnavailable),
+                (make('file_refused'), exception.InvalidInput),
                 (make('network'), exception.VirtualInterfacePlugException),
                 (make('oci_failed'), exception.InstanceDeployFailure)):
             self.assertIs(expected, type(driver_errors.to_nova(

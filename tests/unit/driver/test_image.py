@@ -127,11 +127,11 @@ class ImageTestCase(base.TestCase):
         self.assertIn('signature', str(error))
         self.assertEqual({}, self.agent.layers)
 
-    def test_error_that_nova_knows_passes(self):
+    def test_certificate_that_is_missing(self):
         self.glance.error = cursive_exception.SignatureVerificationError(
             reason='no certificate')
-        self.assertRaises(
-            cursive_exception.SignatureVerificationError, self.ensure)
+        error = self.assertRaises(exception.ImageUnacceptable, self.ensure)
+        self.assertIn('no certificate', str(error))
 
     def test_certificates_are_passed(self):
         certs = objects.TrustedCerts(ids=[uuids.cert])
@@ -150,7 +150,64 @@ class ImageTestCase(base.TestCase):
         # Once is enough for the same certificates.
         self.ensure(trusted_certs=certs)
         self.assertEqual(before, len(self.glance.downloads))
+        self.ensure(trusted_certs=objects.TrustedCerts(ids=[uuids.other]))
+        self.assertEqual(before + 1, len(self.glance.downloads))
         self.assertEqual(1, self.agent.imports)
+
+    def test_import_is_the_verification(self):
+        certs = objects.TrustedCerts(ids=[uuids.cert])
+        for _ in range(2):
+            self.ensure(trusted_certs=certs)
+            self.assertEqual([(True, certs)], self.glance.downloads)
+
+    def test_other_image_with_the_same_data_is_verified(self):
+        certs = objects.TrustedCerts(ids=[uuids.cert])
+        self.ensure(trusted_certs=certs)
+        self.glance.error = cryptography.exceptions.InvalidSignature()
+        self.assertRaises(exception.ImageUnacceptable, self.ensure,
+                          meta={'id': uuids.other}, trusted_certs=certs)
+
+    @ddt.data({}, {'os_hash_algo': 'md5', 'os_hash_value': 'a' * 32})
+    def test_layer_of_other_data_than_are_signed(self, meta):
+        """As an image store that somebody has broken into may give."""
+        self.glance.meta = meta
+        self.ensure()
+        self.glance.data = base.make_tarball('other')
+        error = self.assertRaises(
+            exception.ImageUnacceptable, self.ensure,
+            trusted_certs=objects.TrustedCerts(ids=[uuids.cert]))
+        self.assertIn('other data', str(error))
+
+    def test_layer_that_came_meanwhile_is_verified(self):
+        """The agent reads nothing then, and says what it has."""
+        self.glance.meta = {}
+        self.agent.layers['came'] = {
+            'image': 'x', 'bytes': 1, 'digest': f'sha512-{"0" * 128}'}
+
+        def layer_import(key, stream, **kwargs):
+            return {'key': key, **self.agent.layers['came']}
+
+        self.agent.layer_import = layer_import
+        certs = objects.TrustedCerts(ids=[uuids.cert])
+        self.assertRaises(exception.ImageUnacceptable, self.ensure,
+                          trusted_certs=certs)
+
+    @ddt.data({'verify_glance_signatures': True},
+              {'enable_certificate_validation': True,
+               'default_trusted_certificate_ids': [uuids.cert]})
+    def test_verification_that_the_operator_wants(self, options):
+        self.ensure()
+        self.flags(group='glance', **options)
+        self.glance.error = cryptography.exceptions.InvalidSignature()
+        self.assertRaises(exception.ImageUnacceptable, self.ensure)
+
+    def test_what_a_migration_has_to_verify(self):
+        certs = objects.TrustedCerts(ids=[uuids.cert])
+        for key, trusted, needed in (
+                ('image-1', certs, True), ('image-1', None, False),
+                ('sha512-1', certs, False)):
+            self.assertEqual(needed, self.images.needs_verification(
+                self.make_instance(trusted_certs=trusted), key))
 
     def test_refusal_by_the_agent_stops_the_download(self):
         self.glance.data = b'x' * (20 << 20)
