@@ -124,6 +124,13 @@ def _mounts(
     return mounts
 
 
+def _user(joined: str | None) -> list[dict[str, str]]:
+    if joined is None:
+        return [{'type': 'user'}]
+    return [{'type': 'user', 'path': f'{joined}/user'},
+            {'type': 'time', 'path': f'{joined}/time_for_children'}]
+
+
 def make(
     *,
     uuid: str,
@@ -137,11 +144,14 @@ def make(
     nesting: bool = False,
     rescued: pathlib.Path | None = None,
     volumes: cabc.Iterable[pathlib.Path] = (),
+    joined: str | None = None,
 ) -> dict[str, ty.Any]:
     """Return the content of ``config.json``.
 
     :param rescued: another root directory of the container
     :param volumes: device nodes on the host
+    :param joined: directory of its user and its time namespace, if they are
+        made already, see :func:`.namespaces.user_and_time`
     """
     caps = capabilities()
     ids = [{'containerID': 0, 'hostID': base_id, 'size': idmap.RANGE}]
@@ -170,8 +180,8 @@ def make(
         'linux': {
             'namespaces': [
                 {'type': kind} for kind in (
-                    'pid', 'network', 'ipc', 'uts', 'mount', 'user',
-                    'cgroup')],
+                    'pid', 'network', 'ipc', 'uts', 'mount', 'cgroup')
+            ] + _user(joined),
             'uidMappings': ids,
             'gidMappings': ids,
             'cgroupsPath': cgroups_path,
