@@ -38,6 +38,7 @@ from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import faults
 from nova_pycontainer.runtime import init as initd
 from nova_pycontainer.runtime import keeper_client
+from nova_pycontainer.runtime import lxcfs
 from nova_pycontainer.runtime import namespaces
 from nova_pycontainer.runtime import network
 from nova_pycontainer.runtime import oci
@@ -92,6 +93,7 @@ class Container:
         self.drive_source = config.run_dir / 'root' / f'{st.uuid}.drive'
         self.nodes = volume.Nodes(
             config.run_dir / 'root' / f'{st.uuid}.dev', st.base_id)
+        self.lxcfs = lxcfs.Lxcfs(config.lxcfs_dir)
         self.bundle = config.run_dir / 'bundle' / st.uuid
         self.disk = disk.Disk(
             self.directory, st.disk_method, st.base_id, self.spec.disk_bytes)
@@ -371,7 +373,8 @@ class Container:
             nesting=self.spec.nesting,
             rescued=self.rescued,
             volumes=[self.nodes.path(v) for v in self.spec.volumes],
-            joined=joined)
+            joined=joined,
+            shares=self.lxcfs.files())
         (self.bundle / 'config.json').write_text(json.dumps(document))
 
     def _create(self, procs: list[pathlib.Path]) -> tuple[int, int]:
