@@ -147,6 +147,24 @@ Largest number of files and directories in an image.
         help="""
 Largest image in GiB, as unpacked, whatever the caller allows.
 """),
+    cfg.StrOpt(
+        'lxcfs_dir',
+        default='auto',
+        help="""
+Where lxcfs is mounted, which shows guests their own memory and CPUs.
+
+If it is mounted there when a container starts, the guest has its files in
+place of the host's ``/proc/cpuinfo``, ``diskstats``, ``loadavg``,
+``meminfo`` and ``swaps`` and of ``/sys/devices/system/cpu/online``. It keeps
+them until it is started again, so it migrates live only to hosts that have
+lxcfs too.
+
+Possible values:
+
+* ``auto``: ``/var/lib/lxcfs``, where distributions mount it.
+* ``none``: it is not used.
+* A path.
+"""),
     cfg.IntOpt(
         'console_log_bytes',
         default=1 << 20,
@@ -262,6 +280,7 @@ def runtime_config(conf: cfg.ConfigOpts) -> rconfig.Config:
         idmap_count=group.idmap_count,
         layer_max_entries=group.layer_max_entries,
         layer_max_bytes=group.layer_max_gb * _GIB,
+        lxcfs_dir=group.lxcfs_dir,
         console_log_bytes=group.console_log_bytes,
         console_listen=group.console_listen,
         console_port=group.console_port,

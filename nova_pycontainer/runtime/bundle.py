@@ -19,6 +19,7 @@ container with all namespaces of its own.
 import collections.abc as cabc
 import pathlib
 import resource
+import types
 import typing as ty
 
 from nova_pycontainer.runtime import idmap
@@ -85,6 +86,7 @@ def rlimits() -> list[dict[str, ty.Any]]:
 def _mounts(
     config_drive: pathlib.Path | None, rescued: pathlib.Path | None,
     volumes: cabc.Iterable[pathlib.Path],
+    shares: cabc.Mapping[str, pathlib.Path],
 ) -> list[dict[str, ty.Any]]:
     def fs(destination: str, fstype: str, *options: str,
            source: str | None = None) -> dict[str, ty.Any]:
@@ -121,7 +123,18 @@ def _mounts(
         'destination': f'/dev/{node.name}', 'type': 'bind',
         'source': str(node), 'options': ['bind', 'rw', 'nosuid', 'noexec']}
         for node in volumes]
+    mounts += [{
+        'destination': f'/{name}', 'type': 'bind', 'source': str(path),
+        'options': ['bind', 'ro', 'nosuid', 'nodev', 'noexec']}
+        for name, path in shares.items()]
     return mounts
+
+
+def _user(joined: str | None) -> list[dict[str, str]]:
+    if joined is None:
+        return [{'type': 'user'}]
+    return [{'type': 'user', 'path': f'{joined}/user'},
+            {'type': 'time', 'path': f'{joined}/time_for_children'}]
 
 
 def make(
@@ -137,11 +150,16 @@ def make(
     nesting: bool = False,
     rescued: pathlib.Path | None = None,
     volumes: cabc.Iterable[pathlib.Path] = (),
+    joined: str | None = None,
+    shares: cabc.Mapping[str, pathlib.Path] = types.MappingProxyType({}),
 ) -> dict[str, ty.Any]:
     """Return the content of ``config.json``.
 
     :param rescued: another root directory of the container
     :param volumes: device nodes on the host
+    :param joined: directory of its user and its time namespace, if they are
+        made already, see :func:`.namespaces.user_and_time`
+    :param shares: files that show it its own share, see :mod:`.lxcfs`
     """
     caps = capabilities()
     ids = [{'containerID': 0, 'hostID': base_id, 'size': idmap.RANGE}]
@@ -165,13 +183,13 @@ def make(
         },
         'root': {'path': str(root), 'readonly': False},
         'hostname': hostname,
-        'mounts': _mounts(config_drive, rescued, volumes),
+        'mounts': _mounts(config_drive, rescued, volumes, shares),
         'annotations': {'org.openstack.nova.instance': uuid},
         'linux': {
             'namespaces': [
                 {'type': kind} for kind in (
-                    'pid', 'network', 'ipc', 'uts', 'mount', 'user',
-                    'cgroup')],
+                    'pid', 'network', 'ipc', 'uts', 'mount', 'cgroup')
+            ] + _user(joined),
             'uidMappings': ids,
             'gidMappings': ids,
             'cgroupsPath': cgroups_path,

@@ -150,7 +150,7 @@ class Cgroup:
     """The cgroup of one container, in all hierarchies."""
 
     #: v1 controllers that are used where v2 lacks them.
-    LEGACY = ('memory', 'cpu', 'cpuacct', 'pids', 'blkio')
+    LEGACY = ('memory', 'cpu', 'cpuacct', 'pids', 'blkio', 'cpuset')
 
     def __init__(self, hierarchies: Hierarchies, path: str) -> None:
         self._h = hierarchies
@@ -170,8 +170,25 @@ class Cgroup:
         procs = self.legacy_procs()
         for file in procs:
             file.parent.mkdir(parents=True, exist_ok=True)
+        self._inherit_cpuset()
         self.set_legacy_limits(limits)
         return procs
+
+    def _inherit_cpuset(self) -> None:
+        """Give it all that its parents have of CPUs and memory.
+
+        A v1 cpuset takes no process before it has both. It limits nothing:
+        lxcfs 5 looks for a guest's CPUs by the path of its cpuset.
+        """
+        above = self._h.legacy('cpuset')
+        if above is None:
+            return
+        for name in pathlib.PurePosixPath(self.path).parts:
+            below = above / name
+            for file in ('cpuset.cpus', 'cpuset.mems'):
+                if not (below / file).read_text().strip():
+                    (below / file).write_text((above / file).read_text())
+            above = below
 
     def legacy_procs(self) -> list[pathlib.Path]:
         """The ``cgroup.procs`` files of the v1 cgroups."""
@@ -279,7 +296,8 @@ class Cgroup:
         enables controllers for these; then only cgroups without children may
         have processes, and the init's is one.
         """
-        procs = self.legacy_procs()
+        # An older agent has not made all of them.
+        procs = [file for file in self.legacy_procs() if file.exists()]
         init = self.v2 / 'init.scope' / 'cgroup.procs'
         return [*procs, init if init.exists() else self.v2 / 'cgroup.procs']
 

@@ -53,6 +53,8 @@ class Config:
     console_log_bytes: int = 1 << 20
     #: Limit for one call of the OCI runtime.
     oci_timeout: float = 60.0
+    #: ``auto``, ``none``, or where lxcfs is mounted.
+    lxcfs_dir: str = 'auto'
     #: Where the listener for consoles is; port 0: any.
     console_listen: str = '127.0.0.1'
     console_port: int = 6084

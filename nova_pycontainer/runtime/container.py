@@ -40,6 +40,7 @@ from nova_pycontainer.runtime import faults
 from nova_pycontainer.runtime import guest_files
 from nova_pycontainer.runtime import init as initd
 from nova_pycontainer.runtime import keeper_client
+from nova_pycontainer.runtime import lxcfs
 from nova_pycontainer.runtime import namespaces
 from nova_pycontainer.runtime import network
 from nova_pycontainer.runtime import oci
@@ -94,6 +95,7 @@ class Container:
         self.drive_source = config.run_dir / 'root' / f'{st.uuid}.drive'
         self.nodes = volume.Nodes(
             config.run_dir / 'root' / f'{st.uuid}.dev', st.base_id)
+        self.lxcfs = lxcfs.Lxcfs(config.lxcfs_dir)
         self.bundle = config.run_dir / 'bundle' / st.uuid
         self.disk = disk.Disk(
             self.directory, st.disk_method, st.base_id, self.spec.disk_bytes)
@@ -260,7 +262,8 @@ class Container:
         init = initd.make(
             layer, self.uuid, argv=self.spec.init_argv,
             env=self.spec.init_env, stop_signal=self.spec.stop_signal)
-        with revert.Reverter(self.uuid) as r:
+        with contextlib.ExitStack() as stack, (
+                revert.Reverter(self.uuid)) as r:
             with r.step('mount-disk', self.disk.unmount):
                 self.disk.mount()
             with r.step('mount-root', self.unmount_root):
@@ -268,7 +271,7 @@ class Container:
             with r.step('cgroup', self.cgroup.remove):
                 procs = self.cgroup.create_legacy(self.spec.limits)
             with r.step('bundle', self._remove_bundle):
-                self._write_bundle(init)
+                self._write_bundle(init, self._namespaces(stack))
             with r.step('create', self._remove_from_runtime):
                 pid, master = self._create(procs)
             try:
@@ -365,7 +368,23 @@ class Container:
         assert self.st.run is not None
         self.cgroup = cgroup.Cgroup(self._h, self.st.run['cgroup'])
 
-    def _write_bundle(self, init: initd.Init) -> None:
+    def _namespaces(self, stack: contextlib.ExitStack) -> str | None:
+        """Make those that the OCI runtime is to join, if it can.
+
+        The guest's clocks begin with it, as those of a machine do, so that
+        what it sees of its uptime and of its processes' starts is its own. It
+        stays so in a migration, which keeps what the clocks show.
+
+        :param stack: keeps them
+        """
+        if not self._oci.time_namespaces:
+            return None
+        return stack.enter_context(
+            namespaces.user_and_time(self.st.base_id))
+
+    def _write_bundle(
+        self, init: initd.Init, joined: str | None
+    ) -> None:
         # A bundle without a container is of no use after a reboot of the
         # host, so it lies with the volatile things.
         self.bundle.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -383,7 +402,9 @@ class Container:
                 self.drive_source if self.config_drive.exists() else None),
             nesting=self.spec.nesting,
             rescued=self.rescued,
-            volumes=[self.nodes.path(v) for v in self.spec.volumes])
+            volumes=[self.nodes.path(v) for v in self.spec.volumes],
+            joined=joined,
+            shares=self.lxcfs.files())
         (self.bundle / 'config.json').write_text(json.dumps(document))
 
     def _create(self, procs: list[pathlib.Path]) -> tuple[int, int]:

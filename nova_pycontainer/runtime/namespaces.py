@@ -12,11 +12,17 @@
 
 """Work within a namespace of another process, setns(2)."""
 
+import collections.abc as cabc
+import contextlib
 import os
+import pathlib
+import subprocess
 import threading
+import time
 import typing as ty
 
 from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime import idmap
 from nova_pycontainer.runtime import syscalls
 
 _TIMEOUT = 10.0
@@ -67,3 +73,44 @@ def within(kind: str, pid: int, function: ty.Callable[[], T]) -> T:
         raise errors.ContainerError(
             'timeout', f'the {kind} namespace does not answer')
     return result[0]
+
+
+@contextlib.contextmanager
+def user_and_time(base_id: int) -> cabc.Iterator[str]:
+    """Make a user namespace, and in it a time namespace that begins now.
+
+    The OCI runtimes make both, but crun cannot set the clocks: the kernel
+    asks for root of the host then, and crun is root of the guest already. And
+    CRIU dumps no time namespace that another user namespace owns. So a
+    process makes them together, and the runtime joins them.
+
+    Whole seconds are taken off, so the clocks begin with a fraction of one.
+    The one that goes on while the host sleeps stays ahead of the other:
+    programs rely on that.
+
+    :param base_id: host id of the container's root
+    :returns: directory of the namespaces, there until the end of the block;
+        what has joined them keeps them
+    :raises ContainerError: ``unsupported``
+    """
+    monotonic = time.clock_gettime(time.CLOCK_MONOTONIC)
+    boottime = time.clock_gettime(time.CLOCK_BOOTTIME)
+    argv = ['unshare', '--user', '--time', f'--monotonic={-int(monotonic)}',
+            f'--boottime={-int(boottime - monotonic % 1)}', '--',
+            'sh', '-c', 'echo; read line']
+    with subprocess.Popen(
+            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, env={
+                'PATH': '/usr/bin:/bin', 'LC_ALL': 'C'}) as process:
+        # The end of the block closes its standard input, and it ends.
+        assert process.stdout is not None and process.stderr is not None
+        if process.stdout.read(1) != b'\n':
+            raise errors.ContainerError(
+                'unsupported', 'a namespace for the guest\'s clocks cannot '
+                'be made', cause=process.stderr.read(500).decode(
+                    errors='replace').strip(),
+                remedy='Install util-linux 2.36 or newer')
+        for name in ('uid_map', 'gid_map'):
+            pathlib.Path(f'/proc/{process.pid}/{name}').write_text(
+                f'0 {base_id} {idmap.RANGE}')
+        yield f'/proc/{process.pid}/ns'

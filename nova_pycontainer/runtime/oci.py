@@ -16,6 +16,9 @@ It builds namespaces, mounts, capabilities, devices and seccomp from the
 bundle. From then on a container is what the kernel says of it.
 """
 
+import functools
+import json
+import os
 import pathlib
 import subprocess
 
@@ -47,6 +50,26 @@ class OciRuntime:
                 f'the OCI runtime {self._path} does not work', cause=str(e),
                 remedy='Install crun or runc, or set [pycontainer] '
                        'oci_runtime_path') from e
+
+    @functools.cached_property
+    def time_namespaces(self) -> bool:
+        """Whether it and the kernel let a container join a time namespace.
+
+        runc says so in ``features`` (1.2 and newer); crun can since 0.17,
+        and says nothing of it.
+        """
+        if not os.path.exists('/proc/self/ns/time_for_children'):
+            return False
+        if self.name == 'crun':
+            return True
+        try:
+            done = subprocess.run(
+                [self._path, 'features'], stdin=subprocess.DEVNULL,
+                capture_output=True, text=True, timeout=self._timeout)
+            return 'time' in json.loads(done.stdout)['linux']['namespaces']
+        except (OSError, subprocess.SubprocessError, ValueError, KeyError,
+                TypeError):
+            return False
 
     @property
     def systemd_cgroups(self) -> bool:

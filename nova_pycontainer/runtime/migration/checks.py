@@ -22,6 +22,7 @@ import typing as ty
 from nova_pycontainer.runtime import config as rconfig
 from nova_pycontainer.runtime import criu
 from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime import lxcfs
 from nova_pycontainer.runtime.migration import compatibility
 from nova_pycontainer.runtime.migration import inspection
 from nova_pycontainer.runtime.migration import versions
@@ -99,6 +100,7 @@ class Checks:
             'threads': look.threads,
             'nics': len(info['nics']),
             'nesting': item.spec.nesting,
+            'lxcfs': look.shares,
         }
         return _result(facts, problems, [])
 
@@ -119,6 +121,8 @@ class Checks:
             layer = self._host.layer_present(str(facts['layer']))
             problems += self._room(facts, layer)
             problems += self._ids(str(facts['uuid']), int(facts['base_id']))
+            # Of an older agent, which gives its guests none.
+            problems += self._shares(facts.get('lxcfs') or ())
         except (KeyError, TypeError, ValueError) as e:
             raise errors.ContainerError(
                 'invalid', 'the facts of the source are incomplete',
@@ -149,6 +153,16 @@ class Checks:
                 f'which {available >> 20} MiB are available here',
                 'Free memory, or migrate to another host'))
         return problems
+
+    def _shares(self, names: cabc.Iterable[str]) -> list[Problem]:
+        here = lxcfs.Lxcfs(self._config.lxcfs_dir)
+        missing = sorted({*map(str, names)} - {*here.files()})
+        if not missing:
+            return []
+        return [Problem(
+            'lxcfs', 'the guest has /' + ', /'.join(missing) + ' of lxcfs, '
+            'which this host has not', f'{here.remedy()} on this host, or '
+            'migrate to another one, or cold')]
 
     def _ids(self, uuid: str, base_id: int) -> list[Problem]:
         used = self._host.reserved_ids().get(base_id)

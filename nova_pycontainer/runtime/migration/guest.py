@@ -35,6 +35,7 @@ from nova_pycontainer.runtime import blockio
 from nova_pycontainer.runtime import bundle
 from nova_pycontainer.runtime import cgroup
 from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime import lxcfs
 from nova_pycontainer.runtime import syscalls
 from nova_pycontainer.runtime import volume
 
@@ -43,6 +44,7 @@ DEVICES = frozenset(['full', 'null', 'random', 'tty', 'urandom', 'zero'])
 
 #: Of what a container's volumes are called in dumps.
 _VOLUME = 'volume:'
+_LXCFS = 'lxcfs:'
 
 _RAMFS_LIMIT = 16 << 20
 
@@ -80,7 +82,8 @@ def external_mounts(pid: int, nodes: volume.Nodes) -> dict[str, str]:
 
     :param nodes: of the container's volumes
     :returns: values are ``/dev/<name>`` of :data:`DEVICES`,
-        ``volume:<name>``, or ``config-drive``
+        ``volume:<name>``, ``lxcfs:<name>`` of :data:`.lxcfs.FILES`, or
+        ``config-drive``
     :raises ContainerError: ``unsupported``: a mount of the host that we have
         not made
     """
@@ -90,8 +93,11 @@ def external_mounts(pid: int, nodes: volume.Nodes) -> dict[str, str]:
     volumes = None if made is None else blockio.number(made)
     found = {}
     for mount in mounts(pid):
+        share = lxcfs.name_of(mount.fstype, mount.root)
         if mount.point == bundle.CONFIG_DRIVE:
             found[mount.point] = 'config-drive'
+        elif share is not None and mount.point == f'/{share}':
+            found[mount.point] = f'{_LXCFS}{share}'
         elif (mount.device in (device, volumes) and
               mount.fstype != 'overlay'):
             name = os.path.basename(mount.root)
@@ -107,6 +113,12 @@ def external_mounts(pid: int, nodes: volume.Nodes) -> dict[str, str]:
     return found
 
 
+def shares_of(external: cabc.Mapping[str, str]) -> list[str]:
+    """Which of :data:`.lxcfs.FILES` a guest has."""
+    return sorted(source.removeprefix(_LXCFS) for source in external.values()
+                  if source.startswith(_LXCFS))
+
+
 def dump_externals(external: cabc.Mapping[str, str]) -> tuple[str, ...]:
     """CRIU's ``--external`` of a dump: the key is the mount point."""
     return tuple(f'mnt[{point}]:{point}' for point in external)
@@ -115,21 +127,26 @@ def dump_externals(external: cabc.Mapping[str, str]) -> tuple[str, ...]:
 def restore_externals(
     external: cabc.Mapping[str, str], config_drive: pathlib.Path,
     nics: cabc.Mapping[str, str], nodes: volume.Nodes,
+    shares: lxcfs.Lxcfs,
 ) -> tuple[str, ...]:
     """CRIU's ``--external`` of a restore.
 
     :param nics: name of an interface in the guest → that of its parked end
         on the host
     :param nodes: of the container's volumes
-    :raises ContainerError: ``invalid``: the peer names another file
+    :raises ContainerError: ``invalid``: the peer names another file;
+        ``unsupported``: this host has no lxcfs
     """
     result = []
+    found = shares.require(shares_of(external))
     for point, source in external.items():
         if source == 'config-drive':
             source = str(config_drive)
         elif source.startswith(_VOLUME) and nodes.has(
                 source.removeprefix(_VOLUME)):
             source = str(nodes.directory / source.removeprefix(_VOLUME))
+        elif source.startswith(_LXCFS):
+            source = str(found[source.removeprefix(_LXCFS)])
         elif (not source.startswith('/dev/') or
               source.removeprefix('/dev/') not in DEVICES):
             raise errors.ContainerError(

@@ -153,6 +153,8 @@ class Inspection:
         self._group = group
         self._nodes = nodes
         self.problems: list[Problem] = []
+        #: Files of lxcfs that the guest has, of :data:`.lxcfs.FILES`.
+        self.shares: list[str] = []
         self.processes = 0
         self.threads = 0
 
@@ -247,6 +249,8 @@ class Inspection:
             known = guest.external_mounts(process.pid, self._nodes)
         except errors.ContainerError as e:
             self._add('mount', where, e.message, e.remedy or '')
+        if not nested:
+            self.shares = guest.shares_of(known)
         for mount in guest.mounts(process.pid):
             if mount.point not in known and (
                     mount.fstype not in _FILE_SYSTEMS):
@@ -362,6 +366,8 @@ class Inspection:
         self, process: _Process, number: str, link: str,
         remote: cabc.Set[int],
     ) -> None:
+        if link.removeprefix('/') in self.shares:
+            self._share(process, number, link)
         if not link.startswith('/dev/') and not link.endswith(' (deleted)'):
             return
         with open(f'{process.directory}/fdinfo/{number}') as f:
@@ -385,6 +391,15 @@ class Inspection:
                 f'{status.st_blocks * 512 >> 20} MiB without a name; at '
                 f'most {GHOST_LIMIT >> 20} MiB can move',
                 f'Let it open the file anew, or restart it, {_COLD}')
+
+    def _share(self, process: _Process, number: str, link: str) -> None:
+        try:
+            os.stat(f'{process.directory}/fd/{number}')
+        except OSError as e:
+            if e.errno == errno.ENOTCONN:
+                self._add(
+                    'lxcfs', process, f'it has {link} open, of an lxcfs of '
+                    'the host that has ended', f'Stop it, {_COLD}')
 
     def _device(
         self, process: _Process, link: str, status: os.stat_result

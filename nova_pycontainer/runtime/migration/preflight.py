@@ -39,6 +39,7 @@ from nova_pycontainer.runtime import criu
 from nova_pycontainer.runtime import disk
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import keeper_client
+from nova_pycontainer.runtime import lxcfs
 from nova_pycontainer.runtime.migration import identity
 from nova_pycontainer.runtime.migration import trial
 from nova_pycontainer.runtime import oci
@@ -206,6 +207,8 @@ class Preflight:
                self._disk_limit)
         yield ('inotify', Level.OPTIONAL, 'inotify instances for many guests',
                self._inotify)
+        yield ('lxcfs', Level.OPTIONAL, 'guests see their own memory and CPUs',
+               self._lxcfs)
         yield ('rsync', Level.MIGRATE, 'rsync', self._rsync)
         yield ('keys', Level.MIGRATE, 'key and certificate of this host',
                self._keys)
@@ -304,6 +307,15 @@ class Preflight:
                 'Set the sysctl fs.inotify.max_user_instances to 65536, as '
                 'etc/sysctl.d/60-pycontainer.conf does')
         return f'{limit}: {guests} guests with systemd'
+
+    def _lxcfs(self) -> str:
+        shares = lxcfs.Lxcfs(self._config.lxcfs_dir)
+        if shares.directory is None:
+            return 'not used ([pycontainer]lxcfs_dir = none)'
+        if not shares.files():
+            raise Failed(f'no lxcfs is mounted at {shares.directory}, or it '
+                         'does not answer', shares.remedy())
+        return str(shares.directory)
 
     # To migrate them
 

@@ -40,6 +40,7 @@ from nova_pycontainer.runtime.migration import gone_addresses
 from nova_pycontainer.runtime.migration import guest
 from nova_pycontainer.runtime.migration import neighbours
 from nova_pycontainer.runtime.migration import netlink_options
+from nova_pycontainer.runtime.migration import open_shares
 from nova_pycontainer.runtime.migration import packet_sockets
 from nova_pycontainer.runtime.migration import patches
 from nova_pycontainer.runtime.migration import terminals
@@ -59,6 +60,7 @@ def mend(
         images, messages, moment['asleep'], moment['signals']).apply()
     exe_links.mend(images, messages)
     packet_sockets.mend(images, messages)
+    open_shares.mend(images, messages)
     return terminals.mend(
         images, messages,
         {int(index): (int(session), int(foreground))
@@ -93,7 +95,7 @@ def options(
         images=images, root=item.root,
         external=guest.restore_externals(
             dumped['external'], item.drive_source,
-            _interfaces(item, dumped), item.nodes),
+            _interfaces(item, dumped), item.nodes, item.lxcfs),
         cgroup='/' + item.cgroup.path, log='restore.log'))
     # The keeper's child, as one that the OCI runtime has made.
     made.rst_sibling = True
