@@ -117,12 +117,16 @@ class MovesTest(base.CloudTestCase):
         return rows
 
     def _assert_idle(self, server):
-        """No process spins: that would be at a whole processor."""
-        before = self.container(server)['cpu_time_ns']
-        began = time.monotonic()
-        time.sleep(5)
-        used = self.container(server)['cpu_time_ns'] - before
-        self.assertLess(used / 1e9, 0.25 * (time.monotonic() - began))
+        """No process spins: that would be at a whole processor, for ever."""
+        def share():
+            before = self.container(server)['cpu_time_ns']
+            began = time.monotonic()
+            time.sleep(5)
+            used = self.container(server)['cpu_time_ns'] - before
+            return used / 1e9 / (time.monotonic() - began)
+
+        # What was just asked of it, it may still be at.
+        base.wait_for(lambda: share() < 0.25, 60, 'the guest rests')
 
     def _moves(self, server: typing.Any, name: str, port: int) -> None:
         stream = echo.Echo(server.floating, port)

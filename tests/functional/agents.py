@@ -25,6 +25,7 @@ import time
 from nova_pycontainer.agent import client
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import keeper_client
+from nova_pycontainer.runtime import process
 from tests.unit.driver import fake_agent
 
 WORK = pathlib.Path(os.environ.get(
@@ -151,7 +152,14 @@ preflight_at_start = false
         self._process.terminate()
         self._process.wait(PATIENCE)
         keeper = keeper_client.KeeperClient(self.run / 'keeper.sock')
-        os.kill(keeper.ping()['pid'], signal.SIGTERM)
+        pidfd = os.pidfd_open(keeper.ping()['pid'])
+        try:
+            process.send_signal(pidfd, signal.SIGTERM)
+            # It removes its own files, in what is removed next.
+            if not process.exited(pidfd, PATIENCE):
+                raise AssertionError('the keeper does not end')
+        finally:
+            os.close(pidfd)
 
     def leftovers(self):
         found = [info['uuid'] for info in self.client.list()]

@@ -54,6 +54,8 @@ class RealLiveMigrationTest(migration_base.TestCase):
         """A server that does something all the time."""
         server = self.boot()
         self.sh(server, 'host1', COUNT)
+        self.wait_for(
+            lambda: self.sh(server, 'host1', 'cat /count || :'), 'a number')
         return server
 
     def assert_at(self, server, host):

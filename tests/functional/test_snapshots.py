@@ -48,7 +48,10 @@ class TestCase(base.TestCase):
         return done['stdout'].decode().strip()
 
     def change(self, server, host='host1'):
-        """Change files of a server."""
+        """Change files of a server, which has done so itself by then."""
+        self.wait_for(
+            lambda: b'Start-up done' in self.agents.client(
+                host).console_log(server['id']), 'its start-up script')
         self.sh(server, CHANGES, host)
         info = self.info(server, host)
         os.setxattr(
@@ -241,6 +244,8 @@ class SnapshotsTest(TestCase):
             server['id'], {'createImage': {'name': 'snap'}})
         self._wait_until_deleted(server)
         self.wait_for(lambda: not self.snapshots(), 'the removal')
+        self.wait_for(
+            lambda: not self.agents.leftovers('host1'), 'the clean-up')
         self.assert_nothing_left()
 
     def test_agent_lost_in_the_middle(self):

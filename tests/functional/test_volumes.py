@@ -122,7 +122,7 @@ class VolumesTest(test_snapshots.TestCase, migration_base.TestCase):
         ident, device = self.volume()
         self.attach(server, ident)
         self.sh(server, 'setsid sh -c "exec 3</dev/vdb; '
-                'echo \\$\\$ > /run/holder; sleep 1000" '
+                'echo \\$\\$ > /run/holder; exec sleep 1000" '
                 '</dev/null >/dev/null 2>&1 & '
                 'while [ ! -s /run/holder ]; do sleep 0.05; done')
         self.at_home(server)

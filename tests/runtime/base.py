@@ -191,7 +191,7 @@ class HostTestCase(cases.TestCase):
     def state(self, uuid):
         return self.host.info(uuid)['state']
 
-    def sh(self, uuid, script, timeout_s=30.0, check=True):
+    def sh(self, uuid, script, timeout_s=PATIENCE, check=True):
         done = self.host.exec(
             uuid, ['/bin/sh', '-c', script], timeout_s=timeout_s)
         if check and done.exit_code:
@@ -212,6 +212,14 @@ class HostTestCase(cases.TestCase):
         wait_for(
             lambda: text.encode() in self.host.console_log(uuid, 1 << 20),
             f'{text!r} on the console')
+
+    def wait_started(self, uuid):
+        """Until a busybox has run its start-up script.
+
+        From then on it changes no files. And it takes signals: what is sent
+        to the init of a PID namespace before it has asked for any is lost.
+        """
+        self.wait_console(uuid, 'Start-up done')
 
     def assert_code(self, code, function, *args, **kwargs):
         error = self.assertRaises(

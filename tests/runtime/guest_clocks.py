@@ -14,7 +14,8 @@
 
 Each writes one line to <directory>/<name> when its waiting ends: when it
 should have ended, when it did (both CLOCK_REALTIME), and what came of it.
-The clocks' watcher writes to <directory>/clocks how often a clock went back.
+The clocks' watcher writes to <directory>/watch_clocks how often a clock went
+back, and for how long nothing ran here at all.
 """
 
 import ctypes
@@ -31,6 +32,9 @@ DIRECTORY = pathlib.Path(sys.argv[1])
 SECONDS = float(sys.argv[2])
 SYS = {'nanosleep': 35, 'clock_nanosleep': 230, 'futex': 202, 'semop': 65,
        'poll': 7, 'timer_create': 222, 'timer_settime': 223}
+
+#: Seconds without a step of the watcher in which nothing ran.
+STALL = 0.1
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.syscall.restype = ctypes.c_long
@@ -229,11 +233,18 @@ WAITS = [
 
 
 def watch_clocks():
-    went_back, steps, longest = [], 0, {}
+    went_back, steps, longest, stood = [], 0, {}, 0.0
     last = {c: time.clock_gettime(c) for c in (
         time.CLOCK_MONOTONIC, time.CLOCK_BOOTTIME)}
-    end = time.time() + SECONDS
-    while time.time() < end:
+    seen = time.time()
+    end = seen + SECONDS
+    # The others may end later, and what holds them up is of interest.
+    while (now := time.time()) < end or any(
+            not (DIRECTORY / wait.__name__).exists() for wait in WAITS):
+        # This one asks for so little that it runs when anybody does.
+        if now - seen > STALL:
+            stood += now - seen
+        seen = now
         for clock, before in last.items():
             now = time.clock_gettime(clock)
             if now < before:
@@ -242,7 +253,8 @@ def watch_clocks():
             last[clock] = now
         steps += 1
         time.sleep(0.001)
-    return {'back': went_back, 'steps': steps, 'longest': longest}
+    return {'back': went_back, 'steps': steps, 'longest': longest,
+            'stood': stood}
 
 
 def run(wait):

@@ -312,7 +312,7 @@ class TwoHostsTestCase(cases.TestCase):
         if address:
             self.sh(host, uuid, base.NO_DHCP +
                     f'ip address add {address}/24 dev eth0; '
-                    'ip link set eth0 up', timeout_s=base.PATIENCE)
+                    'ip link set eth0 up')
         return uuid
 
     def dhcp(self):
@@ -341,7 +341,7 @@ class TwoHostsTestCase(cases.TestCase):
         for nic in host.info(uuid)['nics']:
             host.run('ip', 'link', 'set', nic['devname'], 'master', 'br-int')
 
-    def sh(self, host, uuid, script, timeout_s=30.0):
+    def sh(self, host, uuid, script, timeout_s=base.PATIENCE):
         done = host.exec(
             uuid, ['/bin/sh', '-c', script], timeout_s=timeout_s)
         if done['exit_code']:

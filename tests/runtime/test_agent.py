@@ -85,7 +85,7 @@ class AgentTestCase(base.HostTestCase):
         self.process.wait(base.PATIENCE)
         self.assertRaises(errors.AgentUnavailable, self.host.list)
 
-    def sh(self, uuid, script, timeout_s=30.0, check=True):
+    def sh(self, uuid, script, timeout_s=base.PATIENCE, check=True):
         done = self.host.exec(
             uuid, ['/bin/sh', '-c', script], timeout_s=timeout_s)
         if check and done['exit_code']:

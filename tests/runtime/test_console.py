@@ -13,7 +13,6 @@
 """The console as a terminal that a login can have."""
 
 import socket
-import time
 
 from tests.runtime import base
 from tests.runtime import terminal
@@ -39,8 +38,9 @@ class ConsoleTestCase(base.HostTestCase):
     def test_the_interrupt_key_ends_a_command_and_no_machine(self):
         started = self.host.info(self.uuid)['started_at']
         self.terminal.type(b'echo be"gi"n; sleep 1000; echo en"de"d $?\n')
-        self.terminal.wait_for(b'begin')
-        time.sleep(0.5)
+        # It is the foreground of the terminal before it is a sleep.
+        base.wait_for(
+            lambda: self.sh(self.uuid, 'pidof sleep || :'), 'the command')
         self.terminal.type(b'\x03')
         self.terminal.type(b'echo go"es" on\n')
         self.terminal.wait_for(b'goes on')

@@ -69,17 +69,25 @@ class HostileTestCase(base.HostTestCase):
                 'ln -s /proc/self/exe /root/sleep; '
                 "printf '#!/proc/self/exe\\n' > /root/script; "
                 'chmod +x /root/script')
-        for argv in (['/root/sleep', '2'], ['/root/script'],
-                     ['/proc/self/exe', 'sleep', '2']):
-            self.host.exec(uuid, argv, timeout_s=10)
+        for argv in (['/root/script'], ['/proc/self/exe', 'sleep', '2']):
+            self.host.exec(uuid, argv, timeout_s=base.PATIENCE)
+
+        def seen():
+            # The attacker has to come to it while it is there.
+            self.host.exec(
+                uuid, ['/root/sleep', '2'], timeout_s=base.PATIENCE)
+            return 'python' in self.sh(uuid, 'cat /root/seen || :')
+
+        base.wait_for(seen, 'the program to be seen')
         # It was there, and could not be written.
-        self.assertIn('python', self.sh(uuid, 'cat /root/seen'))
         self.assertEqual('', self.sh(uuid, 'ls /root | grep over || :'))
         self.assertEqual(before, _digest(sys.executable))
 
     def test_nothing_of_the_host_is_open_in_the_guest(self):
         """CVE-2024-21626: a descriptor or a directory that was left open."""
         uuid = self.run_container()
+        # Its init reads its files before.
+        self.wait_started(uuid)
         self.background(uuid, 'true')
         thread_seen = []
         done = self.host.exec(uuid, ['/bin/sh', '-c', """
@@ -119,6 +127,8 @@ class HostileTestCase(base.HostTestCase):
             for name in ('dev', 'proc', 'sys', 'run'):
                 with self.subTest(target=target, name=name):
                     uuid = self.run_container()
+                    # Or its script writes to what the mount has covered.
+                    self.wait_started(uuid)
                     self.sh(uuid, f'umount -l /{name} || :')
                     self.host.kill(uuid)
                     # The image's directory, in place of which a link is.

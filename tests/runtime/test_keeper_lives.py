@@ -207,7 +207,9 @@ class TestRestart(base.KeeperTestCase):
         self.assertEqual(
             (pid, 6 if version >= (6, 15) else None, None),
             (found['pid'], found['code'], found['signal']))
-        self.assertEqual([], os.listdir(f'{self.socket}.d'))
+        # Only then is it forgotten.
+        base.wait_for(lambda: not os.listdir(f'{self.socket}.d'),
+                      'the watch to be forgotten')
 
     def test_an_exit_between_two_keepers_is_known_to_be_unknown(self):
         pid = self.client.spawn(['sleep', '1000'])

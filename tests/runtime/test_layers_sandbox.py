@@ -182,12 +182,15 @@ class TestSandbox(layers_base.Case):
             options = set(mounts[0].split()[5].split(','))
             self.assertTrue({'nosuid', 'nodev', 'noexec', 'nosymfollow',
                              'idmapped'} <= options, options)
+            # The stream, two outputs, its root; and what it unpacks, until
+            # it has to wait for more.
+            layers_base.wait_for(
+                lambda: len(os.listdir(proc / 'fd')) == 4,
+                'four descriptors')
             staged, = self.layers.glob('.staging/*/root')
-            self.assertEqual(os.listdir(staged),
-                             os.listdir(proc / 'root'))
-            # The stream, two outputs, its root.
-            self.assertEqual(
-                4, len(os.listdir(proc / 'fd')), os.listdir(proc / 'fd'))
+            layers_base.wait_for(
+                lambda: os.listdir(staged) == os.listdir(proc / 'root'),
+                'the root to be what is staged')
             limits = (proc / 'limits').read_text()
             self.assertRegex(limits, r'Max processes +0 +0')
             self.assertRegex(limits, r'Max open files +64 +64')

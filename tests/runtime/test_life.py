@@ -47,8 +47,9 @@ class LifeTestCase(base.HostTestCase):
 
     def test_files_survive_a_stop(self):
         uuid = self.run_container()
+        self.wait_started(uuid)
         self.sh(uuid, 'echo kept > /root/file; sync')
-        ended = self.host.stop(uuid, 30)
+        ended = self.host.stop(uuid, base.PATIENCE)
         # busybox init: power off, so SIGINT to the PID namespace's init.
         self.assertEqual(signal.SIGINT, ended['signal'])
         self.assertEqual('stopped', self.state(uuid))
@@ -86,15 +87,17 @@ class LifeTestCase(base.HostTestCase):
     def test_own_stop_signal_and_environment(self):
         uuid = self.run_container(init={
             'argv': ['/bin/sh', '-c',
-                     'trap "echo $WORD; exit 3" USR1; while :; do sleep 1 & '
-                     'wait; done'],
+                     'trap "echo $WORD; exit 3" USR1; echo ready; '
+                     'while :; do sleep 1 & wait; done'],
             'env': {'WORD': 'goodbye'}, 'stop_signal': 'SIGUSR1'})
-        time.sleep(0.5)
-        self.assertEqual(3, self.host.stop(uuid, 30)['code'])
+        # A signal that comes before its trap is lost.
+        self.wait_console(uuid, 'ready')
+        self.assertEqual(3, self.host.stop(uuid, base.PATIENCE)['code'])
         self.assertIn(b'goodbye', self.host.console_log(uuid))
 
     def test_guest_that_powers_off_is_stopped_with_an_event(self):
         uuid = self.run_container()
+        self.wait_started(uuid)
         seen = self.host.events(-1, 0)[-1].seq
         self.sh_end(uuid, 'poweroff')
         event = self.host.events(seen, base.PATIENCE)[0]
@@ -103,6 +106,7 @@ class LifeTestCase(base.HostTestCase):
 
     def test_guest_that_reboots_comes_back(self):
         uuid = self.run_container()
+        self.wait_started(uuid)
         seen = self.host.events(-1, 0)[-1].seq
         first = self.host.info(uuid)['pid']
         self.sh(uuid, 'echo kept > /root/file; sync')
@@ -139,8 +143,10 @@ class LifeTestCase(base.HostTestCase):
 
     def test_paused_container_can_be_stopped_and_deleted(self):
         uuid = self.run_container()
+        self.wait_started(uuid)
         self.host.pause(uuid)
-        self.assertEqual(signal.SIGINT, self.host.stop(uuid, 30)['signal'])
+        self.assertEqual(
+            signal.SIGINT, self.host.stop(uuid, base.PATIENCE)['signal'])
         self.host.prepare(uuid)
         self.host.start_container(uuid)
         self.host.pause(uuid)
@@ -209,8 +215,10 @@ class LifeTestCase(base.HostTestCase):
         info = self.host.info(uuid)
         self.assertEqual(('running', pid), (info['state'], info['pid']))
         self.assertEqual('0', self.sh(uuid, 'id -u'))
+        self.wait_started(uuid)
         self.assertEqual(ended, self.host.info(stopped)['exit'])
-        self.assertEqual(signal.SIGINT, self.host.stop(uuid, 30)['signal'])
+        self.assertEqual(
+            signal.SIGINT, self.host.stop(uuid, base.PATIENCE)['signal'])
 
     def test_an_exit_while_no_host_looks_is_not_lost(self):
         uuid = self.run_container(init={'argv': [
@@ -280,9 +288,11 @@ class RuncTestCase(base.HostTestCase):
             'runc', self.host.host_info()['oci_runtime']['name'])
         uuid = self.run_container()
         self.assertEqual('0', self.sh(uuid, 'id -u'))
+        self.wait_started(uuid)
         self.host.pause(uuid)
         self.host.unpause(uuid)
-        self.assertEqual(signal.SIGINT, self.host.stop(uuid, 30)['signal'])
+        self.assertEqual(
+            signal.SIGINT, self.host.stop(uuid, base.PATIENCE)['signal'])
         self.host.delete(uuid)
         self.assertEqual([], self.traces(uuid))
 
@@ -319,7 +329,8 @@ class SystemsTestCase(base.HostTestCase):
                     [ "$a" = "$(readlink /proc/1/ns/$ns)" ] || echo "$p $a"
                 done
             done'''))
-        self.assertEqual(signal.SIGINT, self.host.stop(uuid, 60)['signal'])
+        self.assertEqual(
+            signal.SIGINT, self.host.stop(uuid, base.PATIENCE)['signal'])
 
     def _settled(self, uuid):
         state = self.sh(uuid, 'systemctl is-system-running', check=False)
@@ -336,7 +347,7 @@ class SystemsTestCase(base.HostTestCase):
                                   disk=2048 * base.MIB)
         base.wait_for(lambda: self.sh(
             uuid, 'runlevel', check=False).endswith(' 2'), 'runlevel 2', 240)
-        ended = self.host.stop(uuid, 60)
+        ended = self.host.stop(uuid, base.PATIENCE)
         self.assertEqual(signal.SIGINT, ended['signal'])
 
 
@@ -368,8 +379,9 @@ class ConsoleTestCase(base.HostTestCase):
 
     def test_log_goes_on_over_stop_and_start(self):
         uuid = self.run_container(init={'argv': [
-            '/bin/sh', '-c', 'echo started $(cat /n); echo x >> /n; '
+            '/bin/sh', '-c', 'n=$(cat /n); echo x >> /n; echo started $n; '
             'sleep 1000']})
+        # Its file is written by then.
         self.wait_console(uuid, 'started')
         self.host.reboot(uuid, 0)
         self.wait_console(uuid, 'started x')
@@ -410,8 +422,7 @@ class NetworkTestCase(base.HostTestCase):
         self.sh(uuid, base.NO_DHCP +
                 'ip address add 203.0.113.2/24 dev eth0; '
                 'ip link set eth0 up')
-        subprocess.run(['ping', '-c', '1', '-W', '10', '203.0.113.2'],
-                       check=True, timeout=30, stdout=subprocess.DEVNULL)
+        base.ping('203.0.113.2')
         counters = self.host.info(uuid)['nics'][0]['statistics']
         self.assertGreater(counters['rx_packets'], 0)
         # Plugging what the container has changes nothing: Nova does it for

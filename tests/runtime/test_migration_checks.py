@@ -136,7 +136,9 @@ class CheckTestCase(hosts.TwoHostsTestCase):
     def test_nested_namespaces(self):
         uuid = self.run_container(nesting=True)
         self.background(uuid, 'exec unshare -u sleep 1000')
-        base.wait_for(lambda: self.problems(uuid), 'the namespace')
+        # Which unshare makes, before it becomes sleep.
+        base.wait_for(lambda: 'sleep' in str(self.problems(uuid)),
+                      'the namespace')
         problem = self.only(uuid, 'nested-uts-namespace')
         self.assertIn('sleep', problem['process'])
         self.assertIn('nesting', problem['remedy'])
@@ -161,7 +163,9 @@ class CheckTestCase(hosts.TwoHostsTestCase):
                    'done']))
         thread.start()
         self.addCleanup(thread.join, base.PATIENCE)
-        base.wait_for(lambda: self.problems(uuid), 'the session')
+        # Who enters becomes the shell only then.
+        base.wait_for(lambda: 'sh (pid' in str(self.problems(uuid)),
+                      'the session')
         problem = self.only(uuid, 'outside-parent')
         self.assertIn('sh (pid', problem['process'])
         self.sh(self.a, uuid, 'touch /root/end')

@@ -26,7 +26,8 @@ from tests.runtime import hosts
 PROGRAM = pathlib.Path(__file__).with_name('guest_clocks.py')
 #: An early end of less than this is the clocks' own.
 EARLY = 0.001
-#: What a loaded machine may add to the time that the guest stands still.
+#: What a loaded machine may add to the time that the guest stands still, be
+#: it in the migration or because others run: its watcher has measured that.
 LATE = 1.5
 #: Results of the calls that are not 0: FUTEX_WAIT ends by its time-out.
 RESULTS = {'futex_absolute': ['ETIMEDOUT'],
@@ -45,11 +46,13 @@ class WaitingTestCase(hosts.TwoHostsTestCase):
 
     def _host(self, name, address):
         host = super()._host(name, address)
-        host.faults = self.faults.get(self._testMethodName, '')
+        host.faults = self.faults.get(self._testMethodName, '').format(
+            top=self.top)
+        host.record = self.top / f'points-{name}'
         return host
 
-    #: Time to change an image between its arrival and the restore.
-    faults = {'test_another_uptime': 'destination.images=sleep:2',
+    #: An image is changed between its arrival and the restore.
+    faults = {'test_another_uptime': 'destination.images=wait:{top}/go',
               'test_given_up': 'destination.restored=raise'}
 
     def boot(self):
@@ -91,13 +94,14 @@ class WaitingTestCase(hosts.TwoHostsTestCase):
         self.assertEqual([], watched['result']['back'])
         print(f'frozen {frozen:.3f} s; the clocks went on by', watched[
             'result']['longest'])
+        late = max(frozen, watched['result']['stood']) + LATE
         wrong = {}
         for name, end in sorted(found.items()):
             off = end['ended'] - end['wanted']
             if interrupted and 'epoll' in name:
                 end['result'][1] = 0
             print(f'  {name:26} {off:+.4f} s  {end["result"]}')
-            if not -EARLY <= off <= frozen + LATE or (
+            if not -EARLY <= off <= late or (
                     end['result'] not in RESULTS.get(name, [0])):
                 wrong[name] = (off, end['result'])
         self.assertEqual({}, wrong)
@@ -145,13 +149,14 @@ class WaitingTestCase(hosts.TwoHostsTestCase):
         shift = 1_000_000
         uuid = self.boot()
         self.start(self.a, uuid, 'up', SECONDS + 6)
+        began = time.monotonic()
         before = self.uptimes(self.a, uuid)
         migration = self.prepare_migration(uuid, self.a, self.b)
         images = pathlib.Path(f'/proc/{self.b.pid}/root/run/pyc/migration',
                               migration)
-        # The last one, by its name.
-        base.wait_for(lambda: [*images.glob('utsns-*.img')], 'the images')
-        time.sleep(0.5)
+        base.wait_for(
+            lambda: self.b.record.exists() and 'destination.images' in
+            self.b.record.read_text().split(), 'the images')
         path, = images.glob('timens-*.img')
         data = path.read_bytes()
         entry = self.messages.timens_entry()
@@ -161,6 +166,8 @@ class WaitingTestCase(hosts.TwoHostsTestCase):
         changed = entry.SerializeToString()
         path.write_bytes(
             data[:8] + struct.pack('<I', len(changed)) + changed)
+        # The way back does not wait.
+        (self.top / 'go').touch()
         first, _ = self.finish_migration(uuid, migration, self.a, self.b)
         jumped = self.uptimes(self.b, uuid)
         # Now it is as if it had come from there, and goes on to a host that
@@ -168,10 +175,11 @@ class WaitingTestCase(hosts.TwoHostsTestCase):
         self.start(self.b, uuid, 'other', SECONDS)
         second, _ = self.migrate(uuid, self.b, self.a)
         after = self.uptimes(self.a, uuid)
+        took = time.monotonic() - began
         for i in range(2):
             self.assertLess(before[i] + shift, jumped[i])
             self.assertLess(jumped[i], after[i])
-            self.assertLess(after[i], before[i] + shift + base.PATIENCE)
+            self.assertLess(after[i], before[i] + shift + took + 10)
         found = self.results(self.a, uuid, 'other', 22)
         self.check(found, second['frozen'])
 
@@ -187,6 +195,9 @@ class WaitingTestCase(hosts.TwoHostsTestCase):
         except (OSError, IndexError):
             return 0
 
+    def renewed(self, before):
+        base.wait_for(lambda: self.expiry() > before, 'the renewal')
+
     def test_lease_is_renewed_on_time(self):
         """systemd-networkd renews after half of a lease's two minutes, by an
         absolute timer. If that fired early it would never do so.
@@ -194,11 +205,14 @@ class WaitingTestCase(hosts.TwoHostsTestCase):
         uuid = self.boot()
         here, there = self.a, self.b
         for _ in range(2):
+            # A request that falls into a move may be lost, and is sent again
+            # much later: there has to be time enough for one.
+            if self.expiry() - 60 - time.time() < 30:
+                self.renewed(self.expiry())
             address, before = self.lease(), self.expiry()
             self.migrate(uuid, here, there)
             here, there = there, here
-            base.wait_for(lambda old=before: self.expiry() > old,
-                          'the renewal')
+            self.renewed(before)
             # The new lease began when half of the old one was over.
             late = self.expiry() - 120 - (before - 60)
             print('renewed', late, 's late')

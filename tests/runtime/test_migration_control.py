@@ -16,6 +16,7 @@ The agent stops at a point of a migration until a file appears, so that each
 abort comes at a known moment.
 """
 
+import os
 import threading
 
 from nova_pycontainer.runtime import errors
@@ -36,7 +37,7 @@ netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)
 # All links: struct nlmsghdr, struct rtgenmsg.
 netlink.send(struct.pack("=IHHII4x", 20, 18, 0x301, 1, 0))
 open("/run/asked", "w").close()
-while not os.path.exists("/run/read"):
+while not os.path.exists("/read"):
     time.sleep(0.02)
 netlink.settimeout(0.5)
 try:
@@ -68,7 +69,7 @@ class ControlTestCase(faults.Helpers):
             point in host.record.read_text().split(), point)
         return uuid, migration, go
 
-    def abort(self, migration, go):
+    def abort(self, uuid, migration, go):
         """Abort from another thread, for what is aborted waits here."""
         failure = []
 
@@ -80,8 +81,10 @@ class ControlTestCase(faults.Helpers):
 
         thread = threading.Thread(target=run)
         thread.start()
-        # The abort is on its way, or over already.
-        thread.join(0.5)
+        # Before the agent knows of it, nothing may go on.
+        said = f'{uuid}: the migration is aborted'
+        base.wait_for(lambda: not thread.is_alive() or
+                      said in self.a.log.read_text(), 'the abort')
         go.touch()
         thread.join(base.PATIENCE)
         return failure[0] if failure else None
@@ -90,7 +93,7 @@ class ControlTestCase(faults.Helpers):
         for name, point in IN_TIME:
             uuid, migration, go = self.wait_at(name, point)
             before = self.a.info(uuid)
-            self.assertIsNone(self.abort(migration, go), point)
+            self.assertIsNone(self.abort(uuid, migration, go), point)
             status = self.a.migration_status(migration)
             self.assertEqual('aborted', status['phase'], point)
             self.assertEqual('aborted', status['error']['code'], point)
@@ -130,7 +133,9 @@ class ControlTestCase(faults.Helpers):
         migration = self.prepare_migration(uuid, self.a, self.b, **options)
         base.wait_for(lambda: 'the dump is tried again' in
                       self.a.log.read_text(), 'the first try')
-        self.sh(self.a, uuid, 'touch /run/read')
+        # A command would be one more process that a dump finds.
+        root = f'/proc/{self.a.info(uuid)["pid"]}/root'
+        os.close(os.open(f'{root}/read', os.O_CREAT | os.O_WRONLY))
         self.finish_migration(uuid, migration, self.a, self.b)
         self.assertEqual('running', self.b.info(uuid)['state'])
         base.wait_for(lambda: self.sh(
@@ -139,7 +144,7 @@ class ControlTestCase(faults.Helpers):
     def test_abort_too_late(self):
         for name, point in TOO_LATE:
             uuid, migration, go = self.wait_at(name, point)
-            error = self.abort(migration, go)
+            error = self.abort(uuid, migration, go)
             self.assertIsNotNone(error, point)
             self.assertEqual('bad_state', error.code, point)
             status = base.wait_for(

@@ -60,10 +60,12 @@ class EndsTestCase(faults.Helpers):
             self.assertEqual('forbidden', self.dial(migration, uuid, role))
 
     def test_none_after_an_abort(self):
-        self.a.restart_agent('source.pass=sleep:1')
+        go = self.top / 'go'
+        self.a.restart_agent(f'source.pass=wait:{go}')
         uuid = self._boot()
         migration = self.prepare_migration(uuid, self.a, self.b)
         self.b.migration_abort(migration, 'rolled back')
+        go.touch()
         self.assertEqual('forbidden', self.dial(migration, uuid, 'control'))
         # Which was never begun.
         endless = self.run_container()

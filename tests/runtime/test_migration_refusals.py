@@ -58,12 +58,10 @@ class RefusalsTestCase(hosts.TwoHostsTestCase):
         self.sh(self.a, uuid, 'true')
         if self.record.exists():
             self.assertNotIn('source.frozen', self.record.read_text())
-        base.wait_for(
-            lambda: [info['uuid'] for info in self.b.list()] == [*there],
-            'the clean-up')
         instances = self.b.directory / 'state/instances'
-        self.assertEqual(
-            [*there], [path.name for path in instances.iterdir()])
+        base.wait_for(
+            lambda: [info['uuid'] for info in self.b.list()] == [*there] ==
+            [path.name for path in instances.iterdir()], 'the clean-up')
 
     # Its ids
 

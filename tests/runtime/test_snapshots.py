@@ -73,6 +73,7 @@ class Helpers:
 
     def changed_container(self, **kwargs):
         uuid = self.run_container(**kwargs)
+        self.wait_started(uuid)
         self.sh(uuid, CHANGES)
         info = self.host.info(uuid)
         root = f'/proc/{info["pid"]}/root'
@@ -185,6 +186,11 @@ class SnapshotTestCase(Helpers, base.HostTestCase):
     def waiting(self, point):
         base.wait_for(lambda: point not in faults._plan, point)
 
+    def noticed(self, uuid):
+        """Until the snapshot knows that it is given up."""
+        base.wait_for(lambda: self.host.snapshots._of(
+            uuid)._reason is not None, 'the notice')
+
     def test_of_a_running_container(self):
         uuid = self.changed_container()
         pid = self.host.info(uuid)['pid']
@@ -225,7 +231,8 @@ class SnapshotTestCase(Helpers, base.HostTestCase):
     def test_of_a_suspended_container(self):
         uuid = self.changed_container()
         self.sh(uuid, 'setsid sh -c "sleep 1000; echo done" '
-                '</dev/null >/dev/null 2>&1 &')
+                '</dev/null >/dev/null 2>&1 & '
+                'until pidof sleep >/dev/null; do :; done')
         self.host.checkpoints.suspend(uuid)
         with self.host.snapshots.take(uuid) as pieces:
             first = next(pieces)
@@ -373,6 +380,7 @@ class SnapshotTestCase(Helpers, base.HostTestCase):
         self.waiting('snapshot.pass')
         delete = self.joined(
             threading.Thread(target=self.host.delete, args=(uuid,)))
+        self.noticed(uuid)
         go()
         error = end()
         self.assertEqual('aborted', error.code, error)
@@ -392,8 +400,7 @@ class SnapshotTestCase(Helpers, base.HostTestCase):
         thread = self.joined(threading.Thread(target=take))
         self.waiting('snapshot.pass')
         gone.append(True)
-        base.wait_for(lambda: self.host.snapshots._of(
-            uuid)._reason is not None, 'the notice')
+        self.noticed(uuid)
         go()
         thread.join(base.PATIENCE)
         self.assertEqual([], self.left())

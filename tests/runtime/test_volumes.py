@@ -22,10 +22,15 @@ from tests import loop
 from tests.runtime import base
 from tests.runtime import hosts
 
-#: Has a device open for as long as it lives.
+#: Has a device open for as long as it lives, and is a sleep in the end.
 _HOLD = ('setsid sh -c "exec 3</dev/vdb; echo \\$\\$ > /run/holder; '
-         'sleep 1000" </dev/null >/dev/null 2>&1 & '
-         'while [ ! -s /run/holder ]; do sleep 0.05; done')
+         'exec sleep 1000" </dev/null >/dev/null 2>&1 & '
+         'while [ ! -s /run/holder ]; do sleep 0.05; done; '
+         'until grep -q ^sleep /proc/$(cat /run/holder)/cmdline; do '
+         'sleep 0.05; done')
+#: Ends it, and not only tells it to end.
+_LET_GO = ('pid=$(cat /run/holder); kill $pid; '
+           'while [ -e /proc/$pid ]; do sleep 0.05; done')
 
 
 class VolumesTestCase(hosts.TwoHostsTestCase):
@@ -118,7 +123,7 @@ class VolumesTestCase(hosts.TwoHostsTestCase):
         self.assertIn('sleep', str(error))
         # Nothing has changed by that.
         self.write(uuid, 'still')
-        self.sh(self.a, uuid, 'kill $(cat /run/holder)')
+        self.sh(self.a, uuid, _LET_GO)
         self.a.volume_detach(uuid, volume['id'])
         self.assertEqual([], self.names(uuid))
 
@@ -133,14 +138,16 @@ class VolumesTestCase(hosts.TwoHostsTestCase):
                 '</dev/null >/dev/null 2>&1 & '
                 'while [ ! -e /run/other ]; do sleep 0.05; done')
         self.a.volume_detach(uuid, volume['id'])
-        self.assertNotIn('/kept', self.sh(
-            self.a, uuid, 'cat /proc/[0-9]*/mounts'))
+        # Some may end before they are looked at.
+        mounts = self.sh(self.a, uuid, 'cat /proc/[0-9]*/mounts || :')
+        self.assertIn('/proc', mounts)
+        self.assertNotIn('/kept', mounts)
         self.a.volume_attach(uuid, volume)
         # A namespace that only a descriptor holds.
         self.sh(self.a, uuid,
                 'touch /held; mount --bind /dev/vdb /held; '
                 'setsid unshare -m sh -c '
-                '"echo \\$\\$ > /run/there; sleep 3" '
+                '"echo \\$\\$ > /run/there; exec sleep 1000" '
                 '</dev/null >/dev/null 2>&1 & '
                 'while [ ! -s /run/there ]; do sleep 0.05; done; '
                 'setsid sh -c "exec 3< /proc/$(cat /run/there)/ns/mnt; '
@@ -232,7 +239,7 @@ class VolumesTestCase(hosts.TwoHostsTestCase):
         [problem] = self.a.migration_check_source(uuid)['problems']
         self.assertEqual('device', problem['name'])
         self.assertIn('/dev/vdb', problem['reason'])
-        self.sh(self.a, uuid, 'kill $(cat /run/holder)')
+        self.sh(self.a, uuid, _LET_GO)
         here, there = self.a, self.b
         for turn in range(2):
             self.migrate(uuid, here, there)

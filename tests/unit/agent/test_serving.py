@@ -44,10 +44,10 @@ class TestLimits(base.AgentTestCase):
     def test_what_a_verb_is_told_to_wait_comes_on_top(self):
         self.define()
         self.host.gate.clear()
-        hasty = client.Client(self.path, 1)
-        # It uses all of its own second, within the two of the call.
+        hasty = client.Client(self.path, 3)
+        # It uses all of its own seconds; the call has as many more.
         self.assertEqual(
-            {'code': None, 'signal': 9}, hasty.stop(self.uuid, 1))
+            {'code': None, 'signal': 9}, hasty.stop(self.uuid, 3))
 
     def test_verbs_at_work_are_bounded(self):
         self.server.stop(base.PATIENCE)
