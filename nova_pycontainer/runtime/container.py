@@ -57,6 +57,8 @@ LOG = logging.getLogger(__name__)
 #: Seconds for the last processes to die after SIGKILL.
 KILL_TIMEOUT = 30.0
 _CONSOLE_TIMEOUT = 10.0
+#: From its start an init has so long, in seconds, to heed signals.
+_HANDLER_TIMEOUT = 10.0
 _TIOCSPTLCK = 0x40045431
 
 
@@ -545,18 +547,37 @@ class Container:
 
     # Taking it down
 
-    def ask_to_stop(self, pidfd: int) -> tuple[str, ...] | None:
+    def ask_to_stop(
+        self, pidfd: int, timeout_s: float
+    ) -> tuple[str, ...] | None:
         """Ask the init to shut down.
 
+        :param timeout_s: that it has for it
         :returns: a command that has to be run in the guest instead, if its
             init knows no signal for that
         """
         assert self.st.run is not None
         init = self.st.run['init']
         if init['stop_signal'] is not None:
-            process.send_signal(pidfd, int(init['stop_signal']))
+            number = int(init['stop_signal'])
+            self._wait_for_handler(pidfd, number, timeout_s)
+            process.send_signal(pidfd, number)
             return None
         return tuple(init['stop_argv'])
+
+    def _wait_for_handler(
+        self, pidfd: int, number: int, timeout_s: float
+    ) -> None:
+        """Give an init that was just started the time to heed a signal: sent
+        earlier, the kernel drops it, and nobody would shut down.
+        """
+        assert self.st.run is not None
+        pid = int(self.st.run['process']['pid'])
+        until = min(float(self.st.run['started_at'] or 0) + _HANDLER_TIMEOUT,
+                    time.time() + timeout_s)
+        while not process.heeds(pid, number) and time.time() < until:
+            if process.exited(pidfd, 0.05):
+                return
 
     def kill(self) -> None:
         """Kill every process and wait until the init is gone.

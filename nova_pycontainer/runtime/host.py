@@ -578,10 +578,10 @@ class Host:
             entry.stopping += 1
             pidfd = item.open()
             command = None
-            if pidfd is not None and current != 'created' and timeout_s > 0:
-                command = item.ask_to_stop(pidfd)
-        try:
             deadline = time.monotonic() + timeout_s
+            if pidfd is not None and current != 'created' and timeout_s > 0:
+                command = item.ask_to_stop(pidfd, timeout_s)
+        try:
             if command is not None:
                 self._run_stop_command(item, command, timeout_s)
             if pidfd is None or current == 'created' or not process.exited(

@@ -104,6 +104,21 @@ def exited(pidfd: int, timeout: float = 0.0) -> bool:
     return bool(poll.poll(timeout * 1000))
 
 
+def heeds(pid: int, number: int) -> bool:
+    """Whether a process has blocked a signal, or has a handler for it.
+
+    What has neither is dropped for the init of a PID namespace, see
+    pid_namespaces(7).
+    """
+    try:
+        status = pathlib.Path(f'/proc/{pid}/status').read_text()
+    except OSError:
+        return False
+    masks = [int(line.split()[1], 16) for line in status.splitlines()
+             if line.startswith(('SigBlk:', 'SigCgt:'))]
+    return any(mask >> (number - 1) & 1 for mask in masks)
+
+
 def send_signal(pidfd: int, number: int) -> None:
     """Send a signal; a process that is gone is no error."""
     try:

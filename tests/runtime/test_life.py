@@ -95,6 +95,13 @@ class LifeTestCase(base.HostTestCase):
         self.assertEqual(3, self.host.stop(uuid, base.PATIENCE)['code'])
         self.assertIn(b'goodbye', self.host.console_log(uuid))
 
+    def test_stop_before_the_init_heeds_its_signal(self):
+        uuid = self.run_container(init={
+            'argv': ['/bin/sh', '-c', 'sleep 2; trap "exit 3" USR1; '
+                     'while :; do sleep 1 & wait; done'],
+            'stop_signal': 'SIGUSR1'})
+        self.assertEqual(3, self.host.stop(uuid, base.PATIENCE)['code'])
+
     def test_guest_that_powers_off_is_stopped_with_an_event(self):
         uuid = self.run_container()
         self.wait_started(uuid)
