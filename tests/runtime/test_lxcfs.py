@@ -238,8 +238,10 @@ class SharesTestCase(hosts.TwoHostsTestCase):
         self.start_lxcfs(self.a)
         self.assertIn('not connected', self.sh(
             self.a, uuid, 'cat /proc/meminfo 2>&1 || :'))
-        problem, = self.a.migration_check_source(uuid)['problems']
-        self.assertEqual('lxcfs', problem['name'])
+        # Each file of each process.
+        problems = self.a.migration_check_source(uuid)['problems']
+        self.assertEqual({'lxcfs'}, {p['name'] for p in problems})
+        self.assertIn('sh (pid', str(problems))
         # Another container has the new one, and this one gets it by moving
         # once it has let go of the files of the old one.
         other = self.run_container()
