@@ -47,7 +47,7 @@ elif what == "mptcp":
 assert kept and all(fd != -1 for fd in kept), ctypes.get_errno()
 open(cgroup, "w").write("0")
 libc.setns(os.pidfd_open(int(pid)), 0x20000000 | 0x40000000 | 0x4000000 |
-           0x8000000 | 0x20000 | 0x2000000 | 0x10000000)
+           0x8000000 | 0x20000 | 0x2000000 | 0x10000000 | 0x80)
 if os.fork():
     os._exit(0)
 os.setsid()
