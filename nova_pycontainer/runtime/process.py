@@ -105,17 +105,20 @@ def exited(pidfd: int, timeout: float = 0.0) -> bool:
 
 
 def heeds(pid: int, number: int) -> bool:
-    """Whether a process has blocked a signal, or has a handler for it.
+    """Whether a process has blocked or ignored a signal, or has a handler.
 
-    What has neither is dropped for the init of a PID namespace, see
-    pid_namespaces(7).
+    What has nothing of it yet is dropped for the init of a PID namespace, see
+    pid_namespaces(7). One that waits in sigtimedwait(2), as busybox's does,
+    has its signals blocked, but the kernel does not show that meanwhile.
     """
     try:
         status = pathlib.Path(f'/proc/{pid}/status').read_text()
+        if 'sigtimedwait' in pathlib.Path(f'/proc/{pid}/wchan').read_text():
+            return True
     except OSError:
         return False
     masks = [int(line.split()[1], 16) for line in status.splitlines()
-             if line.startswith(('SigBlk:', 'SigCgt:'))]
+             if line.startswith(('SigBlk:', 'SigIgn:', 'SigCgt:'))]
     return any(mask >> (number - 1) & 1 for mask in masks)
 
 
