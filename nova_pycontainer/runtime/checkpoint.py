@@ -21,7 +21,6 @@ restored guest runs: its files change from then on.
 """
 
 import contextlib
-import errno
 import os
 import pathlib
 import shutil
@@ -53,7 +52,6 @@ LOG = logging.getLogger(__name__)
 #: disk.
 _CRIU_TIMEOUT = 1800.0
 _FACTS = 'dumped.json'
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def release(directory: pathlib.Path) -> None:
@@ -157,7 +155,7 @@ class Saver:
                     LOG.warning('instance %s: %s', item.uuid, e)
                     return
                 self._thaw()
-                if isinstance(e, OSError) and e.errno in _FULL:
+                if isinstance(e, OSError) and e.errno in errors.FULL:
                     raise self._full(str(e)) from e
                 raise
         if response.success or self._saved:

@@ -151,19 +151,15 @@ class Checkpoints:
         LOG.warning('instance %s: it was %s when the agent ended', item.uuid,
                     phase)
         alive = item.open() is not None
-        if phase == 'saving' and alive:
+        if phase not in ('saving', 'resumed'):
+            self._put_down(item)
+            self._mark(item, 'saved')
+        elif alive:
             # CRIU has let it go when it lost the agent.
             recovery.thaw(item, False)
             checkpoint.remove(self._directory(item))
             self._mark(item, None)
-        elif phase == 'resumed' and alive:
-            recovery.thaw(item, False)
-            checkpoint.remove(self._directory(item))
-            self._mark(item, None)
-        elif phase in ('saving', 'resumed'):
+        else:
             # What it has done since is on its disk, and not in what was
             # saved.
             self.discard(item)
-        else:
-            self._put_down(item)
-            self._mark(item, 'saved')

@@ -17,8 +17,11 @@ and Nova's RPC. Both keep only data, so everything that a person needs
 (instance, step, cause, remedy) is a field and not hidden in a traceback.
 """
 
+import errno
 import typing as ty
 
+#: Of a disk, or of a quota, that has no room: ``no_space``.
+FULL: ty.Final = (errno.ENOSPC, errno.EDQUOT)
 #: Every code that may cross the agent's socket, and the HTTP status that the
 #: agent answers with.
 CODES: ty.Final[dict[str, int]] = {

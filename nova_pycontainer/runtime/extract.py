@@ -162,7 +162,7 @@ class Extractor:
             64 << 20, free - self._limits.min_free_bytes)
 
     def _oserror(self, name: str, e: OSError) -> errors.ContainerError:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+        if e.errno in errors.FULL:
             return errors.ContainerError(
                 'no_space', 'the disk of the layer store is full',
                 cause=f'{e.strerror} at entry {archive.show(name)}',

@@ -99,7 +99,7 @@ def write(root: pathlib.Path, files: cabc.Iterable[File], owner: int) -> None:
                 _make_directories(place, file.parts[:-1], owner)
                 _write(place, file, owner)
             except OSError as e:
-                if e.errno in (errno.ENOSPC, errno.EDQUOT):
+                if e.errno in errors.FULL:
                     raise errors.ContainerError(
                         'no_space', f'there is no room for {file.path!r}',
                         cause=e.strerror,

@@ -72,7 +72,7 @@ class Reverter:
             e.uuid = e.uuid or self._uuid
             raise
         except OSError as e:
-            code = 'no_space' if e.errno in (28, 122) else 'internal'
+            code = 'no_space' if e.errno in errors.FULL else 'internal'
             raise errors.ContainerError(
                 code, f'{name} failed', uuid=self._uuid, step=name,
                 cause=str(e),

@@ -61,14 +61,6 @@ _SPAWN = ('check', 'image', 'volumes', 'network', 'plug', 'plug_vifs',
           'define', 'prepare', 'vif_wait', 'start')
 _RESIZE = ('stop', 'offer', 'unplug_vifs')
 _FINISH = ('leftovers', 'layer', 'take')
-TITLES = {
-    'nova-a': "source's nova-compute killed",
-    'nova-b': "destination's nova-compute killed",
-    'novas': 'both killed',
-    'agents-novas': 'both, and both agents, killed',
-    'own': 'who is at the step killed',
-    'fails': 'the step fails',
-}
 
 
 def _driver(verb, module, names=None):

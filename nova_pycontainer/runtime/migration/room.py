@@ -14,7 +14,6 @@
 
 import collections.abc as cabc
 import contextlib
-import errno
 import os
 import pathlib
 import socket
@@ -64,7 +63,7 @@ def needed(
         if isinstance(e, errors.ContainerError):
             cause, remedy = e.cause or e.message, e.remedy
             code = e.code
-        elif e.errno in (errno.ENOSPC, errno.EDQUOT):
+        elif e.errno in errors.FULL:
             code = 'no_space'
         free = free_if_full(directory)
         if code == 'no_space':

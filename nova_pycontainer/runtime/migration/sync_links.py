@@ -219,7 +219,7 @@ def _link(root: int, upper: int, name: bytes, layer_ctime: int) -> bool:
     except OSError as e:
         if e.errno in _GONE:
             return False
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+        if e.errno in errors.FULL:
             raise errors.ContainerError(
                 'no_space', f'the disk of the instance is too full to link '
                 f'{os.fsdecode(name)!r}', cause=str(e),
