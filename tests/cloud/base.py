@@ -240,6 +240,12 @@ class CloudTestCase(cases.TestCase):
             self.host_of(server), 'pycontainer', 'show', server.id,
             '-f', 'json'))
 
+    def inside(self, server: typing.Any, script: str) -> str:
+        """Runs a shell's script as root inside a server."""
+        return self.on_host(
+            self.host_of(server), 'pycontainer', 'exec', server.id, '--',
+            '/bin/sh', '-c', script)
+
     def open_port(self, port: int) -> None:
         """Let everybody reach a TCP port of the demo project's servers."""
         group = self.demo.network.find_security_group('default')

@@ -79,9 +79,12 @@ class MigrationTestCase(base.CloudTestCase):
             self.assertNotIn(name, self.on_host(
                 other, 'ip', '-brief', 'link'))
         provider = self.hypervisor(host)
-        allocations = self.admin.placement.get(
+        self.assertEqual([provider], [*self.allocations(server)])
+
+    def allocations(self, server: typing.Any) -> dict[str, typing.Any]:
+        """By resource provider."""
+        return self.admin.placement.get(
             f'/allocations/{server.id}').json()['allocations']
-        self.assertEqual([provider], [*allocations])
 
     def hypervisor(self, host: str) -> str:
         """Its id, which is its resource provider's too."""

@@ -209,8 +209,7 @@ class GuestTest(base.CloudTestCase):
             'the guest has as many processes as it may')
         # Another shell than bash, which would try for half a minute.
         self.assertIn('Cannot fork', self.assertRaises(
-            base.CommandError, self.on_host, self.host_of(self.guest),
-            'pycontainer', 'exec', self.guest.id, '--', '/bin/sh', '-c',
+            base.CommandError, self.inside, self.guest,
             'i=0; while [ $i -lt 400 ]; do sleep 5 & i=$((i + 1)); done'
         ).args[0])
         for _ in range(3):

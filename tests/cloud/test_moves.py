@@ -204,25 +204,20 @@ class MovesTest(base.CloudTestCase):
         self._start(server, 'nc -ll -p 22 -e /bin/cat')
         self._start(server, _SHELL_LOAD)
         self._moves(server, 'busybox', 22)
-        numbers = self._inside(server, 'cat /root/numbers').split()
+        numbers = self.inside(server, 'cat /root/numbers').split()
         self.assertGreater(len(numbers), 20 * _MOVES)
         self.assertEqual(
             [str(n) for n in range(1, len(numbers) + 1)], numbers)
-        self._inside(server, 'kill $(cat /run/load*)')
+        self.inside(server, 'kill $(cat /run/load*)')
         self._assert_idle(server)
         # The shell on its console has come with it.
-        self.assertIn('-/bin/sh', self._inside(server, 'ps'))
+        self.assertIn('-/bin/sh', self.inside(server, 'ps'))
 
     def _start(self, server, script):
-        self._inside(server, f'''
+        self.inside(server, f'''
 cat >/root/run.sh <<'END'
 echo $$ >/run/load$$
 {script}
 END
 setsid sh /root/run.sh </dev/null >/dev/null 2>&1 &
 sleep 0.3''')
-
-    def _inside(self, server, script):
-        return self.on_host(
-            self.host_of(server), 'pycontainer', 'exec', server.id, '--',
-            '/bin/sh', '-c', script)

@@ -34,7 +34,9 @@ from openstack import exceptions
 
 from tests.cloud import base
 from tests.cloud import migration_base
+from tests.faults import kernel
 from tests.faults import points
+from tests.faults import witness
 
 #: Between the death of a service and its next start.
 _SUPERVISOR = 1.0
@@ -42,9 +44,6 @@ _REACHED = 90.0
 #: An RPC call that nobody answers any more takes 60 s to fail.
 _SETTLED = 240.0
 _ENDED = ('completed', 'failed', 'error', 'cancelled')
-_COUNT = ('setsid sh -c "i=0; while :; do i=\\$((i+1)); '
-          'read u </proc/sys/kernel/random/uuid; echo \\$i \\$u >>/ticks; '
-          'usleep 50000; done" </dev/null >/dev/null 2>&1 &')
 _NOVA = ('host1.nova-compute', 'host2.nova-compute')
 _AGENTS = ('host1.agent', 'host2.agent')
 #: Fault → services that are killed; what the step's own one does.
@@ -208,13 +207,8 @@ class Rig(migration_base.MigrationTestCase):
 
     def counting(self):
         server = self.create_server('busybox', 'pyc.tiny', host='host1')
-        self.inside(server, _COUNT)
+        self.inside(server, witness.COUNT)
         return server
-
-    def inside(self, server, script):
-        return self.on_host(
-            self.host_of(server), 'pycontainer', 'exec', server.id, '--',
-            '/bin/sh', '-c', script)
 
     def _forget_layer(self, server):
         layer = self.containers('host1')[server.id]['layer']
@@ -319,9 +313,7 @@ class Rig(migration_base.MigrationTestCase):
         left = self.copies(server)
         if left:
             raise AssertionError(f'deleted, and it runs: {left}')
-        allocations = self.admin.placement.get(
-            f'/allocations/{server.id}').json()['allocations']
-        self.assertEqual({}, allocations)
+        self.assertEqual({}, self.allocations(server))
         self.assertEqual(
             [], [*self.admin.network.ports(device_id=server.id)])
 
@@ -343,19 +335,7 @@ class Rig(migration_base.MigrationTestCase):
 
     def copies(self, server):
         """Pids of the inits that the kernel has of it, wherever."""
-        found = []
-        for path in pathlib.Path('/proc').glob('[0-9]*'):
-            try:
-                if server.id not in (path / 'cgroup').read_text():
-                    continue
-                status = (path / 'status').read_text()
-            except OSError:
-                continue
-            inner = re.search(r'^NSpid:.*\s(\d+)$', status, re.M)
-            if inner and inner[1] == '1' and not re.search(
-                    r'^State:\s[ZX]', status, re.M):
-                found.append(int(path.name))
-        return found
+        return kernel.inits_of(server.id)
 
     def _check_count(self, server):
         """Each number once: no line was lost, and none written twice."""

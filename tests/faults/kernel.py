@@ -130,6 +130,18 @@ def last_pid():
     return int(_read(_PROC / 'loadavg').split()[-1])
 
 
+def _is_init(pid):
+    """Whether it is the living init of a PID namespace below ours."""
+    return (in_pid_namespace(pid)[1:] == [1] and
+            (_stat(pid) or 'Z')[0] not in 'ZX')
+
+
+def inits_of(uuid):
+    """Pids of the inits of a guest, on whichever host."""
+    return [pid for pid in _pids()
+            if uuid in _read(_PROC / str(pid) / 'cgroup') and _is_init(pid)]
+
+
 class Copy:
     """One copy of the guest on a host, as the kernel has it.
 
@@ -147,10 +159,7 @@ class Copy:
         candidates = self.pids | {
             pid for pid in processes(host) if uuid in _read(
                 _PROC / str(pid) / 'cgroup')}
-        self.inits = [
-            pid for pid in candidates
-            if in_pid_namespace(pid)[1:] == [1] and
-            (_stat(pid) or 'Z')[0] not in 'ZX']
+        self.inits = [pid for pid in candidates if _is_init(pid)]
         self.frozen = 'frozen 1' in _read(self._cgroup / 'cgroup.events')
 
     def _switches(self):

@@ -54,8 +54,6 @@ _END = 150.0
 _GROWTH_MIB = 16.0
 #: Descriptors that come and go: clients keep their connections for a while.
 _CONNECTIONS = 8
-#: Only the count of the witness's guest.
-_START = witness.START.split('& ')[0] + '&'
 
 
 class Broken(AssertionError):
@@ -197,7 +195,7 @@ class Soak(hosts.TwoHostsTestCase):
             uuid = str(uuidlib.uuid4())
             try:
                 self.run_container(host=host, uuid=uuid)
-                self.sh(host, uuid, _START)
+                self.sh(host, uuid, witness.COUNT)
                 break
             except errors.AgentUnavailable:
                 # Nova deletes what it could not make, and makes it again.

@@ -23,13 +23,14 @@ import re
 import threading
 import time
 
+COUNT = (
+    'setsid sh -c "exec 3>>/ticks; i=0; while :; do i=\\$((i+1)); '
+    'read u </proc/sys/kernel/random/uuid; echo \\$i \\$u >&3; '
+    'usleep 50000; done" </dev/null >/dev/null 2>&1 &')
 #: Also an echo service, whose connections are a part of the guest, and a
 #: process with some memory, that post-copy takes a while for.
 START = (
-    'setsid sh -c "exec 3>>/ticks; i=0; while :; do i=\\$((i+1)); '
-    'read u </proc/sys/kernel/random/uuid; echo \\$i \\$u >&3; '
-    'usleep 50000; done" </dev/null >/dev/null 2>&1 & '
-    'setsid nc -ll -p 7 -e /bin/cat </dev/null >/dev/null 2>&1 & '
+    f'{COUNT} setsid nc -ll -p 7 -e /bin/cat </dev/null >/dev/null 2>&1 & '
     "setsid awk 'BEGIN { s = sprintf(\"%6000000s\", \"x\"); "
     'for (;;) system("sleep 1000"); print length(s) }\' '
     '</dev/null >/dev/null 2>&1 &')
