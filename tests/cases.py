@@ -13,10 +13,33 @@
 
 """What all tests that do not come from Nova's have in common."""
 
+import collections.abc
 import os
+import typing
+import unittest
 
 import fixtures
 import testtools
+
+_MORE = bool(os.environ.get('PYCONTAINER_TEST_MORE'))
+
+#: Of a test that is one of many variants: all of them together would take
+#: longer than anybody waits for a change.
+more = unittest.skipUnless(
+    _MORE,
+    'a variant; PYCONTAINER_TEST_MORE=1 tools/run_tests.sh runs these, too')
+
+_Variant = typing.TypeVar('_Variant')
+
+
+def some(variants: collections.abc.Sequence[_Variant], *chosen: int
+         ) -> list[_Variant]:
+    """Those variants that one test goes through, all of them if asked to as
+    for :data:`more`.
+
+    :param chosen: which otherwise
+    """
+    return [*variants] if _MORE else [variants[n] for n in chosen]
 
 
 class TestCase(testtools.TestCase):

@@ -20,7 +20,8 @@
 #   unit        no root, no kernel features
 #   runtime     the container runtime alone: real containers; root
 #   functional  Nova's own services in one process, with this driver; root
-#   cloud       the OpenStack cloud of tools/cloud.sh; root
+#   cloud       the OpenStack cloud of tools/cloud.sh, with a selection of
+#               Tempest at the end; root
 #
 # All of them in this order if none is named. What follows "--" goes to
 # stestr, for example a regular expression of tests. The last lines name every
@@ -36,7 +37,7 @@ groups=()
 arguments=()
 while [ $# -gt 0 ]; do
     case $1 in
-    -h|--help) sed -n '14,30s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    -h|--help) sed -n '14,31s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
     --) shift; arguments=("$@"); break ;;
     *)
         case " ${ALL[*]} " in
@@ -133,21 +134,27 @@ run_unit() {
     stestr_group unit 2 900 env OS_TEST_TIMEOUT=160
 }
 
-run_runtime() {
-    # The tests' images are built outside: a test is no builder.
+# The tests' images are built outside, a test is no builder, and beside what
+# needs none.
+build_images() {
     local image
     for image in busybox debian12 debian13 sysvinit; do
-        "$REPO/tools/images/build.sh" "$image" >/dev/null
+        "$REPO/tools/images/build.sh" "$image" >/dev/null || return 1
     done
+}
+
+run_runtime() {
+    wait "$images" || { cat "$results/images.log"; return 1; }
     local -a command=(env OS_TEST_TIMEOUT=600
                       PYTHON="$LIB_DIR/in-host.sh $VENV/bin/python")
     if [ ${#arguments[@]} -gt 0 ]; then
         stestr_group runtime 2 2100 "${command[@]}"
         return
     fi
-    # These wait for minutes and leave the processors alone, so they run
+    # These wait most of the time and leave the processors alone, so they run
     # beside the others, in namespaces of their own.
-    local waiting=test_migration_clocks lane selection rc=0
+    local waiting='\.(test_migration_clocks|test_faults|test_upgrade)\.'
+    local lane selection rc=0
     lane=waiting selection=("$waiting")
     stestr_group runtime 1 1200 "${command[@]}" \
         >"$results/waiting.log" 2>&1 &
@@ -163,7 +170,7 @@ run_runtime() {
 run_functional() {
     # Each worker of stestr has namespaces of its own: Nova's fixtures give
     # all ports the same ids.
-    stestr_group functional 2 1200 env OS_TEST_TIMEOUT=600 \
+    stestr_group functional 2 1800 env OS_TEST_TIMEOUT=600 \
         PYTHON="$LIB_DIR/in-host.sh $VENV/bin/python"
 }
 
@@ -172,9 +179,20 @@ run_cloud() {
         cloud_started=1
         "$REPO/tools/cloud.sh" up || return 1
     fi
-    stestr_group cloud 1 2000 env OS_TEST_TIMEOUT=900
+    local rc=0
+    stestr_group cloud 1 2200 env OS_TEST_TIMEOUT=900 || rc=1
+    if [ ${#arguments[@]} -eq 0 ]; then
+        # Tempest's results are the group's.
+        timeout --kill-after=30 900 "$REPO/tools/tempest.sh" || rc=1
+        cat "$LOGS/tempest.subunit" >>"$results/cloud.subunit" || rc=1
+    fi
+    return "$rc"
 }
 
+case " ${groups[*]} " in *' runtime '*)
+    build_images >"$results/images.log" 2>&1 &
+    images=$!
+esac
 failed=()
 for group in "${groups[@]}"; do
     say "== $group"
