@@ -292,6 +292,17 @@ class Client:
         return ty.cast(Json, self._call(
             'volume_detach', {'uuid': uuid, 'volume': volume}))
 
+    def volume_swap(self, uuid: str, old: str, volume: Json) -> Json:
+        """Begin to put a volume in the place of another."""
+        return ty.cast(Json, self._call('volume_swap', {
+            'uuid': uuid, 'old': old, 'volume': volume}))
+
+    def volume_swap_status(self, uuid: str) -> Json:
+        return ty.cast(Json, self._call('volume_swap_status', {'uuid': uuid}))
+
+    def volume_swap_abort(self, uuid: str) -> None:
+        self._call('volume_swap_abort', {'uuid': uuid})
+
     # Life
 
     def define(self, uuid: str, spec: Json) -> Json:
@@ -337,6 +348,14 @@ class Client:
 
     def delete(self, uuid: str, keep_disk: bool = False) -> None:
         self._call('delete', {'uuid': uuid, 'keep_disk': keep_disk})
+
+    def quiesce(self, uuid: str, limit_s: float) -> Json:
+        """Let a container stand still, for that many seconds at most."""
+        return ty.cast(Json, self._call(
+            'quiesce', {'uuid': uuid, 'limit_s': limit_s}))
+
+    def unquiesce(self, uuid: str) -> Json:
+        return ty.cast(Json, self._call('unquiesce', {'uuid': uuid}))
 
     # Rescue
 

@@ -20,9 +20,11 @@ import pathlib
 import typing as ty
 
 from oslo_config import cfg
+from oslo_config import types
 from oslo_utils import netutils
 
 from nova_pycontainer import conf as driver_conf
+from nova_pycontainer.runtime import bootvolume
 from nova_pycontainer.runtime import config as rconfig
 
 _GIB: ty.Final = 1 << 30
@@ -102,13 +104,31 @@ Who makes the containers' control groups.
             ('auto', 'project quota where the file system has it, otherwise '
                      'a file per container'),
             ('project', 'project quota of the file system of ``state_dir``'),
-            ('loop', 'an ext4 file system in a sparse file per container'),
+            ('loop', 'an ext4 file system in a file per container, whose '
+                     'space is reserved'),
+            ('sparse', 'the same without reserving anything: a full disk of '
+                       'the host damages the files of its containers'),
             ('none', 'no limit: any container can fill the disk of the host'),
         ],
         help="""
 How the size of a root disk, ``disk`` of the flavor, is enforced.
 
 A container keeps what it was made with.
+"""),
+    cfg.ListOpt(
+        'volume_filesystems',
+        item_type=types.String(choices=[*bootvolume.TYPES]),
+        default=[],
+        help="""
+Types of file systems that this host's kernel may mount to boot servers from
+volumes.
+
+Empty, which is the default, means that servers with their root on a volume are
+refused here. What is on a volume was written by its owner, byte by byte if he
+likes, and the kernel's file systems are not made to withstand that: a forged
+one may crash the host, or take it over. Permit only what you trust with your
+users' volumes, ``ext4`` for instance, and keep the kernel up to date. Whatever
+a file system says, its device nodes are dead and its errors make it read-only.
 """),
     cfg.IntOpt(
         'idmap_base',
@@ -276,6 +296,7 @@ def runtime_config(conf: cfg.ConfigOpts) -> rconfig.Config:
         cgroup_parent=group.cgroup_parent,
         cgroup_manager=group.cgroup_manager,
         disk_limit=group.disk_limit,
+        volume_filesystems=tuple(group.volume_filesystems),
         idmap_base=group.idmap_base,
         idmap_count=group.idmap_count,
         layer_max_entries=group.layer_max_entries,

@@ -90,6 +90,10 @@ VERBS: ty.Final[dict[str, Verb]] = {
         'volumes.attach', {'uuid': _UUID, 'volume': _OBJECT}),
     'volume_detach': Verb(
         'volumes.detach', {'uuid': _UUID, 'volume': _TEXT}),
+    'volume_swap': Verb('swaps.begin', {
+        'uuid': _UUID, 'old': _TEXT, 'volume': _OBJECT}),
+    'volume_swap_status': Verb('swaps.status', {'uuid': _UUID}),
+    'volume_swap_abort': Verb('swaps.abort', {'uuid': _UUID}),
     # Life. A config drive may hold 64 MiB, in base64.
     'define': Verb('define', {'uuid': _UUID, 'spec': _OBJECT},
                    max_body=96 * MIB),
@@ -103,6 +107,11 @@ VERBS: ty.Final[dict[str, Verb]] = {
         limit_s=180.0, max_body=96 * MIB),
     'pause': Verb('pause', {'uuid': _UUID}),
     'unpause': Verb('unpause', {'uuid': _UUID}),
+    # What it has written goes to its disks, at their speed.
+    'quiesce': Verb('quiesces.begin', {
+        'uuid': _UUID, 'limit_s': {**_SECONDS, 'exclusiveMinimum': 0}},
+        limit_s=120.0),
+    'unquiesce': Verb('quiesces.end', {'uuid': _UUID}),
     # The memory goes to a disk, at the disk's speed.
     'suspend': Verb('checkpoints.suspend', {'uuid': _UUID}, limit_s=1800.0),
     'resume': Verb('checkpoints.resume', {

@@ -30,6 +30,7 @@ import prettytable
 from nova_pycontainer.agent import client as agent_client
 from nova_pycontainer.cmd import console
 from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime.migration import versions
 
 Json = dict[str, ty.Any]
 
@@ -209,6 +210,7 @@ class Command:
                 self._args.to, self._args.agent_timeout)
             found.append(('destination', there.migration_check_destination(
                 found[0][1]['facts'])))
+            self._check_formats(*(result for _, result in found))
         problems = [{'host': host, **p} for host, result in found
                     for p in result['problems']]
         if self._out.form == 'json':
@@ -225,6 +227,20 @@ class Command:
               + ('It cannot be live-migrated' if problems else
                  'Nothing was found that keeps it from it'))
         return 1 if problems else 0
+
+    @staticmethod
+    def _check_formats(source: Json, destination: Json) -> None:
+        """Add what a destination of a former release cannot know."""
+        names = [str(r['facts'].get('hostname')) for r in (
+            source, destination)]
+        too_new = versions.too_new(
+            versions.format_of(source['facts']), names[0],
+            versions.format_of(destination['facts']), names[1])
+        if too_new is not None and not any(
+                p['name'] == 'protocol' for p in destination['problems']):
+            destination['problems'].append({
+                'name': 'format', 'reason': too_new[0],
+                'remedy': too_new[1], 'process': None})
 
     def layers(self) -> None:
         if self._args.delete:

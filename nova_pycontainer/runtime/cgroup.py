@@ -28,9 +28,11 @@ import time
 import typing as ty
 
 from nova_pycontainer.runtime import blockio
+from nova_pycontainer.runtime import cpuset
 from nova_pycontainer.runtime import errors
 
-_REMOVE_TIMEOUT = 10.0
+#: Where memory is short, a killed process takes a while to end.
+_REMOVE_TIMEOUT = 30.0
 #: v1 controllers that have another name in v2.
 _V2_NAMES: ty.Final = {'blkio': 'io'}
 #: Those that OCI runtimes enable for a container, where there are any.
@@ -51,6 +53,7 @@ class Limits:
     cpu_quota_us: int | None = None
     cpu_period_us: int | None = None
     pids_max: int | None = None
+    cpus: cpuset.Share = cpuset.Share()
     io: blockio.Limits = blockio.Limits()
 
 
@@ -94,6 +97,20 @@ def _read_key(path: pathlib.Path, key: str) -> int | None:
     except (OSError, ValueError):
         pass
     return None
+
+
+def _read_cpus(file: pathlib.Path) -> cpuset.Cpus | None:
+    try:
+        return cpuset.parse(file.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _cpuset(share: cpuset.Share) -> cabc.Iterator[tuple[str, str]]:
+    if share.cpus is not None:
+        yield 'cpuset.cpus', cpuset.listing(share.cpus)
+    if share.nodes is not None:
+        yield 'cpuset.mems', cpuset.listing(share.nodes)
 
 
 class Hierarchies:
@@ -140,9 +157,24 @@ class Hierarchies:
             return None
         return self.v1.get(controller)
 
+    def cpus(self, path: str) -> cpuset.Cpus | None:
+        """Those that processes in a cgroup can run on, by the innermost of
+        its parents that tells; None: there is no controller for that.
+        """
+        v1 = self.legacy('cpuset')
+        if v1 is None and 'cpuset' not in self.v2_controllers:
+            return None
+        directory = v1 or self.v2
+        file = 'cpuset.effective_cpus' if v1 else 'cpuset.cpus.effective'
+        found = _read_cpus(directory / file)
+        for name in pathlib.PurePosixPath(path).parts:
+            directory = directory / name
+            found = _read_cpus(directory / file) or found
+        return found
+
     def missing(self) -> list[str]:
         """Controllers that no hierarchy has: limits that cannot hold."""
-        return [name for name in ('cpu', 'memory', 'pids')
+        return [name for name in ('cpu', 'cpuset', 'memory', 'pids')
                 if name not in self.v2_controllers and name not in self.v1]
 
 
@@ -170,15 +202,14 @@ class Cgroup:
         procs = self.legacy_procs()
         for file in procs:
             file.parent.mkdir(parents=True, exist_ok=True)
-        self._inherit_cpuset()
+        self._set_legacy_cpuset(limits.cpus)
         self.set_legacy_limits(limits)
         return procs
 
-    def _inherit_cpuset(self) -> None:
-        """Give it all that its parents have of CPUs and memory.
+    def _set_legacy_cpuset(self, share: cpuset.Share) -> None:
+        """Give it its CPUs and memory, or what its parents have of them.
 
-        A v1 cpuset takes no process before it has both. It limits nothing:
-        lxcfs 5 looks for a guest's CPUs by the path of its cpuset.
+        A v1 cpuset takes no process before it has both.
         """
         above = self._h.legacy('cpuset')
         if above is None:
@@ -189,6 +220,12 @@ class Cgroup:
                 if not (below / file).read_text().strip():
                     (below / file).write_text((above / file).read_text())
             above = below
+        for file, value in _cpuset(share):
+            (above / file).write_text(value)
+
+    def cpus(self) -> cpuset.Cpus | None:
+        """Those that the kernel lets it run on, or None if it runs on any."""
+        return self._h.cpus(self.path)
 
     def legacy_procs(self) -> list[pathlib.Path]:
         """The ``cgroup.procs`` files of the v1 cgroups."""
@@ -233,6 +270,8 @@ class Cgroup:
 
     def _v2_limits(self, limits: Limits) -> cabc.Iterator[tuple[str, str]]:
         have = self._h.v2_controllers
+        if 'cpuset' in have:
+            yield from _cpuset(limits.cpus)
         if 'memory' in have and limits.memory_bytes is not None:
             yield 'memory.max', str(limits.memory_bytes)
             if (self.v2 / 'memory.swap.max').exists():
@@ -278,9 +317,14 @@ class Cgroup:
             # No swap beyond memory: OCI's swap is memory plus swap.
             resources['memory'] = {
                 'limit': limits.memory_bytes, 'swap': limits.memory_bytes}
+        cpu: dict[str, object] = {}
         if 'cpu' in have:
-            cpu = {'shares': limits.cpu_shares, 'quota': limits.cpu_quota_us,
-                   'period': limits.cpu_period_us}
+            cpu |= {'shares': limits.cpu_shares, 'quota': limits.cpu_quota_us,
+                    'period': limits.cpu_period_us}
+        if 'cpuset' in have:
+            cpu |= {file.removeprefix('cpuset.'): value
+                    for file, value in _cpuset(limits.cpus)}
+        if cpu:
             resources['cpu'] = {
                 k: v for k, v in cpu.items() if v is not None}
         if 'pids' in have and limits.pids_max is not None:

@@ -231,7 +231,8 @@ class Restorer:
             self._read()
             for nic in item.spec.nics:
                 network.plug(nic)
-            procs = item.cgroup.create_legacy(item.spec.limits)
+            item.take_cpus()
+            procs = item.cgroup.create_legacy(item.limits)
             self._session = stack.enter_context(
                 self._criu.session(cgroup_procs=procs))
             stack.callback(self._session.wait)

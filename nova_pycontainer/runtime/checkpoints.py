@@ -22,6 +22,9 @@
     as ``saved``, and what there is of it is frozen
 ``resumed``
     it runs, or has run; the checkpoint is of the past
+``undecided``
+    written by a release of format 3: as ``resumed`` if it is not frozen, else
+    as ``restoring``
 """
 
 import pathlib
@@ -151,6 +154,8 @@ class Checkpoints:
         LOG.warning('instance %s: it was %s when the agent ended', item.uuid,
                     phase)
         alive = item.open() is not None
+        if phase == 'undecided' and alive and not item.cgroup.frozen():
+            phase = 'resumed'
         if phase not in ('saving', 'resumed'):
             self._put_down(item)
             self._mark(item, 'saved')

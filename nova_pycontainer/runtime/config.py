@@ -41,8 +41,11 @@ class Config:
     cgroup_parent: str = 'pycontainer'
     #: ``auto``, ``cgroupfs`` or ``systemd``: who makes a container's cgroup.
     cgroup_manager: str = 'auto'
-    #: ``auto``, ``project``, ``loop`` or ``none``: how DISK_GB is enforced.
+    #: One of :data:`.disk.METHODS`: how DISK_GB is enforced.
     disk_limit: str = 'auto'
+    #: Types of file systems on volumes that this host's kernel may mount, see
+    #: :mod:`nova_pycontainer.runtime.bootvolume`.
+    volume_filesystems: tuple[str, ...] = ()
     #: First host id of the first container's range, and how many ranges of
     #: :data:`nova_pycontainer.runtime.idmap.RANGE` ids there are.
     idmap_base: int = 0x40000000

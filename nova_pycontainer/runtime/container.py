@@ -18,6 +18,7 @@ these methods one at a time for each container.
 
 import collections.abc as cabc
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -31,9 +32,11 @@ import typing as ty
 from oslo_log import log as logging
 
 from nova_pycontainer.runtime import blockio
+from nova_pycontainer.runtime import bootvolume
 from nova_pycontainer.runtime import bundle
 from nova_pycontainer.runtime import cgroup
 from nova_pycontainer.runtime import config as rconfig
+from nova_pycontainer.runtime import cpuset
 from nova_pycontainer.runtime import disk
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import faults
@@ -76,12 +79,14 @@ class Container:
         runtime: oci.OciRuntime,
         hierarchies: cgroup.Hierarchies,
         keeper: keeper_client.KeeperClient,
+        pool: cpuset.Pool,
         st: state.State,
     ) -> None:
         self._config = config
         self._oci = runtime
         self._h = hierarchies
         self._keeper = keeper
+        self._pool = pool
         self.st = st
         self.uuid = st.uuid
         self.spec = rspec.Spec.from_dict(st.spec)
@@ -99,19 +104,33 @@ class Container:
             config.run_dir / 'root' / f'{st.uuid}.dev', st.base_id)
         self.lxcfs = lxcfs.Lxcfs(config.lxcfs_dir)
         self.bundle = config.run_dir / 'bundle' / st.uuid
-        self.disk = disk.Disk(
-            self.directory, st.disk_method, st.base_id, self.spec.disk_bytes)
+        self.disk = self._own_root()
         self.cgroup = cgroup.Cgroup(
             hierarchies,
             (st.run or {}).get('cgroup') or
             f'{config.cgroup_parent}/{st.uuid}')
+
+    def _own_root(self) -> disk.Disk:
+        if self.spec.root is not None:
+            return bootvolume.BootVolume(
+                self.directory, self.spec.root, self.st.base_id,
+                self._config.volume_filesystems, self.root)
+        return disk.Disk(
+            self.directory, self.st.disk_method, self.st.base_id,
+            self.spec.disk_bytes)
 
     # What it is
 
     @property
     def layers(self) -> set[str]:
         """Keys of the layers that it needs."""
-        return {self.spec.layer}
+        return {self.spec.layer} - {''}
+
+    @property
+    def limits(self) -> cgroup.Limits:
+        """Those of its spec, with the CPUs that it has taken."""
+        return dataclasses.replace(
+            self.spec.limits, cpus=self._pool.of(self.uuid))
 
     def process(self) -> process.ProcessId | None:
         run = self.st.run
@@ -164,6 +183,7 @@ class Container:
             'pid': run['process']['pid'] if run and live else None,
             'exit': self.st.exit.to_dict() if self.st.exit else None,
             'cpu_time_ns': usage.cpu_time_ns,
+            'cpus': sorted(self.cgroup.cpus() or ()) if live else None,
             'memory_bytes': usage.memory_bytes,
             'pids': usage.pids,
             'oom_kills': usage.oom_kills,
@@ -176,16 +196,17 @@ class Container:
             'volumes': [
                 v.to_dict() | {'statistics': volume.statistics(v)}
                 for v in self.spec.volumes],
+            'root': self._root_info(),
             'resources': dict(self.st.spec.get('resources') or {}),
-            'disk': ({'method': self.st.disk_method, 'used_bytes': used[0],
-                      'free_bytes': used[1]} if used else
-                     {'method': self.st.disk_method, 'used_bytes': None,
-                      'free_bytes': None}),
+            'disk': {'method': self.disk.method,
+                     'used_bytes': used[0] if used else None,
+                     'free_bytes': used[1] if used else None},
             'created_at': self.st.created_at,
             # It runs on another host; what is here is only left over.
             'moved': self.st.moved,
             # Another host may have it.
             'offered': self.st.offered is not None,
+            'kept': self.st.kept,
             # Its files are not all here yet.
             'incoming': self.st.incoming is not None,
             'rescue': self.st.rescue is not None,
@@ -193,6 +214,13 @@ class Container:
             'spec': {k: v for k, v in self.st.spec.items()
                      if k != 'config_drive'},
         }
+
+    def _root_info(self) -> dict[str, ty.Any] | None:
+        # Also while another root is in place of it.
+        if not self.st.spec.get('root'):
+            return None
+        root = volume.Volume.from_dict(self.st.spec['root'])
+        return root.to_dict() | {'statistics': volume.statistics(root)}
 
     # Making it
 
@@ -204,7 +232,7 @@ class Container:
         """Make the directory, the disk and ``state.json``; all or nothing.
 
         :param files: to be in its root beside those of the image
-        :param layer: as for :meth:`prepare`; needed for files only
+        :param layer: as for :meth:`prepare`; None: it comes later
         """
         with revert.Reverter(self.uuid) as r:
             with r.step('instance-directory'):
@@ -217,7 +245,7 @@ class Container:
                 self.st.save(self.directory)
             # Known from here on, so that what is mounted goes after a kill.
             with r.step('files', self.unmount_root):
-                if files and layer is not None:
+                if layer is not None and (files or self.spec.root):
                     self._write_files(files, layer)
             r.success()
 
@@ -230,7 +258,8 @@ class Container:
         """
         self.disk.mount()
         try:
-            self._mount_overlay(layer)
+            self._show_root(layer)
+            self._check_root()
             guest_files.write(self.root, files, self.st.base_id)
         finally:
             overlay.unmount(self.root)
@@ -259,19 +288,25 @@ class Container:
     def prepare(self, layer: pathlib.Path) -> None:
         """Make everything up to an init that waits to be started.
 
-        :param layer: root directory of the image's layer
+        :param layer: root directory of the image's layer, or the place of the
+            root if that is a volume
         """
-        init = initd.make(
-            layer, self.uuid, argv=self.spec.init_argv,
-            env=self.spec.init_env, stop_signal=self.spec.stop_signal)
         with contextlib.ExitStack() as stack, (
                 revert.Reverter(self.uuid)) as r:
             with r.step('mount-disk', self.disk.unmount):
                 self.disk.mount()
             with r.step('mount-root', self.unmount_root):
                 self.mount_root(layer)
+            with r.step('cpus', self._give_cpus_back):
+                self.take_cpus()
+            with r.step('init'):
+                self._check_root()
+                init = initd.make(
+                    layer, self.uuid, argv=self.spec.init_argv,
+                    env=self.spec.init_env,
+                    stop_signal=self.spec.stop_signal)
             with r.step('cgroup', self.cgroup.remove):
-                procs = self.cgroup.create_legacy(self.spec.limits)
+                procs = self.cgroup.create_legacy(self.limits)
             with r.step('bundle', self._remove_bundle):
                 self._write_bundle(init, self._namespaces(stack))
             with r.step('create', self._remove_from_runtime):
@@ -312,6 +347,22 @@ class Container:
                 self._set_cgroup()
             r.success()
 
+    def take_cpus(self) -> None:
+        """Have CPUs chosen for it, until it is torn down.
+
+        :raises ContainerError: ``unsupported``
+        """
+        self._pool.take(self.uuid, self.spec.cpus, self.spec.vcpus)
+
+    def _give_cpus_back(self) -> None:
+        self._pool.give_back(self.uuid)
+
+    def note_cpus(self) -> None:
+        """It runs already: it has what the kernel says."""
+        found = self.cgroup.cpus()
+        if found is not None:
+            self._pool.note(self.uuid, found, self.spec.vcpus)
+
     def disks(self, *more: volume.Volume) -> list[str]:
         """The disks that its limits hold for; its root is mounted.
 
@@ -322,7 +373,8 @@ class Container:
         found: list[str] = []
         if not self.spec.limits.io:
             return found
-        for device in (os.stat(self.disk.upper).st_dev,
+        for device in (os.stat(self.root if self.spec.root else
+                               self.disk.upper).st_dev,
                        *map(volume.device_of, (*self.spec.volumes, *more))):
             disk_of = blockio.disk_of(device)
             if disk_of is None:
@@ -349,16 +401,26 @@ class Container:
             self.uuid, pid, str(self.exit_file), start_time)
 
     def mount_root(self, layer: pathlib.Path) -> None:
-        self._mount_overlay(layer)
+        self._show_root(layer)
         if self.config_drive.exists():
             overlay.bind(self.config_drive, self.drive_source)
-        self.nodes.make(self.spec.volumes)
+        self.nodes.make(self.devices())
 
-    def _mount_overlay(self, layer: pathlib.Path) -> None:
+    def devices(self) -> tuple[volume.Volume, ...]:
+        """The volumes whose devices it has."""
+        return self.spec.volumes
+
+    def _show_root(self, layer: pathlib.Path) -> None:
         self.root.parent.mkdir(mode=0o711, exist_ok=True)
-        overlay.mount(
-            self.root, layer=layer, upper=self.disk.upper,
-            work=self.disk.work, base_id=self.st.base_id)
+        self.disk.show(self.root, layer)
+
+    def _check_root(self) -> None:
+        """Look whether there is an init, where that may have changed.
+
+        :raises ContainerError: ``volume_unusable``
+        """
+        if isinstance(self.disk, bootvolume.BootVolume):
+            self.disk.check_init(self.root, self.spec.init_argv)
 
     def unmount_root(self) -> None:
         self.nodes.unmount()
@@ -399,12 +461,12 @@ class Container:
             cgroups_path=self._oci.cgroups_path(
                 self._config.cgroup_parent, self.uuid),
             resources=self.cgroup.oci_resources(
-                self.spec.limits, self.disks()),
+                self.limits, self.disks()),
             config_drive=(
                 self.drive_source if self.config_drive.exists() else None),
             nesting=self.spec.nesting,
             rescued=self.rescued,
-            volumes=[self.nodes.path(v) for v in self.spec.volumes],
+            volumes=[self.nodes.path(v) for v in self.devices()],
             joined=joined,
             shares=self.lxcfs.files())
         (self.bundle / 'config.json').write_text(json.dumps(document))
@@ -629,6 +691,7 @@ class Container:
         self.unmount_root()
         self.disk.unmount()
         self.cgroup.remove()
+        self._give_cpus_back()
         self._remove_bundle()
         self.unplug_all()
 

@@ -50,6 +50,8 @@ MIN_VERSION = (4, 2)
 
 _MAX_MESSAGE = 1 << 20
 _END_TIMEOUT = 20.0
+#: Seconds for CRIU after the end of its helper.
+_ALONE: ty.Final = 3.0
 _PACKAGES = '/usr/lib/python3/dist-packages'
 
 
@@ -68,6 +70,15 @@ class Script(ty.NamedTuple):
 
 
 Handler = ty.Callable[[Script], None]
+
+
+class Helper(ty.Protocol):
+    """A process that CRIU depends on."""
+
+    def fileno(self) -> int:
+        """Readable when it has ended."""
+
+    def failed(self) -> bool: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,6 +295,8 @@ class Session:
             raise errors.ContainerError(
                 'criu_failed', 'criu ended at once') from None
         self._timeout = 0.0
+        self._helper: Helper | None = None
+        self._failed = False
 
     def __enter__(self) -> 'Session':
         return self
@@ -293,6 +306,9 @@ class Session:
         # dump's processes go on.
         self._sock.close()
         if self._pidfd >= 0:
+            if (self._failed or any(exc)) and process.exited(
+                    self._pidfd, _END_TIMEOUT):
+                process.kill_session(self.pid, 'criu')
             os.close(self._pidfd)
             self._pidfd = -1
 
@@ -316,7 +332,8 @@ class Session:
             process.send_signal(self._pidfd, 9)
 
     def request(
-        self, kind: int, opts: ty.Any, handler: Handler, timeout: float
+        self, kind: int, opts: ty.Any, handler: Handler, timeout: float,
+        helper: Helper | None = None,
     ) -> ty.Any:
         """Send a request, serve notifications, and return the response.
 
@@ -324,10 +341,23 @@ class Session:
         takes back what it did, and the error is raised here.
 
         :param timeout: seconds between two messages of CRIU
+        :param helper: without whose success CRIU has none, either; it is
+            killed if it does not notice
         :raises ContainerError: ``criu_failed``
         """
+        try:
+            return self._request(kind, opts, handler, timeout, helper)
+        except BaseException:
+            self._failed = True
+            raise
+
+    def _request(
+        self, kind: int, opts: ty.Any, handler: Handler, timeout: float,
+        helper: Helper | None,
+    ) -> ty.Any:
         self._sock.settimeout(timeout)
         self._timeout = timeout
+        self._helper = helper
         message = self._rpc.criu_req(type=kind, opts=opts)
         try:
             self._sock.sendall(message.SerializeToString())
@@ -366,11 +396,30 @@ class Session:
             raise refused
         return response
 
-    def _receive(self) -> tuple[ty.Any, int | None]:
+    def _wait(self) -> dict[int, int]:
+        """What can be read, of CRIU's socket and its end."""
         poller = select.poll()
         poller.register(self._sock, select.POLLIN)
         poller.register(self._pidfd, select.POLLIN)
+        helper = self._helper
+        if helper is not None:
+            poller.register(helper, select.POLLIN)
         ready = dict(poller.poll(self._timeout * 1000))
+        if helper is None or set(ready) != {helper.fileno()}:
+            return ready
+        self._helper = None
+        poller.unregister(helper)
+        failed = helper.failed()
+        ready = dict(poller.poll(
+            (_ALONE if failed else self._timeout) * 1000))
+        if failed and not ready:
+            # It waits for the guest's init, which waits for processes that
+            # only their tracer can reap, and that is CRIU.
+            self.kill()
+        return ready
+
+    def _receive(self) -> tuple[ty.Any, int | None]:
+        ready = self._wait()
         if not ready:
             raise errors.ContainerError('timeout', 'criu does not answer')
         if self._sock.fileno() not in ready:

@@ -19,8 +19,13 @@ it bounded differs by host:
     a project quota (ext4, xfs). The file system of the state directory must
     be mounted with ``prjquota``. No cost per container.
 ``loop``
-    an ext4 file system of that size in a sparse file. Works everywhere, and
-    costs a superblock and a journal thread for each running container.
+    an ext4 file system of that size in a file, whose blocks are reserved when
+    it is made. Works everywhere, and costs a superblock and a journal thread
+    for each running container.
+``sparse``
+    the same in a sparse file. When the host's disk is full, what the container
+    has written and not yet synced is lost, and its file system may be damaged:
+    the kernel finds no place for what it has long promised to write.
 ``none``
     no limit; only when the operator says so, or the flavor has no disk.
 """
@@ -37,17 +42,23 @@ import time
 from oslo_log import log as logging
 
 from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime import overlay
 from nova_pycontainer.runtime import syscalls
 
 LOG = logging.getLogger(__name__)
 
-METHODS = ('auto', 'project', 'loop', 'none')
+METHODS = ('auto', 'project', 'loop', 'sparse', 'none')
+#: Those whose disk is a file system in a file.
+IN_FILE = ('loop', 'sparse')
 
 # <linux/fs.h>
 _FS_IOC_FSGETXATTR = 0x801C581F
 _FS_IOC_FSSETXATTR = 0x401C5820
 _FS_XFLAG_PROJINHERIT = 0x00000200
 _FSXATTR = struct.Struct('=IIIII8x')
+
+# <linux/falloc.h>
+_FALLOC_FL_KEEP_SIZE = 0x01
 
 # <linux/quota.h>
 _PRJQUOTA = 2
@@ -130,7 +141,7 @@ class Disk:
         """
         :param project: number of its quota, where that is not the first id's
         """
-        self._host_method = method
+        self.method = self._host_method = method
         self._method = 'none' if limit is None else method
         self._base_id = base_id
         # The base id is distinct for each instance of the host and fits the
@@ -147,14 +158,14 @@ class Disk:
     @property
     def in_file(self) -> bool:
         """Whether it is a file system of its own, in a file."""
-        return self._method == 'loop'
+        return self._method in IN_FILE
 
     def create(self) -> None:
         """Make the disk, empty. Mounting is :meth:`mount`'s."""
         self.directory.mkdir(mode=0o700, exist_ok=True)
         if self._method == 'project':
             self._set_project()
-        elif self._method == 'loop':
+        elif self.in_file:
             self._make_image()
 
     def _make_image(self) -> None:
@@ -164,16 +175,41 @@ class Disk:
             0o600)
         try:
             os.ftruncate(fd, size)
+            self._reserve(fd, size)
         finally:
             os.close(fd)
         _run([
             'mkfs.ext4', '-q', '-F', '-m', '0', '-i', str(_BYTES_PER_INODE),
             '-I', '256', '-J', 'size=4', '-O', '^resize_inode,^huge_file',
-            # The file is new and sparse, so it reads as zeros: nothing must
-            # be written, now or by the kernel's lazy initialisation later,
-            # which would fill the holes.
+            # The file is new, so it reads as zeros: nothing must be written,
+            # now or by the kernel's lazy initialisation later, which would
+            # fill holes; and none must be made in what is reserved.
             '-E', 'assume_storage_prezeroed=1,nodiscard,root_owner=0:0',
             str(self._image)])
+
+    def _reserve(self, fd: int, size: int) -> None:
+        """Have the host's file system promise what ours promises in turn.
+
+        :raises ContainerError: ``no_space``
+        """
+        if self._method != 'loop':
+            return
+        try:
+            syscalls.fallocate(fd, _FALLOC_FL_KEEP_SIZE, 0, size)
+        except OSError as e:
+            # What it has got until then lies behind the end.
+            os.ftruncate(fd, os.fstat(fd).st_size)
+            if e.errno == errno.EOPNOTSUPP:
+                LOG.warning(
+                    '%s cannot be reserved on this file system; it will be '
+                    'damaged when the disk is full', self._image)
+                return
+            if e.errno not in errors.FULL:
+                raise
+            raise errors.ContainerError(
+                'no_space', f'no {size >> 20} MiB are left for the disk',
+                cause=str(e), remedy='Free some space in the state '
+                'directory of the host') from e
 
     def _set_project(self) -> None:
         project = self._project
@@ -198,7 +234,7 @@ class Disk:
 
     def mount(self) -> None:
         """Make ``upper`` and ``work`` usable; idempotent."""
-        if self._method == 'loop' and not os.path.ismount(self.directory):
+        if self.in_file and not os.path.ismount(self.directory):
             self._mount_image()
         for path, owner in ((self.upper, self._base_id), (self.work, 0)):
             if not path.exists():
@@ -241,6 +277,12 @@ class Disk:
             _run([*_MOUNT, device, str(self.directory)])
         self._grown.unlink()
 
+    def show(self, target: pathlib.Path, layer: pathlib.Path) -> None:
+        """Mount the root of a container, of an image's layer and this."""
+        overlay.mount(
+            target, layer=layer, upper=self.upper, work=self.work,
+            base_id=self._base_id)
+
     def unmount(self) -> None:
         """Let go of the file system; idempotent.
 
@@ -271,16 +313,22 @@ class Disk:
             raise errors.ContainerError(
                 'unsupported', 'a disk without a limit cannot get one here, '
                 'nor lose it', remedy='Migrate it to another host with that')
+        if self.in_file and limit and limit > self._image.stat().st_size:
+            fd = os.open(self._image, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                # What was already used is safe as it is: only this can fail.
+                self._reserve(fd, limit)
+                self._grown.touch()
+                os.ftruncate(fd, limit)
+            finally:
+                os.close(fd)
         self._limit = limit or 0
         if self._method == 'project':
             self._set_project()
-        elif limit and limit > self._image.stat().st_size:
-            self._grown.touch()
-            os.truncate(self._image, limit)
 
     def usage(self) -> tuple[int, int] | None:
         """Bytes used and bytes free, or None while it is not mounted."""
-        if self._method == 'loop' and not os.path.ismount(self.directory):
+        if self.in_file and not os.path.ismount(self.directory):
             return None
         try:
             vfs = os.statvfs(self.directory)

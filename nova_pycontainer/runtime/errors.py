@@ -54,6 +54,7 @@ CODES: ty.Final[dict[str, int]] = {
     'oci_failed': 500,
     'timeout': 504,
     'unsupported': 501,
+    'volume_unusable': 422,
 }
 
 

@@ -38,6 +38,7 @@ from nova_pycontainer.runtime import config as rconfig
 from nova_pycontainer.runtime import console_log
 from nova_pycontainer.runtime import consoles
 from nova_pycontainer.runtime import container
+from nova_pycontainer.runtime import cpuset
 from nova_pycontainer.runtime import criu
 from nova_pycontainer.runtime import disk
 from nova_pycontainer.runtime import errors
@@ -55,14 +56,17 @@ from nova_pycontainer.runtime.migration import compatibility
 from nova_pycontainer.runtime.migration import preflight
 from nova_pycontainer.runtime.migration import protocol
 from nova_pycontainer.runtime import migrations
+from nova_pycontainer.runtime import netlink
 from nova_pycontainer.runtime import network
 from nova_pycontainer.runtime import oci
 from nova_pycontainer.runtime import process
+from nova_pycontainer.runtime import quiesce
 from nova_pycontainer.runtime import rescue
 from nova_pycontainer.runtime import snapshots
 from nova_pycontainer.runtime import spec as rspec
 from nova_pycontainer.runtime import state
 from nova_pycontainer.runtime import transfers
+from nova_pycontainer.runtime import volume_swap
 from nova_pycontainer.runtime import volumes
 from nova_pycontainer.runtime import watcher
 
@@ -100,14 +104,23 @@ class Entry:
         self.deleted = False
         #: The migration that it takes part in, on either side.
         self.migration: _Migration | None = None
+        #: The volume that is put in the place of another.
+        self.swap: volume_swap.Swap | None = None
 
     def check_stays(self) -> None:
-        """:raises ContainerError: ``bad_state``: it is being migrated"""
+        """:raises ContainerError: ``bad_state``: it is being migrated, or a
+            volume of it replaced
+        """
         if self.migration is not None:
             raise errors.ContainerError(
                 'bad_state', 'the instance is being migrated',
                 uuid=self.container.uuid,
                 remedy='Wait for the end of its migration')
+        if self.swap is not None:
+            raise errors.ContainerError(
+                'bad_state', f'volume {self.swap.old.id} of the instance is '
+                'being replaced', uuid=self.container.uuid,
+                remedy='Wait for the end of it')
 
     def check_changeable(self) -> None:
         """Whether it can have other devices now.
@@ -145,6 +158,8 @@ class Host:
         c.instances_dir.mkdir(mode=0o700, exist_ok=True)
         self._ids = idmap.IdAllocator(c.idmap_base, c.idmap_count)
         self._hierarchies = cgroup.Hierarchies()
+        self._cpus = cpuset.Pool(functools.partial(
+            self._hierarchies.cpus, c.cgroup_parent))
         self._oci = oci.OciRuntime(c)
         self._disk_method = disk.choose_method(c.disk_limit, c.state_dir)
         python = c.python or sys.executable
@@ -167,8 +182,10 @@ class Host:
         self.checkpoints = checkpoints.Checkpoints(self, c)
         self.interfaces = interfaces.Interfaces(self)
         self.volumes = volumes.Volumes(self)
+        self.swaps = volume_swap.Swaps(self)
         self.migrations = migrations.Migrations(self, c)
         self.migrations.start()
+        self.quiesces = quiesce.Quiesces(self)
         self.rescues = rescue.Rescues(self)
         self.snapshots = snapshots.Snapshots(self, c)
         self.transfers = transfers.Transfers(self)
@@ -189,6 +206,7 @@ class Host:
         """Let go of everything; the containers run on."""
         if self._started:
             self._started = False
+            self.quiesces.close()
             self.snapshots.close()
             self.migrations.close()
             self.consoles.close()
@@ -219,8 +237,11 @@ class Host:
             pidfd = None
             try:
                 self.checkpoints.recover(item)
+                self.quiesces.recover(item)
                 pidfd = item.open()
                 if pidfd is not None:
+                    item.note_cpus()
+                    self.volumes.recover(item)
                     self._watcher.add(uuid, pidfd)
                     self.migrations.recover(uuid)
                     if item.started_unnoticed():
@@ -240,7 +261,8 @@ class Host:
     def make(self, st: state.State) -> container.Container:
         kind = rescue.Rescued if st.rescue else container.Container
         return kind(
-            self._config, self._oci, self._hierarchies, self.keeper, st)
+            self._config, self._oci, self._hierarchies, self.keeper,
+            self._cpus, st)
 
     def _remove_unfinished(self, uuid: str) -> None:
         directory = self._config.instances_dir / uuid
@@ -271,6 +293,8 @@ class Host:
                 raise errors.ContainerError(
                     'not_found', f'the container of instance {uuid} has '
                     'been deleted', uuid=uuid)
+            # Whatever is about to change, it does not stand still for it.
+            self.quiesces.over(uuid)
             try:
                 yield entry
             except errors.ContainerError as e:
@@ -314,7 +338,8 @@ class Host:
             self._exited(item.uuid)
         migration = entry.migration
         return entry.container.info() | {
-            'migration': migration.progress.migration if migration else None}
+            'migration': migration.progress.migration if migration else None,
+            'quiesced': self.quiesces.holds(item.uuid)}
 
     @functools.cached_property
     def _cpu_flags(self) -> tuple[str, ...]:
@@ -335,6 +360,7 @@ class Host:
             'architecture': platform.machine(),
             'kernel': platform.release(),
             'cpus': os.cpu_count() or 1,
+            'numa': [node.to_dict() for node in cpuset.nodes()],
             'cpu_flags': [*self._cpu_flags],
             'memory_bytes': memory['MemTotal'],
             'memory_available_bytes': memory['MemAvailable'],
@@ -424,13 +450,13 @@ class Host:
                 if k not in ('config_drive', 'files')}
         # The layer may not be deleted before it is known to be in use. One
         # that may come later may just be coming, which takes its time.
-        guard = (contextlib.nullcontext() if layer_later
+        guard = (contextlib.nullcontext() if layer_later or parsed.root
                  else self.layers.locked(parsed.layer))
         with guard, self._lock:
-            layer = self.layers.get(parsed.layer)
+            layer = self.layers.get(parsed.layer) if parsed.layer else None
             if layer is not None:
                 imagecheck.check_init(layer.root, parsed.init_argv)
-            elif not layer_later:
+            elif not layer_later and not parsed.root:
                 raise self._layer_missing(uuid, parsed)
             if uuid in self._entries:
                 raise errors.ContainerError(
@@ -449,7 +475,10 @@ class Host:
             entry = self._entries[uuid] = Entry(item)
             entry.lock.acquire()
         try:
-            item.define(drive, files, layer.root if layer else None)
+            if parsed.root and not layer_later:
+                self.volumes.check_alone(item)
+            item.define(drive, files, layer.root if layer else (
+                item.root if parsed.root and not layer_later else None))
         except BaseException:
             with self._lock:
                 del self._entries[uuid]
@@ -472,7 +501,7 @@ class Host:
 
         :param changes: new values for parts of the spec: ``nics``,
             ``resources``, ``init``, ``config_drive``, ``name``, ``hostname``,
-            ``nesting``, ``volumes``
+            ``nesting``, ``root`` (only its path), ``volumes``
         """
         with self.locked(uuid) as entry:
             current = self.require(entry, 'defined', 'stopped', 'suspended')
@@ -491,11 +520,16 @@ class Host:
         drive = changes.pop('config_drive', no_drive)
         unknown = set(changes) - {
             'hostname', 'init', 'name', 'nesting', 'nics', 'resources',
-            'volumes'}
+            'root', 'volumes'}
         if unknown:
             raise errors.ContainerError(
                 'invalid', f'{sorted(unknown)} cannot be changed')
         st = old.st
+        if bool(changes.get('root', st.spec.get('root'))) != bool(
+                st.spec.get('root')):
+            raise errors.ContainerError(
+                'invalid', 'a root cannot become a volume, nor the other way '
+                'round')
         new_spec = st.spec | changes
         size = rspec.Spec.from_dict(new_spec).disk_bytes
         if size != old.spec.disk_bytes:
@@ -516,7 +550,13 @@ class Host:
                 'runs there', uuid=item.uuid,
                 remedy='Delete what is left of it here')
         transfers.check_not(item)
+        self.volumes.check_alone(item)
+        # It is about to open the old volume again.
+        self.swaps.end(item.uuid, 'the instance was started anew')
         item.prepare(self.layer_root(item))
+        if item.st.kept:
+            item.st.kept = False
+            item.st.save(item.directory)
         self.watch(item.uuid)
 
     # For migrations
@@ -528,6 +568,9 @@ class Host:
 
     def layer_root(self, item: container.Container) -> pathlib.Path:
         """:raises ContainerError: ``layer_missing``"""
+        if item.spec.root:
+            # Its init is found where it will be mounted.
+            return item.root
         layer = self.layers.get(item.spec.layer)
         if layer is None:
             raise self._layer_missing(item.uuid, item.spec)
@@ -621,7 +664,8 @@ class Host:
     def pause(self, uuid: str) -> Info:
         with self.locked(uuid) as entry:
             if self.require(entry, 'running', 'paused') == 'running':
-                entry.container.cgroup.freeze(True)
+                item = entry.container
+                netlink.freeze(item.cgroup, item.live_pid())
                 self._events.add('paused', uuid)
             return entry.container.info()
 
@@ -635,7 +679,8 @@ class Host:
     def delete(self, uuid: str, keep_disk: bool = False) -> None:
         """Kill a container and remove all of it; idempotent.
 
-        :param keep_disk: keep its files, as a stopped container
+        :param keep_disk: keep its files, as a stopped container that is
+            ``kept``
         """
         try:
             entry = self.entry(uuid)
@@ -655,12 +700,16 @@ class Host:
             entry.stopping += 1
             try:
                 faults.point('delete.begun')
+                self.quiesces.over(uuid)
+                self.swaps.end(uuid, 'the instance is being deleted')
                 entry.container.kill()
                 faults.point('delete.killed')
                 self._finish(entry)
                 entry.container.teardown()
                 faults.point('delete.torn-down')
                 if keep_disk:
+                    entry.container.st.kept = True
+                    entry.container.st.save(entry.container.directory)
                     return
                 entry.container.remove_files()
                 faults.point('delete.removed')

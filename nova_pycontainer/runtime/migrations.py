@@ -28,6 +28,7 @@ from nova_pycontainer.runtime import config as rconfig
 from nova_pycontainer.runtime import container
 from nova_pycontainer.runtime import criu
 from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime.migration import announce
 from nova_pycontainer.runtime.migration import channel
 from nova_pycontainer.runtime.migration import cold
 from nova_pycontainer.runtime.migration import destination as dst
@@ -132,9 +133,8 @@ class Migrations:
                 recovery.thaw(item, bool(facts.get('paused')))
                 journal.remove()
                 threading.Thread(
-                    target=recovery.call_off, name='call-off', daemon=True,
-                    args=(self._identity, facts['endpoint'], migration, uuid),
-                ).start()
+                    target=self._call_off, name='call-off', daemon=True,
+                    args=(item, facts)).start()
                 return
             question = recovery.SourceQuestion(
                 item, self._identity, facts, progress,
@@ -170,6 +170,16 @@ class Migrations:
             item.cgroup.kill()
             journal.remove()
             self._host.delete(uuid)
+
+    def _call_off(self, item: container.Container, facts: Info) -> None:
+        recovery.call_off(
+            self._identity, facts['endpoint'], str(facts['migration']),
+            item.uuid)
+        # The copy there has sent again what was not acknowledged, maybe after
+        # the guest here had: switches believe who was the last.
+        pid = item.live_pid()
+        if pid is not None:
+            announce.announce(item, pid)
 
     def _has_come(self, item: container.Container, facts: Info) -> None:
         """It was given to this host, and was restored. It has run, or not:
@@ -370,10 +380,16 @@ class Migrations:
             self._host.require(entry, 'running', 'paused')
             self._host.snapshots.check_movable(uuid)
             rescue.check_not(entry.container)
+            if entry.container.spec.root:
+                raise errors.ContainerError(
+                    'unsupported', 'the root of the instance is a volume, '
+                    'which no two hosts can have mounted at a time',
+                    uuid=uuid, remedy='Migrate it cold')
             if entry.migration is not None:
                 raise errors.ContainerError(
                     'bad_state', 'the instance is being migrated already',
                     uuid=uuid)
+            entry.check_stays()
             progress = protocol.Progress(migration, uuid, 'source')
             item = entry.container
             outgoing = src.Source(

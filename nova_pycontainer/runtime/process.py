@@ -122,6 +122,36 @@ def heeds(pid: int, number: int) -> bool:
     return any(mask >> (number - 1) & 1 for mask in masks)
 
 
+def kill_session(session: int, program: str) -> None:
+    """Kill those of a session that execute a program, whose leader has
+    ended.
+
+    CRIU that was killed leaves what it was about to restore, which waits for
+    it for ever, in no cgroup of the container's yet. While there is one of
+    them, no new session gets that number (setsid(2)).
+
+    :param program: name of the file
+    """
+    for name in os.listdir('/proc'):
+        if not name.isdigit():
+            continue
+        try:
+            pidfd = pidfd_open(int(name))
+        except (OSError, ProcessLookupError):
+            continue
+        try:
+            # What is read now is of the process that is held.
+            with open(f'/proc/{name}/stat') as f:
+                fields = f.read().rpartition(')')[2].split()
+            if int(fields[3]) == session and os.path.basename(
+                    os.readlink(f'/proc/{name}/exe')) == program:
+                send_signal(pidfd, signal.SIGKILL)
+        except OSError:
+            continue
+        finally:
+            os.close(pidfd)
+
+
 def send_signal(pidfd: int, number: int) -> None:
     """Send a signal; a process that is gone is no error."""
     try:

@@ -12,6 +12,8 @@
 
 """Rescue: a container with another root, in which its own one is to be seen.
 
+A root on a volume that cannot be mounted is to be seen as a device.
+
 The other root has a layer and a scratch disk of its own
 (``<instance>/rescue/``), and everything else of the container: its ids, its
 limits and its interfaces. ``state.json`` says that it is being rescued, so
@@ -33,6 +35,7 @@ from nova_pycontainer.runtime import imagecheck
 from nova_pycontainer.runtime import overlay
 from nova_pycontainer.runtime import revert
 from nova_pycontainer.runtime import spec as rspec
+from nova_pycontainer.runtime import volume
 
 if ty.TYPE_CHECKING:
     from nova_pycontainer.runtime import host
@@ -42,6 +45,8 @@ LOG = logging.getLogger(__name__)
 #: What of a specification the other root has its own of.
 _OWN: ty.Final = ('layer', 'image_id', 'init')
 _DIRECTORY: ty.Final = 'rescue'
+#: Of the device of a root that cannot be mounted; Nova gives no other that.
+_NAME: ty.Final = 'vda'
 
 
 def check_not(item: container.Container) -> None:
@@ -60,7 +65,10 @@ class Rescued(container.Container):
         assert self.st.rescue is not None
         self._own_layer = self.spec.layer
         self._own_disk = self.disk
-        self.rescued = self.root.with_name(f'{self.uuid}.own')
+        self._place = self.root.with_name(f'{self.uuid}.own')
+        self.rescued = self._place
+        #: Its own root, if that is a volume that cannot be mounted.
+        self._device: volume.Volume | None = None
         self.spec = rspec.Spec.from_dict(
             {**self.st.spec, **self.st.rescue['spec']})
         self.scratch = self.directory / _DIRECTORY
@@ -74,7 +82,7 @@ class Rescued(container.Container):
 
     @property
     def layers(self) -> set[str]:
-        return {*super().layers, self._own_layer}
+        return {self.spec.layer, self._own_layer} - {''}
 
     def make_scratch(
         self, config_drive: ty.Mapping[str, str] | None
@@ -92,23 +100,34 @@ class Rescued(container.Container):
             container.remove_tree(self.scratch)
 
     def mount_root(self, layer: pathlib.Path) -> None:
-        super().mount_root(layer)
         own = self._config.layers_dir / self._own_layer / 'root'
-        if not own.exists():
+        if self._own_layer and not own.exists():
             raise errors.ContainerError(
                 'layer_missing', 'the layer of the instance that is to be '
                 'rescued is not on this host', uuid=self.uuid)
         self._own_disk.mount()
-        assert self.rescued is not None
-        overlay.mount(
-            self.rescued, layer=own, upper=self._own_disk.upper,
-            work=self._own_disk.work, base_id=self.st.base_id)
+        self.root.parent.mkdir(mode=0o711, exist_ok=True)
+        try:
+            self._own_disk.show(self._place, own)
+        except errors.ContainerError as e:
+            if e.code != 'volume_unusable':
+                raise
+            # That may be why it is rescued: let the guest repair it.
+            LOG.warning('instance %s: its own root is shown as a device: %s',
+                        self.uuid, e)
+            self._device = dataclasses.replace(
+                volume.Volume.from_dict(self.st.spec['root']), name=_NAME)
+            self.rescued = None
+        super().mount_root(layer)
+
+    def devices(self) -> tuple[volume.Volume, ...]:
+        own = (self._device,) if self._device else ()
+        return (*own, *super().devices())
 
     def unmount_root(self) -> None:
-        assert self.rescued is not None
-        overlay.unmount(self.rescued)
-        self._own_disk.unmount()
         super().unmount_root()
+        overlay.unmount(self._place)
+        self._own_disk.unmount()
 
     def remove_files(self) -> None:
         self.remove_scratch()
@@ -164,7 +183,7 @@ class Rescues:
             raise errors.ContainerError(
                 'invalid', f'{sorted(unknown)} cannot be another one in a '
                 'rescue')
-        own = {name: spec.get(name) for name in _OWN}
+        own = {name: spec.get(name) for name in _OWN} | {'root': None}
         key = rconfig.check_layer_key(own['layer'])
         # The layer may not be deleted before it is known to be in use.
         with self._host.layers.locked(key), self._host.locked(uuid) as entry:

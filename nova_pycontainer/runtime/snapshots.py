@@ -260,6 +260,10 @@ class Snapshots:
                     'bad_state', 'the instance is being migrated, or has '
                     'moved to another host', uuid=item.uuid)
             rescue.check_not(item)
+            if item.spec.root:
+                raise errors.ContainerError(
+                    'unsupported', 'the root of the instance is a volume',
+                    uuid=item.uuid, remedy='Make a snapshot of the volume')
             if entry.deleted:
                 raise errors.ContainerError(
                     'not_found', f'the container of instance {item.uuid} has '

@@ -23,6 +23,7 @@ import typing as ty
 from nova_pycontainer.runtime import blockio
 from nova_pycontainer.runtime import cgroup
 from nova_pycontainer.runtime import config as rconfig
+from nova_pycontainer.runtime import cpuset
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import network
 from nova_pycontainer.runtime import volume
@@ -80,9 +81,12 @@ class Spec:
     layer: str
     limits: cgroup.Limits
     vcpus: int
+    cpus: cpuset.Wanted
     disk_bytes: int | None
     nics: tuple[network.Nic, ...]
     volumes: tuple[volume.Volume, ...]
+    #: The volume that its root is; ``layer`` is empty then.
+    root: volume.Volume | None
     init_argv: list[str] | None
     init_env: dict[str, str]
     stop_signal: str | None
@@ -120,17 +124,22 @@ class Spec:
             cpu_shares=shares or min(1024 * vcpus, 262144),
             pids_max=_optional_int(resources, 'pids_max', 16),
             io=_io(resources))
+        root = (volume.Volume.from_dict(data['root'])
+                if data.get('root') is not None else None)
         return cls(
             name=str(data.get('name') or ''),
             hostname=_HOSTNAME.sub(
                 '-', str(data.get('hostname') or 'container'))[:63],
             image_id=str(data.get('image_id') or ''),
-            layer=rconfig.check_layer_key(data.get('layer')),
+            layer=('' if root else
+                   rconfig.check_layer_key(data.get('layer'))),
             limits=limits,
             vcpus=vcpus,
+            cpus=cpuset.Wanted.from_dict(_object(resources, 'cpus')),
             disk_bytes=_optional_int(resources, 'disk_bytes', 1 << 20),
             nics=_nics(data),
             volumes=volume.parse(data.get('volumes') or []),
+            root=root,
             init_argv=argv,
             init_env=dict(env),
             stop_signal=init.get('stop_signal'),

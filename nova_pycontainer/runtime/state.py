@@ -22,13 +22,32 @@ import typing as ty
 
 from nova_pycontainer.runtime import errors
 
-#: 2: offers and what comes in by one, of cold migrations. 3: volumes.
-FORMAT = 3
+Data = dict[str, ty.Any]
+
+#: 2: offers and what comes in by one, of cold migrations. 3: volumes. 4: what
+#: releases of format 3 came to write, and earlier ones of them get wrong: a
+#: resume that is past ("resumed", which they would begin again), limits of
+#: disks (which they would not set), files of lxcfs in checkpoints.
+FORMAT = 4
+
+
+def _format_4(data: Data) -> Data:
+    """A resume was "restoring" until the agent knew that the guest ran; now
+    it is so only while the guest cannot have run. Which of both, the kernel
+    says; see :meth:`.checkpoints.Checkpoints.recover`.
+    """
+    suspended = data.get('suspended')
+    if isinstance(suspended, dict) and suspended.get('phase') == 'restoring':
+        data = data | {'suspended': suspended | {'phase': 'undecided'}}
+    return data | {'format': 4}
+
 
 #: Upgrades of older formats: number → function that returns the next one.
-_UPGRADES: dict[int, ty.Callable[[dict[str, ty.Any]], dict[str, ty.Any]]] = {
+#: Each gets every kind of file that has a format.
+_UPGRADES: dict[int, ty.Callable[[Data], Data]] = {
     1: lambda data: data | {'format': 2},
     2: lambda data: data | {'format': 3},
+    3: _format_4,
 }
 
 
@@ -128,6 +147,8 @@ class State:
     offered: dict[str, ty.Any] | None = None
     #: From where its files come: it is of no use before all have.
     incoming: dict[str, ty.Any] | None = None
+    #: It was deleted but for its files, until it is prepared again.
+    kept: bool = False
 
     def save(self, directory: pathlib.Path) -> None:
         data = dataclasses.asdict(self)

@@ -111,7 +111,8 @@ class Transfers:
                 raise errors.ContainerError(
                     'bad_state', 'the instance has moved to another host',
                     uuid=uuid)
-            layer = self._host.layers.require(item.spec.layer)
+            layer = (self._host.layers.require(item.spec.layer).to_dict()
+                     if item.spec.layer else {})
             self.end(uuid)
             item.st.offered = {
                 'migration': migration, 'peer': destination,
@@ -122,7 +123,8 @@ class Transfers:
                 'source': self._host.migrations.identity(),
                 'spec': item.st.spec,
                 'base_id': item.st.base_id,
-                'layer': layer.to_dict(),
+                # None, if its root is a volume.
+                'layer': layer,
                 'drive': item.config_drive.exists()}
 
     def _open(self, item: container.Container) -> None:

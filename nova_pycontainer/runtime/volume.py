@@ -164,6 +164,13 @@ class Nodes:
     def has(self, name: str) -> bool:
         return bool(_NAME.match(name)) and (self.directory / name).exists()
 
+    def number(self, volume: Volume) -> int | None:
+        """Number of the device of a node; None: there is none."""
+        try:
+            return os.stat(self.path(volume)).st_rdev
+        except FileNotFoundError:
+            return None
+
     def device(self) -> int | None:
         """Number of the file system; None if there are no nodes."""
         if not os.path.ismount(self.directory):
@@ -208,6 +215,24 @@ class Nodes:
         """End :meth:`revoke`: a guest may have given it to somebody."""
         os.chown(self.path(volume), before.st_uid, before.st_gid)
         os.chmod(self.path(volume), stat.S_IMODE(before.st_mode))
+
+    def reopen(
+        self, volume: Volume, before: os.stat_result | None = None
+    ) -> None:
+        """End :meth:`revoke` if it is in force; idempotent.
+
+        :param before: what it has returned; None: it is not known any more
+        """
+        try:
+            status = os.stat(self.path(volume))
+        except FileNotFoundError:
+            return
+        if (status.st_uid, stat.S_IMODE(status.st_mode)) != (0, 0):
+            return
+        if before is None:
+            self._allow(volume)
+        else:
+            self.give_back(volume, before)
 
     def remove(self, volume: Volume) -> None:
         self.revoke(volume)

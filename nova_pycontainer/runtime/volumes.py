@@ -16,6 +16,8 @@ import os
 import stat
 import typing as ty
 
+from oslo_log import log as logging
+
 from nova_pycontainer.runtime import blockio
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime.migration import guest
@@ -25,6 +27,8 @@ from nova_pycontainer.runtime import volume as rvolume
 if ty.TYPE_CHECKING:
     from nova_pycontainer.runtime import container
     from nova_pycontainer.runtime import host
+
+LOG = logging.getLogger(__name__)
 
 Info = dict[str, ty.Any]
 
@@ -46,6 +50,9 @@ class Volumes:
         with self._host.locked(uuid) as entry:
             entry.check_changeable()
             item = entry.container
+            if made.id == (item.st.spec.get('root') or {}).get('id'):
+                raise errors.ContainerError(
+                    'exists', f'volume {made.id} is its root')
             if any(v.id == made.id for v in item.spec.volumes):
                 return item.info()
             kept = [*(item.st.spec.get('volumes') or []), made.to_dict()]
@@ -60,7 +67,7 @@ class Volumes:
                         item.nodes.make([made])
                     with r.step('volume-limit'):
                         item.limit_io(made)
-                    with r.step('volume-show', lambda: self._hide(
+                    with r.step('volume-show', lambda: hide(
                             item, made)):
                         item.nodes.show(made, pid)
                 with r.step('volume-record'):
@@ -82,49 +89,118 @@ class Volumes:
             if not found:
                 return item.info()
             if item.live_pid() is not None:
-                # Nobody can open it any more, then nobody has it open.
-                before = item.nodes.revoke(found[0])
-                if before is not None:
-                    try:
-                        _check_unused(item, found[0])
-                    except BaseException:
-                        item.nodes.give_back(found[0], before)
-                        raise
-                self._hide(item, found[0])
+                revoke_unused(item, found[0])
+                hide(item, found[0])
                 item.nodes.remove(found[0])
             self._host.change(entry, {'volumes': [
                 v for v in item.st.spec['volumes'] if v['id'] != volume]})
             return entry.container.info()
 
     @staticmethod
-    def _hide(
-        item: 'container.Container', volume: rvolume.Volume
-    ) -> None:
-        device = item.nodes.device()
-        if device is None:
+    def recover(item: 'container.Container') -> None:
+        """Have a container that runs open its volumes again, after an agent
+        that was killed.
+        """
+        pid = item.live_pid()
+        if pid is None:
             return
-        number = blockio.number(device)
-        points: dict[int, list[str]] = {}
-        seen = set()
-        init = item.live_pid()
-        for pid in (*([init] if init else []), *item.cgroup.processes()):
+        for v in item.devices():
             try:
-                namespace = os.readlink(f'/proc/{pid}/ns/mnt')
-                # Somebody in a chroot sees only what is in there.
-                if namespace in seen or (
-                        pid != init and os.readlink(f'/proc/{pid}/root') !=
-                        '/'):
-                    continue
-                seen.add(namespace)
-                found = [
-                    mount.point for mount in guest.mounts(pid)
-                    if mount.device == number and
-                    mount.root == f'/{volume.name}']
-            except OSError:
+                if item.nodes.number(v) == rvolume.device_of(v):
+                    item.nodes.reopen(v)
+                else:
+                    put(item, v, pid)
+            except (OSError, errors.ContainerError) as e:
+                LOG.error('instance %s: /dev/%s is not there: %s',
+                          item.uuid, v.name, e)
+
+    def check_alone(self, item: 'container.Container') -> None:
+        """See that nobody writes to what the kernel is about to mount.
+
+        :raises ContainerError: ``in_use``; ``invalid``: it is not connected
+        """
+        if not item.st.spec.get('root'):
+            return
+        root = rvolume.Volume.from_dict(item.st.spec['root'])
+        device = rvolume.device_of(root)
+        for entry in self._host.entries():
+            other = entry.container
+            if any(other.nodes.number(v) == device
+                   for v in other.spec.volumes):
+                raise errors.ContainerError(
+                    'in_use', f'volume {root.id} is attached to instance '
+                    f'{other.uuid}', uuid=item.uuid,
+                    remedy='Detach it there first')
+
+
+def hide(
+    item: 'container.Container', volume: rvolume.Volume
+) -> None:
+    """Unmount a volume's node wherever the guest has it."""
+    device = item.nodes.device()
+    if device is None:
+        return
+    number = blockio.number(device)
+    points: dict[int, list[str]] = {}
+    seen = set()
+    init = item.live_pid()
+    for pid in (*([init] if init else []), *item.cgroup.processes()):
+        try:
+            namespace = os.readlink(f'/proc/{pid}/ns/mnt')
+            # Somebody in a chroot sees only what is in there.
+            if namespace in seen or (
+                    pid != init and os.readlink(f'/proc/{pid}/root') !=
+                    '/'):
                 continue
-            if found:
-                points[pid] = found
-        item.nodes.hide(volume, points)
+            seen.add(namespace)
+            found = [
+                mount.point for mount in guest.mounts(pid)
+                if mount.device == number and
+                mount.root == f'/{volume.name}']
+        except OSError:
+            continue
+        if found:
+            points[pid] = found
+    item.nodes.hide(volume, points)
+
+
+def put(
+    item: 'container.Container', volume: rvolume.Volume, pid: int,
+    before: os.stat_result | None = None,
+) -> None:
+    """Have the device of a volume in a guest that runs, whatever is in its
+    place; idempotent.
+
+    :param pid: of the guest's init
+    :param before: whose it shall be, as of :meth:`.volume.Nodes.revoke`
+    :raises ContainerError: ``invalid``, ``exists``
+    """
+    # A node that is unlinked cannot be told from others in the guest.
+    hide(item, volume)
+    item.nodes.remove(volume)
+    item.nodes.make([volume])
+    if before is not None and not volume.read_only:
+        item.nodes.give_back(volume, before)
+    item.nodes.show(volume, pid)
+
+
+def revoke_unused(
+    item: 'container.Container', volume: rvolume.Volume
+) -> os.stat_result | None:
+    """Have nobody open a volume's device any more, if nobody has it open.
+
+    :returns: as :meth:`.volume.Nodes.revoke`
+    :raises ContainerError: ``in_use``: it is as it was
+    """
+    # In this order: between the two nobody comes.
+    before = item.nodes.revoke(volume)
+    if before is not None:
+        try:
+            _check_unused(item, volume)
+        except BaseException:
+            item.nodes.give_back(volume, before)
+            raise
+    return before
 
 
 def _check_unused(

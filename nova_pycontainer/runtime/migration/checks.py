@@ -82,6 +82,14 @@ class Checks:
             problems.append(Problem(
                 'migrating', 'it is being migrated already',
                 'Wait for the end of that migration, or abort it'))
+        if item.st.spec.get('root'):
+            # Two hosts with one file system mounted destroy it, and the
+            # destination has to mount it before the source lets go.
+            problems.append(Problem(
+                'root-volume', 'its root is a volume, which no two hosts '
+                'can have mounted at a time', 'Migrate it cold'))
+            return _result(
+                {**self.own(), 'uuid': uuid}, problems, [])
         look = inspection.Inspection(int(info['pid']), item.cgroup, item.nodes)
         look.run()
         problems += look.problems

@@ -131,8 +131,9 @@ class Offer:
         control = protocol.Control(connection)
         try:
             # The first look at a large layer takes long.
-            sync_links.layer_groups(
-                self._layers.require(self._item.spec.layer).root)
+            if self._item.spec.layer:
+                sync_links.layer_groups(
+                    self._layers.require(self._item.spec.layer).root)
             with self._reading:
                 self._control = control
                 try:
@@ -158,16 +159,11 @@ class Offer:
 
     def _serve(self, control: protocol.Control) -> None:
         item = self._item
-        layer = self._layers.require(item.spec.layer).root
         self.progress.phase = Phase.COPYING
         with contextlib.ExitStack() as stack:
-            item.disk.mount()
-            stack.callback(item.disk.unmount)
-            item.mount_root(layer)
-            stack.callback(item.unmount_root)
-            sync_links.link_aliases(layer, item.root, item.disk.upper)
-            # The copy is to be of what lies below.
-            item.unmount_root()
+            # A volume is the other host's already, and not to be touched.
+            if not item.spec.root:
+                self._mount(stack)
             faults.point('offer.mounted')
             while not self._over:
                 frame = control.receive(_NEXT_TIMEOUT, 'files')
@@ -181,6 +177,17 @@ class Offer:
                 else:
                     raise errors.ContainerError(
                         'invalid', f'the destination said {frame["type"]!r}')
+
+    def _mount(self, stack: contextlib.ExitStack) -> None:
+        item = self._item
+        layer = self._layers.require(item.spec.layer).root
+        item.disk.mount()
+        stack.callback(item.disk.unmount)
+        item.mount_root(layer)
+        stack.callback(item.unmount_root)
+        sync_links.link_aliases(layer, item.root, item.disk.upper)
+        # The copy is to be of what lies below.
+        item.unmount_root()
 
     def _send(self, what: str, seq: int) -> None:
         item = self._item
@@ -267,10 +274,13 @@ class Taking:
         try:
             with contextlib.ExitStack() as stack:
                 faults.point('taking.connected')
-                self._fetch_layer()
-                item.disk.mount()
-                stack.callback(item.disk.unmount)
-                self._fetch('upper', item.disk.upper)
+                places = [item.directory]
+                if not item.spec.root:
+                    self._fetch_layer()
+                    item.disk.mount()
+                    stack.callback(item.disk.unmount)
+                    self._fetch('upper', item.disk.upper)
+                    places.append(item.disk.upper)
                 faults.point('taking.files')
                 if self._drive:
                     item.config_drive.mkdir(mode=0o755, exist_ok=True)
@@ -280,7 +290,7 @@ class Taking:
                     item.log, control.expect('log', _ANSWER_TIMEOUT)['data'],
                     item.log_bytes)
                 # Whoever hears of the end may delete the source's.
-                for directory in (item.disk.upper, item.directory):
+                for directory in places:
                     unpack_client.sync_filesystem(directory)
                 faults.point('taking.written')
             control.send('end')

@@ -147,8 +147,9 @@ class Destination:
             self._stack.callback(self._memory.unmount)
             for nic in item.spec.nics:
                 network.plug(nic)
-            procs = item.cgroup.create_legacy(item.spec.limits)
             self._undo.callback(item.teardown)
+            item.take_cpus()
+            procs = item.cgroup.create_legacy(item.limits)
             self._session = self._stack.enter_context(
                 self._criu.session(cgroup_procs=procs))
             self._journal.write(Phase.PREPARED, **self._facts())
@@ -459,7 +460,7 @@ class Destination:
             with guard:
                 response = self._session.request(
                     self._criu.rpc.RESTORE, options, restore.notified,
-                    _CRIU_TIMEOUT)
+                    _CRIU_TIMEOUT, self._daemon)
         except errors.ContainerError as e:
             if not self._resumed:
                 raise

@@ -169,6 +169,14 @@ class Daemon:
                     cause=criu.reason(self._log))
             time.sleep(0.002)
 
+    def fileno(self) -> int:
+        """Readable when it has ended."""
+        return self._pidfd
+
+    def failed(self) -> bool:
+        """Whether it has ended before the last page had come."""
+        return process.exited(self._pidfd) and _code(self._result) != 0
+
     def wait(self, timeout: float) -> None:
         """Wait until the last page has come.
 

@@ -28,9 +28,7 @@ from nova_pycontainer.runtime.migration import patches
 from nova_pycontainer.runtime.migration import resume
 from nova_pycontainer.runtime.migration import sleepers
 from nova_pycontainer.runtime.migration import terminals
-
-#: Seconds to wait for the guest to read.
-_QUIET = 2.0
+from nova_pycontainer.runtime import netlink
 
 
 class Moment:
@@ -50,7 +48,11 @@ class Moment:
         self._names.hold(self._group, self._root)
         self._sleepers.look()
         # The last one: the next message may come at any time.
-        _wait_for_netlink(init)
+        if paused:
+            # The kernel tells it of its network while it cannot read.
+            netlink.freeze(self._group, init)
+        else:
+            netlink.wait(init)
 
     def frozen(self, init: int) -> None:
         """CRIU has stopped all and not yet run code of its own in it."""
@@ -80,22 +82,3 @@ class Moment:
                 'terminals': [
                     [index, *ids] for index, ids
                     in terminals.sessions(self._group).items()]}
-
-
-def _wait_for_netlink(init: int) -> None:
-    """Let the guest read what the kernel has told it: CRIU does not dump a
-    netlink socket with unread messages.
-
-    Nothing is lost if it does not read; then the dump says so.
-    """
-    deadline = time.monotonic() + _QUIET
-    while time.monotonic() < deadline:
-        try:
-            with open(f'/proc/{init}/net/netlink') as f:
-                header, *lines = f.read().splitlines()
-        except (OSError, ValueError):
-            return
-        column = header.split().index('Rmem')
-        if all(line.split()[column] == '0' for line in lines):
-            return
-        time.sleep(0.01)

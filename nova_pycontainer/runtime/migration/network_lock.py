@@ -66,8 +66,9 @@ def remove(pid: int, group: cgroup.Cgroup) -> None:
 def block(pid: int) -> None:
     """Let nothing out of the guest; :func:`remove` takes it back.
 
-    For a guest that runs on another host, and whose CRIU is about to give up
-    here: what its sockets then send would lead their peers to this host.
+    For a guest that runs on another host, or may yet do so: what its sockets
+    send here, which they do without any process, would lead their peers to
+    this host.
 
     :param pid: the container's init
     """
@@ -75,6 +76,18 @@ def block(pid: int) -> None:
         namespaces.within('net', pid, _block)
     except (OSError, nl_exceptions.NetlinkError) as e:
         LOG.error('blocking the network of process %d: %s', pid, e)
+
+
+def unblock(pid: int) -> None:
+    """The reverse of :func:`block`; idempotent.
+
+    :param pid: the container's init
+    """
+    try:
+        namespaces.within('net', pid, lambda: _remove(
+            [name for name in _locks() if name == _OURS]))
+    except (OSError, nl_exceptions.NetlinkError) as e:
+        LOG.error('unblocking the network of process %d: %s', pid, e)
 
 
 def _block() -> None:

@@ -35,6 +35,7 @@ from oslo_log import log as logging
 from nova_pycontainer.runtime import cgroup
 from nova_pycontainer.runtime import config as rconfig
 from nova_pycontainer.runtime import container
+from nova_pycontainer.runtime import cpuset
 from nova_pycontainer.runtime import criu
 from nova_pycontainer.runtime import disk
 from nova_pycontainer.runtime import errors
@@ -123,7 +124,9 @@ class Preflight:
 
     def _of(self) -> list[ty.Any]:
         """What a result is of, so that it is no longer of anything else."""
-        found: list[ty.Any] = [process.boot_id(), platform.release()]
+        # Another release may check other things.
+        found: list[ty.Any] = [
+            process.boot_id(), platform.release(), state.FORMAT]
         for path in self._config.criu_path, self._config.oci_runtime_path:
             real = os.path.realpath(shutil.which(path) or path)
             try:
@@ -390,5 +393,6 @@ class Preflight:
         trial.Trial(
             config, self._criu,
             lambda st: container.Container(
-                config, runtime, self._hierarchies, self._keeper, st),
+                config, runtime, self._hierarchies, self._keeper,
+                cpuset.Pool(lambda: None), st),
             self._base_id, self._config.state_dir / 'logs').run()

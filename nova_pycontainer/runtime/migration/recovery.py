@@ -313,14 +313,19 @@ def silence(item: container.Container) -> None:
 
 def thaw(item: container.Container, paused: bool) -> None:
     """Let an instance that did not leave run on as it was before."""
-    if item.st.run is not None:
-        network_lock.remove(int(item.st.run['process']['pid']), item.cgroup)
+    run = item.st.run
+    if run is not None:
+        network_lock.remove(int(run['process']['pid']), item.cgroup)
     for nic in item.spec.nics:
         with contextlib.suppress(errors.ContainerError):
             network.hold(nic, False)
     with contextlib.suppress(FileNotFoundError):
         pathlib.Path(item.cgroup.v2, 'cgroup.freeze').write_text(
             '1' if paused else '0')
+    if run is not None:
+        # A copy of it may have been heard on another host: its interfaces say
+        # something as soon as they are there.
+        announce.announce(item, int(run['process']['pid']))
 
 
 def release(item: container.Container, paused: bool) -> None:
@@ -328,6 +333,3 @@ def release(item: container.Container, paused: bool) -> None:
     for nic in item.spec.nics:
         network.hold(nic, False)
     thaw(item, paused)
-    run = item.st.run
-    if run is not None:
-        announce.announce(item, int(run['process']['pid']))

@@ -40,6 +40,7 @@ from nova_pycontainer.runtime.migration import gone_addresses
 from nova_pycontainer.runtime.migration import guest
 from nova_pycontainer.runtime.migration import neighbours
 from nova_pycontainer.runtime.migration import netlink_options
+from nova_pycontainer.runtime.migration import network_lock
 from nova_pycontainer.runtime.migration import open_shares
 from nova_pycontainer.runtime.migration import packet_sockets
 from nova_pycontainer.runtime.migration import patches
@@ -72,7 +73,7 @@ def make_surroundings(item: container.Container, dumped: Dumped) -> None:
 
     :raises ContainerError: ``invalid``
     """
-    item.cgroup.create_v2(item.spec.limits)
+    item.cgroup.create_v2(item.limits)
     # CRIU moves the init into it to make the cgroup namespace.
     guest.make_cgroups(
         item.cgroup, dumped['cgroups'], item.st.base_id, occupied=True)
@@ -187,9 +188,12 @@ class Notified:
             gone_addresses.take_back(self._pid, self._addresses)
             neighbours.restore(self._pid, self._neighbours)
             netlink_options.restore(self._item.cgroup, self._netlink)
+            # CRIU lets its sockets speak next.
+            network_lock.block(self._pid)
         elif script.name == 'pre-resume':
             assert self._pid is not None
             self._owner.ready(self._pid, self._master)
         elif script.name == 'post-resume':
             assert self._pid is not None
+            network_lock.unblock(self._pid)
             self._owner.resumed(self._pid)
