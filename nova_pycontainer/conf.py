@@ -79,6 +79,18 @@ Seconds that a soft reboot waits for the guest to shut down before its
 processes are killed.
 """),
     cfg.FloatOpt(
+        'quiesce_timeout',
+        default=120,
+        min=1,
+        max=86400,
+        help="""
+Seconds that a server may stand still while Cinder makes snapshots of its
+volumes, when an image is made of a server that was booted from a volume.
+
+After that it goes on, whether or not they are done; what is on them then is as
+after a power failure. So it goes on too if nova-compute ends meanwhile.
+"""),
+    cfg.FloatOpt(
         'image_import_timeout',
         default=1800,
         min=1,
@@ -118,6 +130,25 @@ multipathd has to run on the host then.
 How many processes and threads a server may have.
 
 A flavor's extra spec ``pycontainer:pids_max`` takes precedence.
+"""),
+    cfg.BoolOpt(
+        'floating_cpus',
+        default=False,
+        help="""
+Whether servers run on all CPUs that they may use, in place of as many as they
+have vCPUs.
+
+By default a server with n vCPUs runs on n CPUs of the host, those with the
+least to do when it starts, so that ``nproc`` and what else asks the scheduler
+show n. Floating, a server is limited in time alone: its processes go where
+there is room at any moment, but see all of the host's CPUs, and start as many
+threads.
+
+Servers with ``hw:cpu_policy=dedicated`` have their own CPUs in any case.
+
+Related options:
+
+* ``[compute]cpu_shared_set``
 """),
     cfg.BoolOpt(
         'live_migration_permit_post_copy',

@@ -32,6 +32,7 @@ from oslo_log import log as logging
 from nova_pycontainer.agent import client as agent_client
 from nova_pycontainer import conf as driver_conf
 from nova_pycontainer import console
+from nova_pycontainer import cpus
 from nova_pycontainer import diagnostics
 from nova_pycontainer import errors as driver_errors
 from nova_pycontainer import events
@@ -51,6 +52,7 @@ from nova_pycontainer import snapshot
 from nova_pycontainer import spawn
 from nova_pycontainer import vif
 from nova_pycontainer import volume
+from nova_pycontainer import volume_swap
 
 CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
@@ -88,11 +90,13 @@ class PyContainerDriver(driver.ComputeDriver):
         **driver.ComputeDriver.capabilities,
         'has_imagecache': True,
         'supports_attach_interface': True,
+        'supports_bfv_rescue': True,
         'supports_device_tagging': True,
         'supports_evacuate': True,
         'supports_extend_volume': True,
         'supports_image_type_raw': True,
         'supports_multiattach': True,
+        'supports_pcpus': True,
         'supports_tagged_attach_interface': True,
         'supports_tagged_attach_volume': True,
         'supports_trusted_certs': True,
@@ -119,6 +123,7 @@ class PyContainerDriver(driver.ComputeDriver):
     def init_host(self, host):
         # Several computes may share one CONF in a test process, so what
         # belongs to the host is read here, once.
+        cpus.check_configuration()
         self._client = self._agent_client(host)
         self._wait_for_agent()
         options = CONF.pycontainer
@@ -129,6 +134,8 @@ class PyContainerDriver(driver.ComputeDriver):
         self._image_cache = imagecache.ImageCache(
             self._client, CONF.image_cache)
         self._volumes = volume.Volumes(self._client, CONF, host)
+        self._volume_swapper = volume_swap.Swapper(
+            self._client, self._volumes)
         self._power = power.Power(self._client, self._volumes, options)
         self._spawner = spawn.Spawner(
             self._client, self._images, self.virtapi, self._volumes, options)
@@ -148,10 +155,6 @@ class PyContainerDriver(driver.ComputeDriver):
         self._watcher = events.Watcher(
             self._client, self.emit_event, self._agent_up, self._agent_down,
             patience=options.agent_lost_timeout)
-        for option in ('cpu_shared_set', 'cpu_dedicated_set'):
-            if CONF.compute[option]:
-                LOG.warning('[compute]%s is ignored: containers run on all '
-                            'CPUs of the host', option)
 
     def process_instances_at_startup(self, context, instances):
         return self._migration_recovery.keep_back(context, instances)
@@ -249,11 +252,15 @@ class PyContainerDriver(driver.ComputeDriver):
 
     @_periodic
     def list_instances(self):
-        return [info['name'] for info in self._client.list()]
+        return [info['name'] for info in self._guests()]
 
     @_periodic
     def list_instance_uuids(self):
-        return [info['uuid'] for info in self._client.list()]
+        return [info['uuid'] for info in self._guests()]
+
+    def _guests(self):
+        # What destroy() has left for a revert is files, and no guest.
+        return [info for info in self._client.list() if not info.get('kept')]
 
     def instance_exists(self, instance):
         try:
@@ -326,7 +333,8 @@ class PyContainerDriver(driver.ComputeDriver):
         with driver_errors.translated(
                 instance, image_id=instance.image_ref,
                 failure=exception.InstancePowerOnFailure):
-            self._power.on(instance, network_info, block_device_info)
+            self._power.on(
+                context, instance, network_info, block_device_info)
 
     def power_off(self, instance, timeout=0, retry_interval=0):
         with driver_errors.translated(
@@ -342,7 +350,7 @@ class PyContainerDriver(driver.ComputeDriver):
                 instance, image_id=instance.image_ref,
                 failure=exception.InstanceRebootFailure):
             self._power.reboot(
-                instance, network_info, block_device_info, timeout)
+                context, instance, network_info, block_device_info, timeout)
 
     def poll_rebooting_instances(self, timeout, instances):
         # A reboot is over when reboot() returns, and never hangs: every step
@@ -356,7 +364,8 @@ class PyContainerDriver(driver.ComputeDriver):
         with driver_errors.translated(
                 instance, image_id=instance.image_ref,
                 failure=exception.InstancePowerOnFailure):
-            self._power.resume(instance, network_info, block_device_info)
+            self._power.resume(
+                context, instance, network_info, block_device_info)
 
     def pause(self, instance):
         with driver_errors.translated(
@@ -377,7 +386,17 @@ class PyContainerDriver(driver.ComputeDriver):
                block_device_info=None, share_info=None):
         with driver_errors.rolled_back(
                 instance, exception.InstanceResumeFailure):
-            self._power.restore(instance, network_info, block_device_info)
+            self._power.restore(
+                context, instance, network_info, block_device_info)
+
+    def quiesce(self, context, instance, image_meta):
+        with driver_errors.translated(instance, failure=snapshot.failure):
+            self._client.quiesce(
+                instance.uuid, CONF.pycontainer.quiesce_timeout)
+
+    def unquiesce(self, context, instance, image_meta):
+        with driver_errors.translated(instance, failure=snapshot.failure):
+            self._client.unquiesce(instance.uuid)
 
     def rescue(self, context, instance, network_info, image_meta,
                rescue_password, block_device_info, share_info):
@@ -473,9 +492,17 @@ class PyContainerDriver(driver.ComputeDriver):
                 exception.DeviceDetachFailed, device=mountpoint)):
             self._volumes.detach(connection_info, instance)
 
+    def swap_volume(self, context, old_connection_info, new_connection_info,
+                    instance, mountpoint, resize_to):
+        with driver_errors.translated(
+                instance, failure=volume_swap.failure):
+            self._volume_swapper.swap(
+                context, old_connection_info, new_connection_info, instance,
+                mountpoint)
+
     def extend_volume(self, context, connection_info, instance,
                       requested_size):
-        self._volumes.extend(connection_info, instance)
+        self._volumes.extend(context, connection_info, instance)
 
     @_periodic
     def get_all_volume_usage(self, context, compute_host_bdms):
@@ -517,7 +544,7 @@ class PyContainerDriver(driver.ComputeDriver):
                 instance, image_id=instance.image_ref,
                 failure=exception.InstancePowerOnFailure):
             self._resizer.revert(
-                instance, network_info, block_device_info, power_on)
+                context, instance, network_info, block_device_info, power_on)
 
     # Live migration, in the order of the calls. D is called on the
     # destination, S on the source.
@@ -534,6 +561,10 @@ class PyContainerDriver(driver.ComputeDriver):
             block_device_info=None):
         return self._migration_checks.source(
             instance, dest_check_data)
+
+    def post_claim_migrate_data(  # D
+            self, context, instance, migrate_data, claim):
+        return self._migration_checks.claimed(migrate_data, claim)
 
     def check_source_migrate_data_at_dest(  # D
             self, ctxt, instance, migrate_data, migration, limits, allocs):

@@ -131,7 +131,7 @@ def to_nova(error, *, image_id=None,
         return exception.ImageUnacceptable(image_id=image_id, reason=text)
     if error.code in _RESOURCE_CODES:
         return exception.ComputeResourcesUnavailable(reason=reason(error))
-    if error.code == 'file_refused':
+    if error.code in ('file_refused', 'volume_unusable'):
         # The user's mistake, who is told; no other host would help.
         return exception.InvalidInput(
             reason=reason(error, _FAULT_LENGTH - _INPUT_PREFIX, step=False))

@@ -25,6 +25,8 @@ from nova.i18n import _
 from oslo_utils import strutils
 from oslo_utils import units
 
+from nova_pycontainer import cpus
+
 #: The kernel's default, and libvirt's: a quota means nothing without it.
 _PERIOD_US = 100_000
 
@@ -132,6 +134,7 @@ def resources(flavor, pids_max):
                 reason=_('flavor %(flavor)s has %(text)s, which containers '
                          'do not have. Use a flavor without it') %
                 {'flavor': flavor.name, 'text': text})
+    cpus.check_flavor(flavor)
     pids = _int_spec(flavor.extra_specs, 'pycontainer:pids_max', _PIDS_MIN)
     return {
         'memory_bytes': flavor.memory_mb * units.Mi,
@@ -142,6 +145,11 @@ def resources(flavor, pids_max):
         'disk_io': _disk_io(flavor),
         **_cpu(flavor),
     }
+
+
+def resources_of(instance, pids_max):
+    """:func:`resources` of an instance that is to run on this host."""
+    return {**resources(instance.flavor, pids_max), 'cpus': cpus.of(instance)}
 
 
 def _image_property(instance, name):
@@ -223,13 +231,14 @@ def nesting(instance):
 
 
 def specification(instance, *, layer, nics, pids_max, config_drive=None,
-                  volumes=(), files=()):
+                  volumes=(), root=None, files=()):
     """Return the whole specification of an instance's container.
 
-    :param layer: key of the image's layer
+    :param layer: key of the image's layer; None: ``root`` is a volume
     :param nics: list of NICs, see :mod:`nova_pycontainer.vif`
     :param config_drive: files, see :mod:`nova_pycontainer.configdrive`
     :param volumes: see :mod:`nova_pycontainer.volume`
+    :param root: the same, of its root
     :param files: for the root, see :mod:`nova_pycontainer.injection`
     """
     return {
@@ -240,9 +249,10 @@ def specification(instance, *, layer, nics, pids_max, config_drive=None,
         # The runtime chooses. The choice is made anew with every new root
         # disk, because another container may have the old range by now.
         'base_id': None,
-        'resources': resources(instance.flavor, pids_max),
+        'resources': resources_of(instance, pids_max),
         'nics': nics,
         'volumes': list(volumes),
+        'root': root,
         'init': init(instance),
         'config_drive': config_drive,
         'files': list(files),

@@ -24,6 +24,7 @@ from oslo_serialization import jsonutils
 from oslo_utils import units
 
 from nova_pycontainer import cpu_traits
+from nova_pycontainer import cpus
 
 LOG = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ class Host:
         free_gb = info['disk_free_bytes'] // units.Gi
         architecture = fields.Architecture.canonicalize(info['architecture'])
         return {
-            'vcpus': info['cpus'],
+            'vcpus': len(cpus.shared(info)),
             'vcpus_used': 0,
             'memory_mb': info['memory_bytes'] // units.Mi,
             'memory_mb_used': 0,
@@ -93,7 +94,7 @@ class Host:
             'hypervisor_hostname': self.name,
             'host_ip': self.ip,
             'uuid': self.node_uuid,
-            'numa_topology': None,
+            'numa_topology': cpus.numa_topology(info),
             'cpu_info': jsonutils.dumps({
                 'arch': architecture,
                 'model': architecture,
@@ -117,7 +118,9 @@ class Host:
         """
         info = self._client.host_info()
         amounts = (
-            (orc.VCPU, info['cpus'], self._conf.reserved_host_cpus),
+            (orc.VCPU, len(cpus.shared(info)),
+             self._conf.reserved_host_cpus),
+            (orc.PCPU, len(cpus.dedicated(info)), 0),
             (orc.MEMORY_MB, info['memory_bytes'] // units.Mi,
              self._conf.reserved_host_memory_mb),
             (orc.DISK_GB, info['disk_total_bytes'] // units.Gi,
@@ -129,7 +132,8 @@ class Host:
                 'min_unit': 1,
                 'max_unit': total,
                 'step_size': 1,
-                'allocation_ratio': ratios[resource_class],
+                # A dedicated CPU is nobody else's.
+                'allocation_ratio': ratios.get(resource_class, 1.0),
                 'reserved': reserved,
             }
             # Placement refuses an inventory of nothing.
@@ -139,10 +143,10 @@ class Host:
             **(info.get('features') or {}),
             # Whether the size of a root disk is more than a promise.
             'disk_limit': info['disk_limit'] != 'none'})
-        wanted |= cpu_traits.traits(info['cpu_flags'])
+        wanted |= cpu_traits.traits(info['cpu_flags']) | cpus.traits(info)
         owned = {trait for trait in tree.data(nodename).traits
                  if trait == _TRAIT or trait.startswith(_TRAIT + '_') or
-                 trait in cpu_traits.OWN}
+                 trait in cpu_traits.OWN or trait == cpus.HYPERTHREADING}
         tree.remove_traits(nodename, *(owned - wanted))
         tree.add_traits(nodename, *(wanted - owned))
 

@@ -26,6 +26,7 @@ from nova.network import neutron
 from oslo_log import log as logging
 from oslo_utils import units
 
+from nova_pycontainer import cpus
 from nova_pycontainer import errors as driver_errors
 from nova_pycontainer import migration_data
 from nova_pycontainer.runtime import errors
@@ -51,7 +52,7 @@ def _refusing(instance):
         raise refused(driver_errors.reason(e)) from e
     except exception.MigrationPreCheckError:
         raise
-    except exception.MigrationError as e:
+    except (exception.MigrationError, exception.InvalidInput) as e:
         raise refused(e.kwargs['reason']) from e
 
 
@@ -80,17 +81,27 @@ class Checks:
                 reason=_('containers have it on their host. Migrate with '
                          'block_migration=auto or True'))
         with _refusing(instance):
+            cpus.check(instance.numa_topology)
             self._same_version(source_record, record)
             # So that a source of whom we could not know who it is fails now.
-            migration_data.identity(
+            source = migration_data.identity(
                 source_record['cpu_info'],
                 source_record['hypervisor_hostname'])
-            free = self._client.host_info()['disk_free_bytes']
+            info = self._client.host_info()
+            self._check_formats(
+                source, source_record['hypervisor_hostname'],
+                info['migration'], record['hypervisor_hostname'])
+            free = info['disk_free_bytes']
         vifs = None
         if self._network_api.has_port_binding_extension(context):
             vifs = instance.get_network_info()
-        return migration_data.create(
-            vifs, disk_over_commit, free // units.Mi)
+        data = migration_data.create(
+            vifs, disk_over_commit, free // units.Mi,
+            **versions.told(info['migration']))
+        if instance.numa_topology is not None:
+            # The manager then claims CPUs here, if the source says so too.
+            data.dst_supports_numa_live_migration = True
+        return data
 
     @staticmethod
     def _same_version(source_record, record):
@@ -101,16 +112,38 @@ class Checks:
         if found is not None:
             raise refused('. '.join(found))
 
+    @staticmethod
+    def _check_formats(source, source_name, destination, destination_name):
+        """:param source, destination: what the hosts tell of themselves"""
+        found = versions.too_new(
+            versions.format_of(source), source_name,
+            versions.format_of(destination), destination_name)
+        if found is not None:
+            raise refused('. '.join(found))
+
     def source(self, instance, data):
         """Whether the server can leave this host.
 
         :returns: the object, with what the destination has to know
         """
         with _refusing(instance):
-            migration_data.get(data)
+            told = migration_data.get(data)
+            self._check_formats(
+                self._client.host_info()['migration'], instance.host, told,
+                # Nova names it beside what is said here.
+                told.get('hostname') or _('the destination'))
             found = self._client.migration_check_source(instance.uuid)
             _judge(found, instance)
             migration_data.put(data, facts=found['facts'])
+            if instance.numa_topology is not None:
+                data.src_supports_numa_live_migration = True
+        return data
+
+    @staticmethod
+    def claimed(data, claim):
+        """Note the CPUs that the manager has claimed on this host."""
+        if claim.claimed_numa_topology is not None:
+            data.dst_numa_info = cpus.claimed(claim.claimed_numa_topology)
         return data
 
     def outcome(self, context, instance, data, migration):

@@ -17,8 +17,10 @@ from nova.i18n import _
 from nova import objects
 from oslo_log import log as logging
 
+from nova_pycontainer import cpus
 from nova_pycontainer import migration_data
 from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime.migration import versions
 from nova_pycontainer import spawn
 from nova_pycontainer import steps as driver_steps
 from nova_pycontainer import vif
@@ -69,6 +71,10 @@ class Destination:
         facts = migration_data.load_disk_info(disk_info)
         source = migration_data.recorded_identity(context, instance.host)
         vifs = migration_data.destination_vifs(data, network_info)
+        resources = {
+            **facts['spec']['resources'], 'cpus': cpus.of_claimed(
+                instance, data.dst_numa_info if 'dst_numa_info' in data
+                else None)}
         with self._volumes.connecting(instance), driver_steps.Steps(
                 'pre_live_migration', instance) as steps:
             with steps.step('leftovers'):
@@ -78,7 +84,8 @@ class Destination:
             with steps.step('volumes', lambda: self._volumes.disconnect_all(
                     block_device_info, instance)):
                 volumes = _renewed(
-                    self._volumes.connect_all(block_device_info, instance),
+                    self._volumes.connect_all(
+                        context, block_device_info, instance, save=False),
                     facts['spec'].get('volumes') or [])
             with steps.step('network'):
                 vifs = _in_order(vifs, facts['spec']['nics'])
@@ -94,13 +101,14 @@ class Destination:
                 endpoint = self._client.migration_prepare(
                     uuid, migration, {
                         **facts['spec'], 'base_id': facts['base_id'],
-                        'nics': nics, 'volumes': volumes},
+                        'nics': nics, 'volumes': volumes,
+                        'resources': resources},
                     source, options(self._conf))
             steps.success()
         data.target_connect_addr = f'{endpoint["address"]}:{endpoint["port"]}'
         migration_data.put(data, migration=migration, endpoint={
-            key: endpoint[key]
-            for key in ('address', 'port', 'fingerprint', 'protocol')})
+            **versions.told(endpoint), **{key: endpoint[key] for key in (
+                'address', 'port', 'fingerprint', 'protocol')}})
         return data
 
     def remove_leftovers(self, instance):

@@ -105,6 +105,9 @@ class Recovery:
             instance.get_network_info(), None, None,
             migration=record.uuid)
         data.migration = record
+        if instance.numa_topology is not None:
+            # The destination's manager has claimed CPUs for it.
+            data.src_supports_numa_live_migration = True
         # What the manager would have given to live_migration().
         manager = self._virtapi._compute
         bdms = objects.BlockDeviceMappingList.get_by_instance_uuid(

@@ -58,7 +58,7 @@ class Power:
         self._volumes = volumes
         self._conf = conf
 
-    def on(self, instance, network_info, block_device_info=None):
+    def on(self, context, instance, network_info, block_device_info=None):
         """Start the container, unless it runs.
 
         :raises nova.exception.InstancePowerOnFailure: the root disk is not on
@@ -73,14 +73,15 @@ class Power:
         if state in ALIVE:
             self._client.stop(instance.uuid, 0)
         self.bring_up(
-            instance, network_info, block_device_info, 'power_on')
+            context, instance, network_info, block_device_info, 'power_on')
 
-    def resume(self, instance, network_info, block_device_info=None):
+    def resume(self, context, instance, network_info, block_device_info=None):
         """Start the container after the host's boot, unless it lives."""
         if self._existing(instance)['state'] not in ('running', 'paused'):
-            self.on(instance, network_info, block_device_info)
+            self.on(context, instance, network_info, block_device_info)
 
-    def reboot(self, instance, network_info, block_device_info, timeout):
+    def reboot(self, context, instance, network_info, block_device_info,
+               timeout):
         """Stop the container, if it lives, and start it.
 
         :param timeout: as for :meth:`off`; 0 for a hard reboot
@@ -90,9 +91,11 @@ class Power:
         """
         if self._existing(instance)['state'] in ALIVE:
             self._client.stop(instance.uuid, timeout)
-        self.bring_up(instance, network_info, block_device_info, 'reboot')
+        self.bring_up(
+            context, instance, network_info, block_device_info, 'reboot')
 
-    def bring_up(self, instance, network_info, block_device_info, verb):
+    def bring_up(self, context, instance, network_info, block_device_info,
+                 verb):
         """Start a stopped container as Nova's database describes it.
 
         The interfaces of a container end with it, so they are made anew; the
@@ -113,14 +116,14 @@ class Power:
             LOG.warning('Its resize has ended early: it stays here',
                         instance=instance)
             self._client.transfer_withdraw(uuid)
-        with self._wired(instance, network_info, block_device_info,
+        with self._wired(context, instance, network_info, block_device_info,
                          verb) as (steps, changes):
             with steps.step('prepare', undo=lambda: self._kill(uuid)):
                 self._client.prepare(uuid, changes)
             with steps.step('start'):
                 self._client.start_container(uuid)
 
-    def restore(self, instance, network_info, block_device_info=None):
+    def restore(self, context, instance, network_info, block_device_info=None):
         """Let a suspended container go on, with its memory.
 
         :raises nova.exception.InstancePowerOnFailure: the root disk is not on
@@ -131,13 +134,14 @@ class Power:
             # A resume that a restart of nova-compute repeats.
             LOG.info('The container runs already', instance=instance)
             return
-        with self._wired(instance, network_info, block_device_info,
+        with self._wired(context, instance, network_info, block_device_info,
                          'resume') as (steps, changes):
             with steps.step('restore'):
                 self._client.resume(instance.uuid, changes)
 
     @contextlib.contextmanager
-    def _wired(self, instance, network_info, block_device_info, verb):
+    def _wired(self, context, instance, network_info, block_device_info,
+               verb):
         """Make a container's interfaces, and connect its volumes, before
         the body starts it.
 
@@ -150,13 +154,17 @@ class Power:
                 nics = vif.nics(network_info, self._conf.tx_offload)
                 changes = {
                     'nics': nics,
-                    'resources': flavor.resources(
-                        instance.flavor, self._conf.pids_max),
+                    'resources': flavor.resources_of(
+                        instance, self._conf.pids_max),
                 }
             if block_device_info is not None:
                 with steps.step('volumes'):
                     changes['volumes'] = self._volumes.connect_all(
-                        block_device_info, instance)
+                        context, block_device_info, instance)
+                    root = self._volumes.connect_root(
+                        context, block_device_info, instance)
+                    if root is not None:
+                        changes['root'] = root
             with steps.step('unplug_vifs'):
                 # The switch may still have the ports of the interfaces that
                 # ended: Open vSwitch's userspace datapath does not see that

@@ -69,7 +69,8 @@ class Rescuer:
                     'config_drive': files})
             with steps.step('start'):
                 self._power.bring_up(
-                    instance, network_info, block_device_info, 'rescue')
+                    context, instance, network_info, block_device_info,
+                    'rescue')
             steps.success()
 
     def unrescue(self, context, instance):
@@ -79,7 +80,7 @@ class Rescuer:
         """
         self._client.unrescue(instance.uuid)
         self._power.bring_up(
-            instance, instance.get_network_info(),
+            context, instance, instance.get_network_info(),
             nova_driver.get_block_device_info(
                 instance, objects.BlockDeviceMappingList.
                 get_by_instance_uuid(context, instance.uuid)), 'unrescue')

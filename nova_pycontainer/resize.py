@@ -25,12 +25,15 @@ from nova.i18n import _
 from nova import objects
 from oslo_log import log as logging
 
+from nova_pycontainer import cpus
 from nova_pycontainer import errors as driver_errors
 from nova_pycontainer import flavor as driver_flavor
 from nova_pycontainer import migration_data
 from nova_pycontainer import migration_destination
 from nova_pycontainer import power
+from nova_pycontainer.runtime import disk
 from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime.migration import versions
 from nova_pycontainer import spawn
 from nova_pycontainer import steps as driver_steps
 from nova_pycontainer import transfer
@@ -77,7 +80,7 @@ class Resizer:
         try:
             with driver_steps.Steps('resize', instance) as steps:
                 with steps.step('stop', lambda: self._again(
-                        instance, network_info, info)):
+                        context, instance, network_info, info)):
                     self._client.stop(instance.uuid, timeout)
                 facts = {}
                 if peer is not None:
@@ -114,7 +117,11 @@ class Resizer:
                     'server %(other)s on host %(host)s has the same range of '
                     'host ids. Try another host') %
                     {'other': other.uuid, 'host': host})
-        return migration_data.recorded_identity(context, host)
+        peer = migration_data.recorded_identity(context, host)
+        found = versions.of(peer, 'destination')
+        if found is not None:
+            raise exception.ResizeError(reason='. '.join(found))
+        return peer
 
     def _is_here(self, record):
         """Whether source and destination are one host, this one."""
@@ -124,6 +131,11 @@ class Resizer:
         """:raises nova.exception.NovaException: there cannot be such a server
         """
         new = driver_flavor.resources(flavor, self._conf.pids_max)
+        moving = instance.migration_context
+        cpus.check(moving and moving.new_numa_topology)
+        if info.get('root'):
+            # Of a volume, not of the flavor's size.
+            return
         old = info['resources'].get('disk_bytes')
         if new['disk_bytes'] and old and new['disk_bytes'] < old:
             raise exception.ResizeError(reason=_(
@@ -132,28 +144,30 @@ class Resizer:
         method = info['disk']['method']
         if here and method != 'none' and (
                 not old and new['disk_bytes'] or
-                old and not new['disk_bytes'] and method == 'loop'):
+                old and not new['disk_bytes'] and method in disk.IN_FILE):
             raise exception.ResizeError(reason=_(
                 'on one host, a root disk of any size cannot become one of a '
                 'certain size, nor the other way round'))
 
-    def _again(self, instance, network_info, info):
+    def _again(self, context, instance, network_info, info):
         if info['state'] in power.ALIVE:
-            self._power.on(instance, network_info)
+            self._power.on(context, instance, network_info)
 
     def confirm(self, instance, network_info, record):
         """Remove what the server has left here."""
         if not self._is_here(record):
             self._spawner.remove(instance, network_info)
 
-    def revert(self, instance, network_info, block_device_info, power_on):
+    def revert(self, context, instance, network_info, block_device_info,
+               power_on):
         """Have the server here again, as it was before.
 
         Also after a crash at any point before it was another host's.
         """
         self._client.transfer_withdraw(instance.uuid)
         if power_on:
-            self._power.on(instance, network_info, block_device_info)
+            self._power.on(
+                context, instance, network_info, block_device_info)
 
     # Destination
 
@@ -168,19 +182,21 @@ class Resizer:
         told = migration_data.load_disk_info(disk_info)
         if told['here']:
             if power_on:
-                self._power.on(instance, network_info, block_device_info)
+                self._power.on(
+                    context, instance, network_info, block_device_info)
             return
         uuid, facts = instance.uuid, told['facts']
         # Volumes are connected when it is started.
         spec = facts['spec'] | {
             'volumes': [],
-            'resources': driver_flavor.resources(
-                instance.flavor, self._conf.pids_max)}
+            'resources': driver_flavor.resources_of(
+                instance, self._conf.pids_max)}
         with driver_steps.Steps('finish_migration', instance) as steps:
             with steps.step('leftovers'):
                 self._destination.remove_leftovers(instance)
             with steps.step('layer'):
-                self._destination.get_layer(context, instance, spec)
+                if spec['layer']:
+                    self._destination.get_layer(context, instance, spec)
             with steps.step('take'):
                 self._client.transfer_take(
                     uuid, record.uuid, spec, facts,
@@ -191,7 +207,8 @@ class Resizer:
             steps.success()
         if power_on:
             # What has come stays, whatever becomes of that: it is the server.
-            self._power.on(instance, network_info, block_device_info)
+            self._power.on(
+                context, instance, network_info, block_device_info)
 
     def stays(self, context, instance):
         """Whether a server whose resize is reverted was resized here.

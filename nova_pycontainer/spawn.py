@@ -66,7 +66,7 @@ class Spawner:
         :raises nova.exception.NovaException: the request cannot be met
         :raises ContainerError: the agent's
         """
-        volume.check_root(instance, block_device_info)
+        booted = volume.root_of(block_device_info) is not None
         uuid = instance.uuid
         pids_max = self._conf.pids_max
         self.remove_leftovers([uuid])
@@ -78,11 +78,14 @@ class Spawner:
                 flavor.specification(
                     instance, layer=None, nics=[], pids_max=pids_max)
             with steps.step('image'):
-                layer = self._images.ensure(context, instance, image_meta)
+                layer = None if booted else self._images.ensure(
+                    context, instance, image_meta)
             with steps.step('volumes', lambda: self._volumes.disconnect_all(
                     block_device_info, instance)):
                 volumes = self._volumes.connect_all(
-                    block_device_info, instance)
+                    context, block_device_info, instance)
+                root = self._volumes.connect_root(
+                    context, block_device_info, instance)
             with steps.step('network'):
                 # Neutron works on the ports since before this method was
                 # called; the first look at them waits for it.
@@ -105,7 +108,7 @@ class Spawner:
                 with self._unusable_removed(layer):
                     info = self._client.define(uuid, flavor.specification(
                         instance, layer=layer, nics=nics, pids_max=pids_max,
-                        config_drive=drive, volumes=volumes,
+                        config_drive=drive, volumes=volumes, root=root,
                         files=injection.files(
                             instance, injected_files, network_info)))
                 # The compute manager saves it with the instance.

@@ -13,7 +13,8 @@
 """Volumes: connected to the host by os-brick, given to the guest by the agent.
 
 A volume is a device in the guest's ``/dev`` and no more: a guest has no right
-to mount a file system of the host's kernel.
+to mount a file system of the host's kernel. Only its root may be one, which
+the agent mounts.
 """
 
 import contextlib
@@ -30,11 +31,15 @@ from oslo_concurrency import processutils
 from oslo_log import log as logging
 
 from nova_pycontainer import device_metadata
+from nova_pycontainer import encryption
 from nova_pycontainer import power
 from nova_pycontainer.runtime import errors
 from nova_pycontainer import steps
 
 LOG = logging.getLogger(__name__)
+
+#: No such device is in the guest.
+_ROOT_NAME = 'vda'
 
 _BRICK_ERRORS = (
     brick_exception.BrickException, processutils.ProcessExecutionError,
@@ -55,6 +60,7 @@ class Volumes:
         self._host = host
         # Whether others have a device, and its end, are one thing.
         self._lock = threading.Lock()
+        self._encryption = encryption.Encryption()
         # Connected for servers of which the agent does not know that yet:
         # (server, volume).
         self._coming = set()
@@ -80,22 +86,21 @@ class Volumes:
 
     # On this host
 
-    def connect(self, connection_info, mountpoint, instance):
+    def connect(self, context, connection_info, mountpoint, instance,
+                encryption=None):
         """Have a volume's device on this host; idempotent.
 
         Until the end of :meth:`connecting` no other server's end takes it
         away.
 
         :param mountpoint: its name in the guest
+        :param encryption: what Cinder says of that of the volume, if it is
+            encrypted; None: Cinder is asked
         :returns: the volume, as the agent takes it
         :raises nova.exception.NovaException: it cannot be had
         """
         ident = volume_id(connection_info)
         data = connection_info.get('data') or {}
-        if data.get('encrypted'):
-            raise exception.VolumeEncryptionNotSupported(
-                volume_type=connection_info['driver_volume_type'],
-                volume_id=ident)
         try:
             with self._lock:
                 self._coming.add((instance.uuid, ident))
@@ -110,14 +115,18 @@ class Volumes:
         data['device_path'] = path
         if found.get('multipath_id'):
             data['multipath_id'] = found['multipath_id']
+        if data.get('encrypted') or encryption:
+            self._encryption.open(
+                context, ident, connection_info, encryption)
         return {'id': ident, 'name': block_device.strip_dev(mountpoint),
                 'path': path, 'read_only': data.get('access_mode') == 'ro'}
 
-    def disconnect(self, connection_info, instance):
+    def disconnect(self, connection_info, instance, replaced=False):
         """End :meth:`connect`, whether or not it has been called.
 
         Not while another server of this host has the same volume.
 
+        :param replaced: the server has another device of the same volume
         :raises nova.exception.VolumeDetachFailed: its device is here still
         :raises ContainerError: the agent's
         """
@@ -127,13 +136,14 @@ class Volumes:
             users = {uuid for uuid, volume in self._coming
                      if volume == ident}
             for info in self._client.list():
-                if not any(v['id'] == ident for v in info['volumes']):
+                if not any(v['id'] == ident for v in (
+                        *info['volumes'], *filter(None, [info.get('root')]))):
                     continue
                 # A copy that has left runs no more here.
                 if info['uuid'] != instance.uuid and not (
                         info['moved'] or info.get('offered')):
                     users.add(info['uuid'])
-                if info['uuid'] == instance.uuid and (
+                if info['uuid'] == instance.uuid and not replaced and (
                         info['state'] in power.ALIVE and
                         not info['moved']):
                     # Its number could become that of another one's device,
@@ -146,6 +156,8 @@ class Volumes:
                          ', '.join(users), instance=instance)
                 return
             try:
+                if data.get('encrypted'):
+                    self._encryption.close(connection_info)
                 self._connector(connection_info).disconnect_volume(
                     data, data, ignore_errors=False)
             except _BRICK_ERRORS as e:
@@ -163,12 +175,42 @@ class Volumes:
                     (uuid, ident) for uuid, ident in self._coming
                     if uuid != instance.uuid}
 
-    def connect_all(self, block_device_info, instance):
-        """:meth:`connect` for all of a server's, as the agent takes them."""
-        return [self.connect(
-                    v['connection_info'], v['mount_device'], instance)
+    def connect_all(self, context, block_device_info, instance, save=True):
+        """:meth:`connect` for all but its root, as the agent takes them.
+
+        :param save: whether Nova's records are this host's to change
+        """
+        root = root_of(block_device_info)
+        return [self._connect(context, v, v['mount_device'], instance, save)
                 for v in driver.block_device_info_get_mapping(
-                    block_device_info)]
+                    block_device_info) if v is not root]
+
+    def _connect(self, context, mapping, mountpoint, instance, save=True):
+        found = self.connect(
+            context, mapping['connection_info'], mountpoint, instance)
+        if save:
+            # Who disconnects it has to know it, also after nova-compute's
+            # end.
+            mapping.save()
+        return found
+
+    def connect_root(self, context, block_device_info, instance):
+        """:meth:`connect` for the volume that a server's root is.
+
+        :returns: None: its root is none
+        :raises nova.exception.InvalidInput: it cannot be the root
+        """
+        root = root_of(block_device_info)
+        if root is None:
+            return None
+        info = root['connection_info']
+        if info.get('multiattach'):
+            # Also with one server now: another one may come.
+            raise exception.InvalidInput(
+                reason=_('volume %s may be attached to several servers, and '
+                         'a file system that two have mounted is lost. Boot '
+                         'from a volume of another type') % volume_id(info))
+        return self._connect(context, root, _ROOT_NAME, instance)
 
     def disconnect_all(self, block_device_info, instance):
         """:meth:`disconnect`; what fails is logged, and the rest done.
@@ -191,16 +233,13 @@ class Volumes:
         :raises nova.exception.NovaException: nothing is left of it
         :raises ContainerError: the same, of the agent's
         """
-        if encryption:
-            raise exception.VolumeEncryptionNotSupported(
-                volume_type=connection_info['driver_volume_type'],
-                volume_id=volume_id(connection_info))
         with self.connecting(instance), steps.Steps(
                 'attach_volume', instance) as made:
             with made.step('connect', lambda: self.disconnect(
                     connection_info, instance)):
                 volume = self.connect(
-                    connection_info, mountpoint, instance)
+                    context, connection_info, mountpoint, instance,
+                    encryption)
             with made.step('attach', lambda: self._client.volume_detach(
                     instance.uuid, volume['id'])):
                 self._client.volume_attach(instance.uuid, volume)
@@ -219,13 +258,27 @@ class Volumes:
         if instance.host in (None, self._host):
             try:
                 self._client.volume_detach(
-                    instance.uuid, volume_id(connection_info))
+                    instance.uuid, self._known_as(connection_info, instance))
             except errors.ContainerError as e:
                 if e.code != 'not_found':
                     raise
         self.disconnect(connection_info, instance)
 
-    def extend(self, connection_info, instance):
+    def _known_as(self, connection_info, instance):
+        """The id that the agent has of a volume.
+
+        Cinder may have named it anew after it was put in another's place.
+        """
+        ident = volume_id(connection_info)
+        path = (connection_info.get('data') or {}).get('device_path')
+        known = {v['id']: v['path'] for v in
+                 self._client.info(instance.uuid)['volumes']}
+        if ident in known:
+            return ident
+        return next((other for other, of in known.items() if of == path),
+                    ident)
+
+    def extend(self, context, connection_info, instance):
         """Have the device know its new size; a guest's follows it.
 
         :raises nova.exception.NovaException: it has the old one
@@ -233,6 +286,9 @@ class Volumes:
         try:
             size = self._connector(connection_info).extend_volume(
                 connection_info['data'])
+            if connection_info['data'].get('encrypted'):
+                self._encryption.extend(
+                    context, volume_id(connection_info), connection_info)
         except NotImplementedError as e:
             raise exception.ExtendVolumeNotSupported() from e
         except _BRICK_ERRORS as e:
@@ -270,15 +326,8 @@ def volume_id(connection_info):
             (connection_info.get('data') or {}).get('volume_id'))
 
 
-def check_root(instance, block_device_info):
-    """Refuse roots on volumes.
-
-    :raises nova.exception.InvalidInput: in words for the user
-    """
-    mapping = driver.block_device_info_get_mapping(block_device_info)
-    if not instance.image_ref or any(
-            volume.get('boot_index') == 0 for volume in mapping):
-        raise exception.InvalidInput(
-            reason=_('the container driver does not boot from volumes: the '
-                     'host would have to mount what others have written. '
-                     'Boot from an image, and attach the volume'))
+def root_of(block_device_info):
+    """The volume that a server's root is, as Nova has it, or None."""
+    return next((
+        volume for volume in driver.block_device_info_get_mapping(
+            block_device_info) if volume.get('boot_index') == 0), None)
