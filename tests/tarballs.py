@@ -213,7 +213,7 @@ BAD = {
                             'follows'),
     'data after gzip': (gzip.compress(_SYSTEM) + b'more data',
                         'image_not_archive', 'follows'),
-    # Disk images
+    # Disk images (CVE-2024-32498, CVE-2026-24708): no tool ever opens one.
     'qcow2': (_qcow2(), 'image_is_disk', 'qcow2'),
     'qcow2 in gzip': (gzip.compress(_qcow2()), 'image_is_disk',
                       'qcow2 in gzip'),
@@ -378,3 +378,10 @@ BAD = {
             'GNU.sparse.size': str(1 << 50), 'GNU.sparse.map': '0,0'}),
         'image_too_large', "entry 'f'"),
 }
+
+
+def unpack(data, directory):
+    """Unpack one of tools/images' systems."""
+    with zstandard.open(io.BytesIO(data)) as stream, (
+            tarfile.open(fileobj=stream, mode='r|')) as archive:
+        archive.extractall(directory)

@@ -12,6 +12,7 @@
 
 """nova-compute and the agent die; servers go on."""
 
+from tests import cases
 from tests.cloud import base
 from tests.cloud import sessions
 
@@ -82,6 +83,7 @@ class CrashTest(base.CloudTestCase):
         self.assert_talks()
         self.assert_every_verb_works()
 
+    @cases.more
     def test_agent(self):
         self.kill('host1.agent')
         self.assert_talks()
@@ -109,6 +111,7 @@ class CrashTest(base.CloudTestCase):
         self.wait('ACTIVE')
         self.wait_ssh(self.address, user='debian')
 
+    @cases.more
     def test_agent_absent(self):
         """The service says so, and no power state is made up."""
         self.kill('host1.agent')

@@ -24,6 +24,7 @@ import tempfile
 import threading
 import time
 
+from tests import cases
 from tests.cloud import base
 from tests import tarballs
 
@@ -157,6 +158,7 @@ class BadImagesTest(base.CloudTestCase):
     def test_device(self):
         self._refused('device', "'etc/sda'", '8:0', 'Build the image again')
 
+    @cases.more
     def test_bomb(self):
         self._refused('bomb', r"'usr/share/zeros\d+'", 'flavor')
 

@@ -19,6 +19,7 @@ import typing
 from openstack import exceptions
 from testtools import content
 
+from tests import cases
 from tests.cloud import base
 from tests.cloud import migration_base
 from tests.cloud import sessions
@@ -174,6 +175,7 @@ class LiveMigrationTest(migration_base.MigrationTestCase):
         self.assert_at(server, 'host2')
         self.assertEqual('', session.finish())
 
+    @cases.more
     def test_nova_compute_restarts(self):
         server = self.debian('restart')
         self.slow()
@@ -188,6 +190,7 @@ class LiveMigrationTest(migration_base.MigrationTestCase):
         self.assert_at(server, 'host2')
         self.assertEqual('', session.finish())
 
+    @cases.more
     def test_deleted_meanwhile(self):
         server = self.debian('deleted')
         self.slow()
@@ -218,6 +221,7 @@ class LiveMigrationTest(migration_base.MigrationTestCase):
         base.wait_for(session.come, PATIENCE, 'the session still talks')
         self.assertEqual('', session.finish())
 
+    @cases.more
     def test_prepare_fails(self):
         server = self.debian('prepare-fails')
         # Something else is in its place.
@@ -229,6 +233,7 @@ class LiveMigrationTest(migration_base.MigrationTestCase):
             self.on_host('host2', 'rm', '-f', place)
         self.move(server)
 
+    @cases.more
     def test_restore_fails(self):
         server = self.debian('restore-fails')
         # Too few for any guest.

@@ -24,6 +24,7 @@ import typing
 
 from testtools import content
 
+from tests import cases
 from tests.cloud import base
 from tests.cloud import sessions
 from tests import echo
@@ -193,6 +194,7 @@ class MovesTest(base.CloudTestCase):
     def test_debian13(self):
         self._two_ways('debian13')
 
+    @cases.more
     def test_debian12(self):
         self._two_ways('debian12')
 

@@ -198,6 +198,12 @@ class VerbsTest(base.CloudTestCase):
             lambda: self.ssh_in('sudo grep ^root: /etc/shadow') != before,
             PATIENCE, 'the password')
         self.assertIn('root:$', self.ssh_in('sudo grep ^root: /etc/shadow'))
+        # CVE-2015-8749: whoever reads logs does not learn it from ours.
+        for service in ('agent', 'nova-compute'):
+            logs = [*base.LOGS.glob(f'host*.{service}.log')]
+            self.assertEqual(len(base.HOSTS), len(logs))
+            for log in logs:
+                self.assertNotIn(b'a secret: with', log.read_bytes())
 
     def test_diagnostics(self):
         figures = json.loads(self.cli(

@@ -33,7 +33,7 @@ WORK = pathlib.Path(os.environ.get(
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 #: Ends a test that hangs; nothing is measured by it.
-PATIENCE = 60.0
+PATIENCE = float(os.environ.get('NOVA_PYCONTAINER_PATIENCE', 60.0))
 
 
 class InMemory:
@@ -71,9 +71,14 @@ class InMemory:
 
 
 class _Agent:
-    """One host: its directories, its agent's process and client."""
+    """One host: its directories, its agent's process and client.
 
-    def __init__(self, number):
+    :param enter: command line by which its programs run elsewhere
+    :param address: where other agents reach it
+    """
+
+    def __init__(self, number, enter=(), address='127.0.0.1'):
+        self._enter = enter
         self.base = pathlib.Path(tempfile.mkdtemp(
             prefix='pyc-func-', dir=WORK if WORK.is_dir() else None))
         self.base.chmod(0o711)
@@ -98,8 +103,8 @@ criu_path = {_tool('criu')}
 idmap_base = {0x40000000 + number * (1 << 26)}
 idmap_count = 512
 console_port = 0
-migration_address = 127.0.0.1
-migration_listen = 127.0.0.1
+migration_address = {address}
+migration_listen = {address}
 preflight_at_start = false
 """)
         self.client = client.Client(f'{self.run}/agent.sock')
@@ -108,7 +113,8 @@ preflight_at_start = false
     def start(self, **env):
         with open(self.log, 'ab') as log:
             self._process = subprocess.Popen(
-                [sys.executable, '-m', 'nova_pycontainer.cmd.agent',
+                [*self._enter, sys.executable, '-m',
+                 'nova_pycontainer.cmd.agent',
                  '--config-file', str(self._config)],
                 env={**os.environ, **env},
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT)
@@ -124,6 +130,13 @@ preflight_at_start = false
                         'the agent did not start:\n' +
                         self.log.read_text()[-4000:]) from None
             time.sleep(0.05)
+
+    def configure(self, **options):
+        """Restart it with other options: of two lines the last one counts."""
+        self.kill()
+        with open(self._config, 'a') as f:
+            f.writelines(f'{k} = {v}\n' for k, v in options.items())
+        self.start()
 
     def kill(self):
         """As hard as an agent can end; its containers go on."""
@@ -210,6 +223,9 @@ class Real:
     def start(self, host, **env):
         """:param env: more of its environment"""
         self._agent(host).start(**env)
+
+    def configure(self, host, **options):
+        self._agent(host).configure(**options)
 
     def power_off_inside(self, host, uuid):
         agent = self.client(host)

@@ -164,7 +164,7 @@ class TestCase(integrated_helpers.ProviderUsageBaseTestCase):
                 server['id'])['OS-EXT-STS:task_state'],
             f'{server["id"]} {task}')
 
-    def wait_for(self, condition, what, seconds=60):
+    def wait_for(self, condition, what, seconds=agents.PATIENCE):
         """Wait until ``condition()`` is true, and return what it returned."""
         deadline = time.monotonic() + seconds
         while True:

@@ -36,14 +36,19 @@ class Store:
 
     def create(self, context, metadata, data=None):
         if data is None:
-            metadata.setdefault('status', 'queued')
+            # Nova uploads the nothing of an image that names snapshots of
+            # volumes, and so makes it active.
+            metadata.setdefault('status', (
+                'active' if str(metadata.get('size')) == '0' else 'queued'))
         return self._create(context, metadata, data)
 
     def update(self, context, image_id, metadata, data=None,
                purge_props=False):
         # The status is Glance's own to change.
         metadata = {k: v for k, v in metadata.items() if k != 'status'}
+        status = self._glance.images.get(image_id, {}).get('status')
         self._update(context, image_id, metadata, None, purge_props)
+        self._glance.images[image_id].setdefault('status', status)
         if data is not None:
             self._upload(image_id, data)
         return self._glance.show(context, image_id)

@@ -72,6 +72,18 @@ class TestCase(base.TestCase):
         found = self._get_allocations_by_server_uuid(server['id'])
         return [uuids[uuid] for uuid in found]
 
+    def pinned(self, host):
+        """The dedicated CPUs that the resource tracker counts."""
+        self.periodic('update_available_resource', host)
+        with nova_context.target_cell(
+                nova_context.get_admin_context(),
+                self.host_mappings[host].cell_mapping) as context:
+            node = objects.ComputeNode.get_first_node_by_host_for_old_compat(
+                context, host)
+        topology = objects.NUMATopology.obj_from_db_obj(node.numa_topology)
+        return sorted(cpu for cell in topology.cells
+                      for cpu in cell.pinned_cpus)
+
     def host(self, server):
         return self.api.get_server(server['id'])['OS-EXT-SRV-ATTR:host']
 

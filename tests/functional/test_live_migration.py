@@ -24,7 +24,10 @@ from nova import exception
 from nova import objects
 
 from nova_pycontainer import migration
+from nova_pycontainer import migration_checks
 from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime import state
+from tests import cases
 from tests.functional import agents
 from tests.functional import base
 from tests.functional import migration_base
@@ -204,11 +207,13 @@ class LiveMigrationTest(migration_base.TestCase):
         self.assertIn(words, self.reason(server))
         self.assert_at(server, 'host1')
 
+    @cases.more
     def test_no_shared_storage(self):
         server = self.boot()
         self.migrate(server, block_migration=False)
         self.assert_refused(server, 'not on shared storage')
 
+    @cases.more
     def test_other_protocol(self):
         server = self.boot()
         self.useFixture(fixtures.MonkeyPatch(
@@ -218,6 +223,55 @@ class LiveMigrationTest(migration_base.TestCase):
         self.assert_refused(
             server, 'host1 speaks version 1 of the migration protocol, host2 '
             'speaks version 2. Upgrade nova-pycontainer on host1')
+
+    def test_destination_of_a_former_release(self):
+        self.two.state_format = None
+        server = self.boot()
+        self.migrate(server)
+        self.assert_refused_format(server, 'host2')
+        # Its driver is of that release too, and asks nobody; the source's
+        # is not.
+        check = migration_checks.Checks._check_formats
+
+        def of_the_source(source, source_name, destination, name):
+            if name != 'host2':
+                check(source, source_name, destination, name)
+
+        self.useFixture(fixtures.MockPatchObject(
+            migration_checks.Checks, '_check_formats',
+            staticmethod(of_the_source)))
+        server = self.boot()
+        self.migrate(server)
+        self.assert_refused_format(server, 'the destination')
+        self.assertIn('to host host2', self.reason(server))
+
+    def assert_refused_format(self, server, there):
+        self.assert_refused(
+            server, f'host1 keeps instances in format {state.FORMAT}, '
+            f'{there} in format 3')
+        self.assertIn(f'Upgrade nova-pycontainer on {there} first',
+                      self.reason(server))
+        for agent in (self.one, self.two):
+            self.assertNotIn('migration_check_source', agent.calls)
+            self.assertNotIn('migration_prepare', agent.calls)
+
+    @cases.more
+    def test_source_of_a_later_release(self):
+        self.one.state_format = state.FORMAT + 1
+        self.periodic('update_available_resource', 'host1')
+        server = self.boot()
+        self.migrate(server)
+        self.assert_refused(
+            server, f'host1 keeps instances in format {state.FORMAT + 1}')
+        self.assertNotIn('migration_check_source', self.one.calls)
+
+    def test_source_of_a_former_release(self):
+        self.one.state_format = None
+        self.periodic('update_available_resource', 'host1')
+        server = self.boot()
+        self.migrate(server)
+        self.wait_for_migration(server, 'completed')
+        self.assert_at(server, 'host2')
 
     def test_ids_in_use(self):
         server = self.boot()
@@ -245,6 +299,7 @@ class LiveMigrationTest(migration_base.TestCase):
         self.migrate(server)
         self.assert_refused(server, 'there is no room. Free space')
 
+    @cases.more
     def test_warnings_do_not_matter(self):
         server = self.boot()
         for agent in (self.one, self.two):
@@ -253,6 +308,7 @@ class LiveMigrationTest(migration_base.TestCase):
         self.migrate(server)
         self.wait_for_migration(server, 'completed')
 
+    @cases.more
     def test_image_is_gone(self):
         server = self.boot()
         self.glance.delete(None, self.image)
@@ -338,6 +394,7 @@ class LiveMigrationTest(migration_base.TestCase):
         self.wait_for_migration(server, 'completed')
         self.assert_at(server, 'host2')
 
+    @cases.more
     def test_foreign_certificate(self):
         server = self.boot()
         # Someone else listens where the destination's agent should.
@@ -407,6 +464,7 @@ class LiveMigrationTest(migration_base.TestCase):
         self.assertIn('migration_force_complete', self.one.calls)
         self.assert_at(server, 'host2')
 
+    @cases.more
     def test_nothing_to_control(self):
         server = self.boot()
         driver = self.computes['host1'].driver
@@ -427,6 +485,7 @@ class LiveMigrationTest(migration_base.TestCase):
         self.assertIn('has not completed within', self.reason(server))
         self.assert_at(server, 'host1')
 
+    @cases.more
     def test_late_is_forced(self):
         self.flags(live_migration_timeout_action='force_complete',
                    group='pycontainer')
@@ -478,6 +537,7 @@ class LiveMigrationTest(migration_base.TestCase):
         self.wait_for_migration(server, 'completed')
         self.assert_at(server, 'host2')
 
+    @cases.more
     def test_nova_compute_restarts_and_it_has_failed(self):
         self.two.restore_error = errors.ContainerError(
             'criu_failed', 'it cannot be restored')
@@ -504,6 +564,44 @@ class LiveMigrationTest(migration_base.TestCase):
         self.abort(server)
         self.wait_for_migration(server, 'cancelled')
         self.assert_at(server, 'host1')
+
+    def restart_with_claimed_cpus(self, error, status):
+        """:returns: where the server is, and what is pinned there"""
+        self.flags(cpu_dedicated_set='0-1', group='compute')
+        for host in base.HOSTS:
+            self.periodic('update_available_resource', host)
+        flavor = self._create_flavor(
+            memory_mb=256, vcpu=1, disk=1, ephemeral=0,
+            extra_spec={'hw:cpu_policy': 'dedicated'})
+        self.two._ids += 1 << 26
+        self.boot(host='host2', flavorRef=flavor)
+        server = self.boot(flavorRef=flavor)
+        self.two.restore_error = error
+        self.one.hold('copying')
+        self.migrate(server)
+        self.one.wait_for_phase('copying')
+        self.assertEqual([0, 1], self.pinned('host2'))
+        self.lose('host1')
+        self.one.proceed()
+        self.restart('host1')
+        self.wait_for_migration(server, status)
+        host = self.host(server)
+        self.assertEqual([host], self.allocations(server))
+        cpu, = self.info(server, host)['resources']['cpus']['cpus']
+        self.assertEqual({0: cpu}, self.instance(
+            server, host).numa_topology.cells[0].cpu_pinning)
+        return host, cpu, self.pinned('host1'), self.pinned('host2')
+
+    def test_nova_compute_restarts_and_cpus_were_claimed(self):
+        self.assertEqual(
+            ('host2', 1, [], [0, 1]),
+            self.restart_with_claimed_cpus(None, 'completed'))
+
+    @cases.more
+    def test_nova_compute_restarts_and_cpus_were_claimed_in_vain(self):
+        self.assertEqual(
+            ('host1', 0, [0], [0]), self.restart_with_claimed_cpus(
+                errors.ContainerError('criu_failed', 'it fails'), 'failed'))
 
     def lose(self, host):
         """End the threads that follow migrations, as the end of their process

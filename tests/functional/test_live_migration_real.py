@@ -23,6 +23,7 @@ import tempfile
 import uuid
 
 from nova_pycontainer.runtime import errors
+from tests import cases
 from tests.functional import agents
 from tests.functional import base
 from tests.functional import migration_base
@@ -133,6 +134,7 @@ class RealLiveMigrationTest(migration_base.TestCase):
         self.action(server, 'ACTIVE', 'reboot', {'type': 'HARD'})
         self.sh(server, 'host2', 'true')
 
+    @cases.more
     def test_image_is_gone_and_there_is_no_room(self):
         server = self.counting()
         self.glance.delete(None, self.image)
@@ -144,11 +146,21 @@ class RealLiveMigrationTest(migration_base.TestCase):
     # A destination without room
 
     def test_no_room_for_the_files(self):
+        # One whose disk is reserved does not begin to come.
+        self.agents.configure('host2', disk_limit='sparse')
         server = self.counting()
         self.sh(server, 'host1', 'dd if=/dev/urandom of=/big bs=1M count=200')
         self.small('host2', 'instances', 128)
         self.migrate(server)
         self.assert_refused(server, 'the files of the guest do not fit on')
+
+    @cases.more
+    def test_no_room_for_the_disk(self):
+        server = self.counting()
+        self.small('host2', 'instances', 128)
+        self.migrate(server)
+        self.assert_refused(server, 'the disk and the description of the '
+                            'guest do not fit on')
 
     # Hosts that do not go together
 
@@ -233,6 +245,7 @@ class RealLiveMigrationTest(migration_base.TestCase):
         self.wait_for_migration(server, 'completed')
         self.assert_at(server, 'host2')
 
+    @cases.more
     def test_abort_too_late(self):
         server = self.counting()
         go = self.hold(server, 'source.committed')
@@ -243,6 +256,7 @@ class RealLiveMigrationTest(migration_base.TestCase):
         self.wait_for_migration(server, 'completed')
         self.assert_at(server, 'host2')
 
+    @cases.more
     def test_force_complete_into_post_copy(self):
         self.flags(group='pycontainer', live_migration_bandwidth=2,
                    live_migration_permit_post_copy=True)

@@ -12,6 +12,7 @@
 
 """Rescue of servers, through Nova's API."""
 
+from tests import cases
 from tests.functional import agents
 from tests.functional import base
 
@@ -70,6 +71,7 @@ class RescueTest(base.TestCase):
         self.delete(server)
         self.assert_nothing_left()
 
+    @cases.more
     def test_of_a_server_that_is_off(self):
         server = self.boot()
         self.sh(server, 'echo own > /root/file; sync')
@@ -80,11 +82,13 @@ class RescueTest(base.TestCase):
         self.action(server, 'ACTIVE', 'unrescue')
         self.assertEqual('own', self.sh(server, 'cat /root/file'))
 
+    @cases.more
     def test_destroy(self):
         server = self.rescued()
         self.delete(server)
         self.assert_nothing_left()
 
+    @cases.more
     def test_restarts_in_between(self):
         server = self.rescued()
         self.agents.stop('host1')
@@ -112,6 +116,7 @@ class RescueTest(base.TestCase):
         self.action(server, 'ACTIVE', 'unrescue')
         self.assertEqual('own', self.sh(server, 'cat /root/file'))
 
+    @cases.more
     def test_image_that_cannot_be_started(self):
         server = self.boot()
         self.sh(server, 'echo own > /root/file; sync')

@@ -17,6 +17,7 @@ from nova.compute import task_states
 from nova.tests.functional.api import client
 
 from nova_pycontainer.runtime import errors
+from tests import cases
 from tests.functional import agents
 from tests.functional import test_snapshots
 
@@ -104,6 +105,7 @@ class ResizeTest(test_snapshots.TestCase):
         self.assert_changed(server)
         self.assert_only_at(server, 'host1')
 
+    @cases.more
     def test_migrate_a_stopped_server(self):
         server = self.start()
         self.action(server, 'SHUTOFF', 'os-stop')
@@ -172,6 +174,7 @@ class ResizeTest(test_snapshots.TestCase):
                 f'/servers/{server["id"]}/os-instance-actions/'
                 f'{action["request_id"]}').body['instanceAction']['events']])
 
+    @cases.more
     def test_source_agent_is_restarted(self):
         server = self.start()
         self.action(server, 'VERIFY_RESIZE', 'migrate', {'host': 'host2'})
@@ -220,6 +223,7 @@ class ResizeTest(test_snapshots.TestCase):
         self.assertIn('have not all come', str(error))
         return server
 
+    @cases.more
     def test_destination_fails_and_tries_again(self):
         server = self.break_at('taking.files')
         self.api.post_server_action(
@@ -232,6 +236,7 @@ class ResizeTest(test_snapshots.TestCase):
         self.periodic('_run_image_cache_manager_pass')
         self.assert_only_at(server, 'host2')
 
+    @cases.more
     def test_destination_fails_and_it_is_deleted(self):
         server = self.break_at('taking.connected')
         # Nova knows only the new host, and forgets the old one.

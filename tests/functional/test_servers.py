@@ -21,6 +21,7 @@ from nova.tests.functional.api import client
 
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import revert
+from tests import cases
 from tests.functional import agents
 from tests.functional import base
 
@@ -372,16 +373,19 @@ class FailuresTest(base.TestCase):
         self.delete(server)
         return message
 
+    @cases.more
     def test_image_that_leaves_its_root(self):
         message = self.fault(base.tarball('sbin/init', '../../etc/crontab'))
         self.assertIn('../../etc/crontab', message)
         self.assertIn('Build the image again', message)
 
+    @cases.more
     def test_image_that_is_no_archive(self):
         message = self.fault(b'MZ' + b'x' * 4096)
         self.assertIn('not an archive', message)
         self.assertIn('Upload a tar archive', message)
 
+    @cases.more
     def test_image_that_says_to_be_a_disk(self):
         message = self.fault(self.image_data(), disk_format='qcow2')
         self.assertIn('disk_format is qcow2', message)

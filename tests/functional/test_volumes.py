@@ -20,6 +20,8 @@ import pathlib
 import tempfile
 
 import fixtures
+from nova import context
+from nova import objects
 from nova.tests.fixtures import cinder
 from nova.tests.fixtures import os_brick
 from os_brick import privileged
@@ -31,7 +33,7 @@ from tests.functional import test_snapshots
 from tests import loop
 
 
-class VolumesTest(test_snapshots.TestCase, migration_base.TestCase):
+class TestCase(test_snapshots.TestCase, migration_base.TestCase):
 
     def setUp(self):
         super().setUp()
@@ -51,10 +53,10 @@ class VolumesTest(test_snapshots.TestCase, migration_base.TestCase):
             prefix='pyc-volumes-', dir=agents.WORK)
         self.addCleanup(self.top.cleanup)
 
-    def volume(self, ident=None, **data):
+    def volume(self, ident=None, size=16 * loop.MIB, **data):
         """The id of a volume, and the device that it is on all hosts."""
         ident = ident or uuidutils.generate_uuid()
-        device = loop.Loop(pathlib.Path(self.top.name, ident))
+        device = loop.Loop(pathlib.Path(self.top.name, ident), size)
         self.addCleanup(device.close)
         self.known[ident] = {
             'driver_volume_type': 'local',
@@ -90,9 +92,24 @@ class VolumesTest(test_snapshots.TestCase, migration_base.TestCase):
         self.sh(server, f'printf %s "{text}" | dd of=/dev/{name} '
                 'conv=notrunc,fsync', self.host(server))
 
+    def hold(self, server):
+        """Have a process with the device open; /run/holder says which."""
+        self.sh(server, 'setsid sh -c "exec 3</dev/vdb; '
+                'echo \\$\\$ > /run/holder; exec sleep 1000" '
+                '</dev/null >/dev/null 2>&1 & '
+                'while [ ! -s /run/holder ]; do sleep 0.05; done')
+
+    def assert_reads(self, server, text):
+        self.assertEqual(text, self.sh(
+            server, f'dd if=/dev/vdb bs={len(text)} count=1 2>/dev/null',
+            self.host(server)))
+
     def assert_wrote(self, server, device, text, name='vdb'):
         self.write(server, text, name)
         self.assertEqual(text.encode(), device.read(len(text)))
+
+
+class VolumesTest(TestCase):
 
     def test_attach_and_detach(self):
         server = self.boot()
@@ -121,10 +138,7 @@ class VolumesTest(test_snapshots.TestCase, migration_base.TestCase):
         server = self.boot()
         ident, device = self.volume()
         self.attach(server, ident)
-        self.sh(server, 'setsid sh -c "exec 3</dev/vdb; '
-                'echo \\$\\$ > /run/holder; exec sleep 1000" '
-                '</dev/null >/dev/null 2>&1 & '
-                'while [ ! -s /run/holder ]; do sleep 0.05; done')
+        self.hold(server)
         self.at_home(server)
         self.api.delete_server_volume(server['id'], ident)
         self.wait_for(lambda: 'is open in the guest' in self.reason(server),
@@ -182,15 +196,62 @@ class VolumesTest(test_snapshots.TestCase, migration_base.TestCase):
         for host in ('host1', 'host2'):
             self.assert_nothing_left(host)
 
-    def test_root_on_a_volume_is_refused(self):
-        ident, _ = self.volume()
-        server = self.api.post_server({'server': {
-            'name': 'bfv', 'flavorRef': self.flavor, 'networks': 'none',
-            'imageRef': '', 'block_device_mapping_v2': [{
-                'boot_index': 0, 'uuid': ident, 'source_type': 'volume',
-                'destination_type': 'volume'}]}})
-        fault = self.wait(server, 'ERROR')['fault']
-        self.assertIn('does not boot from volumes', str(fault))
+    def swap(self, server, old, new):
+        """As Cinder has it done for a volume that it migrates."""
+        self.api.put_server_volume(server['id'], old, new)
+
+    @staticmethod
+    def saved(server, ident):
+        return objects.BlockDeviceMapping.get_by_volume_and_instance(
+            context.get_admin_context(), ident, server['id']).connection_info
+
+    def test_swap(self):
+        ids = cinder.CinderFixture
+        one, device = self.volume(ids.SWAP_OLD_VOL)
+        two, other = self.volume(ids.SWAP_NEW_VOL)
+        server = self.boot()
+        self.attach(server, one)
+        self.write(server, 'before')
+        # Nobody takes it away from a process.
+        self.hold(server)
+        self.swap(server, one, two)
+        self.wait_for(lambda: 'is open in the guest' in self.reason(server),
+                      'the refusal')
+        self.assertEqual([one], self.attached(server))
+        self.assert_wrote(server, device, 'beside')
+        self.sh(server, 'kill $(cat /run/holder)')
+        self.swap(server, one, two)
+        self.wait_for(lambda: self.attached(server) == [two], 'the swap')
+        self.assert_reads(server, 'beside')
+        self.assert_wrote(server, other, 'after')
+        self.assertEqual(b'beside', device.read(6))
+        self.action(server, 'ACTIVE', 'reboot', {'type': 'HARD'})
+        self.assert_wrote(server, other, 'rebooted')
+        self.detach(server, two)
+        self.assertEqual({}, self.had(server))
+        self.delete(server)
+        self.assert_nothing_left()
+
+    def test_swap_of_one_that_keeps_its_name(self):
+        ids = cinder.CinderFixture
+        one, device = self.volume(ids.MULTIATTACH_RO_MIGRATE_OLD_VOL)
+        two, other = self.volume(ids.MULTIATTACH_RO_MIGRATE_NEW_VOL)
+        server = self.boot()
+        self.attach(server, one)
+        self.write(server, 'before')
+        self.swap(server, one, two)
+        self.wait_for(lambda: self.info(server)['volumes'][0]['path'] ==
+                      other.path, 'the swap')
+        self.assertEqual({one: 'vdb'}, self.had(server))
+        self.assert_reads(server, 'before')
+        self.wait_for(
+            lambda: other.path in self.saved(server, one), 'its record')
+        self.known[one] = self.known[two]
+        self.migrate(server)
+        self.wait_for_migration(server, 'completed')
+        self.assert_wrote(server, other, 'there')
+        self.detach(server, one)
+        self.assertEqual({}, self.had(server))
 
     def test_multiattach(self):
         ident, device = self.volume(cinder.CinderFixture.MULTIATTACH_VOL)
@@ -198,8 +259,7 @@ class VolumesTest(test_snapshots.TestCase, migration_base.TestCase):
         self.attach(one, ident)
         self.attach(two, ident)
         self.assert_wrote(one, device, 'of both')
-        self.assertEqual('of both', self.sh(
-            two, 'dd if=/dev/vdb bs=7 count=1 2>/dev/null'))
+        self.assert_reads(two, 'of both')
         self.detach(one, ident)
         self.assert_wrote(two, device, 'of one')
 
@@ -226,9 +286,7 @@ class VolumesTest(test_snapshots.TestCase, migration_base.TestCase):
         server = self.boot()
         ident, device = self.volume()
         self.attach(server, ident)
-        self.sh(server, 'setsid sh -c "exec 3</dev/vdb; '
-                'touch /run/held; sleep 1000" </dev/null >/dev/null 2>&1 & '
-                'while [ ! -e /run/held ]; do sleep 0.05; done')
+        self.hold(server)
         self.migrate(server)
         self.wait_for_migration(server, 'error', 'failed')
         self.assertIn('/dev/vdb', self.reason(server))

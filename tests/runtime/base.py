@@ -75,6 +75,14 @@ def image(name):
     return pathlib.Path(done.stdout.split()[-1])
 
 
+def make_file_system(path, mib, *options):
+    """A small one in a new file, as the whole disk of a host."""
+    path.touch()
+    os.truncate(path, mib << 20)
+    subprocess.run(['mkfs.ext4', '-q', '-F', *options, str(path)],
+                   check=True, timeout=60)
+
+
 def layer_key(name):
     """The key that all tests give to an image, and its tarball."""
     path = image(name)
@@ -98,6 +106,8 @@ class HostTestCase(cases.TestCase):
 
     runtime = 'crun'
     disk_limit = 'auto'
+    #: More of the configuration.
+    options = {}
 
     def setUp(self):
         super().setUp()
@@ -125,7 +135,7 @@ class HostTestCase(cases.TestCase):
             state_dir=base / 'state', run_dir=run,
             oci_runtime_path=tool(self.runtime), criu_path=tool('criu'),
             cgroup_parent=self.cgroup_parent, disk_limit=self.disk_limit,
-            console_port=0)
+            console_port=0, **self.options)
         self.addCleanup(self._remove_cgroups)
         self.addCleanup(self._stop_keeper)
         self.host = self.make_host()

@@ -132,6 +132,7 @@ class Agent(client.Client):
                            str(conf)),
                 env={**os.environ, 'PYCONTAINER_FAULTS': self.faults,
                      'PYCONTAINER_FAULT_POINTS': str(self.record),
+                     'PYTHONFAULTHANDLER': '1',
                      **self.env},
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         base.wait_for(self._answers, f'the agent of {self.name}')
@@ -156,7 +157,15 @@ class Agent(client.Client):
         """As a service manager does; one that has ended is no error."""
         if self.process.poll() is None:
             self.process.terminate()
-        self.process.wait(base.PATIENCE)
+        try:
+            self.process.wait(base.PATIENCE)
+        except subprocess.TimeoutExpired:
+            # Has it write down what its threads do.
+            self.process.send_signal(signal.SIGABRT)
+            self.process.wait(base.PATIENCE)
+            raise AssertionError(
+                'the agent did not end:\n' +
+                self.log.read_text()[-20000:]) from None
 
     def restart_agent(self, faults='', **options):
         """:param faults: see nova_pycontainer.runtime.faults"""
@@ -313,6 +322,10 @@ class TwoHostsTestCase(cases.TestCase):
             self.sh(host, uuid, base.NO_DHCP +
                     f'ip address add {address}/24 dev eth0; '
                     'ip link set eth0 up')
+            # A former guest of this address was last heard on another host,
+            # and the bridges believe it until this one speaks. It answers a
+            # question to all; the kernel would ask one after some 25 s.
+            self._ip('neighbour', 'flush', 'to', address)
         return uuid
 
     def dhcp(self):

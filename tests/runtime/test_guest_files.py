@@ -75,7 +75,7 @@ class GuestFilesTestCase(base.HostTestCase):
         self.host.define(uuid, self.spec())
         item = self.host.entry(uuid).container
         item.disk.mount()
-        item._mount_overlay(self.host.layer_root(item))
+        item._show_root(self.host.layer_root(item))
         self.host.close()
         self.host = self.make_host()
         with open('/proc/self/mountinfo') as f:

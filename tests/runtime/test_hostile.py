@@ -152,6 +152,37 @@ class HostileTestCase(base.HostTestCase):
                     self.host.delete(uuid)
         self.assertEqual([], self.host.list())
 
+    def test_masks_by_devices_of_its_own(self):
+        """CVE-2025-31133, CVE-2025-52565: what hides parts of /proc, and the
+        console, are devices; the guest has left links in place of them.
+        """
+        uuid = self.run_container()
+        self.wait_started(uuid)
+        masks = self._masks(uuid)
+        self.assertIn('/proc/keys', masks)
+        self.assertIn('/proc/bus', masks)
+        self.sh(uuid, 'umount -l /dev; cd /dev; '
+                'for d in null console ptmx; do rm -f $d; '
+                'ln -s /proc/sys/kernel/hostname $d; done; '
+                'rm -rf pts; ln -s /proc/sys pts')
+        self.host.kill(uuid)
+        self.host.prepare(uuid)
+        self.host.start_container(uuid)
+        self.wait_started(uuid)
+        self.assertEqual(masks, self._masks(uuid))
+        self.assertEqual('0', self.sh(uuid, 'head -c1 /proc/keys | wc -c'))
+        self.assertEqual('test', self.sh(uuid, 'hostname'))
+
+    def _masks(self, uuid):
+        """Mount points below /proc, with what is mounted there, and how."""
+        found = {}
+        for line in self.sh(uuid, 'cat /proc/self/mountinfo').splitlines():
+            root, point, options = line.split()[3:6]
+            kind = line.split(' - ')[1].split()[0]
+            if point.startswith('/proc/'):
+                found[point] = (root, options, kind)
+        return found
+
     def test_proc_of_the_guests_own_making(self):
         """CVE-2019-16884, CVE-2025-52881: paths of /proc that lead the
         runtime's writes elsewhere.

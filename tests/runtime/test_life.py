@@ -172,6 +172,21 @@ class LifeTestCase(base.HostTestCase):
         self.assert_code('not_found', self.host.info, other)
         self.assert_code('invalid', self.host.info, '../../etc')
 
+    def test_deleted_but_for_its_files(self):
+        """It is files until it is started, also to an agent's successor."""
+        uuid = self.run_container()
+        self.wait_started(uuid)
+        self.sh(uuid, 'echo x > /file')
+        self.host.delete(uuid, keep_disk=True)
+        self.host.close()
+        self.host = self.make_host()
+        info = self.host.info(uuid)
+        self.assertEqual(('stopped', True), (info['state'], info['kept']))
+        self.host.prepare(uuid)
+        self.host.start_container(uuid)
+        self.assertIs(False, self.host.info(uuid)['kept'])
+        self.assertEqual('x', self.sh(uuid, 'cat /file'))
+
     def test_delete_while_a_stop_waits(self):
         uuid = self.run_container(init={'argv': [
             '/bin/sh', '-c', 'trap "" TERM; while :; do sleep 1; done']})

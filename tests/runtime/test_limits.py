@@ -12,6 +12,7 @@
 
 """Limits hold, and a guest that goes mad hurts only itself."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -264,6 +265,57 @@ class LoopDiskTestCase(base.HostTestCase):
         self.assertEqual(['1', '1'], line[0].split()[1:])
         self.host.delete(uuid)
         self.assertEqual([], self.traces(uuid))
+
+
+class FullHostTestCase(base.HostTestCase):
+    """What a container was promised is its own when the host's disk is full.
+    """
+
+    disk_limit = 'loop'
+
+    def make_host(self):
+        instances = self.config.instances_dir
+        instances.mkdir(mode=0o700)
+        image = self.config.state_dir / 'small.img'
+        base.make_file_system(image, 192, '-m', '0')
+        subprocess.run(['mount', '-o', 'loop', image, instances], check=True,
+                       timeout=30)
+        # The keeper has files there, and ends later.
+        self.addCleanup(subprocess.run, ['umount', '--lazy', instances],
+                        check=True, timeout=30)
+        return super().make_host()
+
+    def test_writes_go_on(self):
+        uuid = self.run_container(disk=64 * base.MIB)
+        self.wait_started(uuid)
+        other = '11111111-2222-4333-8444-555555555555'
+        error = self.assert_code(
+            'no_space', self.host.define, other,
+            self.spec(disk=160 * base.MIB))
+        self.assertIn('160 MiB', str(error))
+        self.assertEqual([], self.traces(other))
+        self.host.kill(uuid)
+        size = 512 * base.MIB
+        self.assert_code(
+            'no_space', self.host.prepare, uuid,
+            {'resources': {**self.spec()['resources'], 'disk_bytes': size}})
+        self.host.prepare(uuid)
+        self.host.start_container(uuid)
+        filler = self.config.instances_dir / 'filler'
+        with open(filler, 'wb', buffering=0) as f, contextlib.suppress(
+                OSError):
+            while f.write(bytes(base.MIB)):
+                pass
+        self.sh(uuid, 'yes | dd bs=1M count=48 iflag=fullblock conv=fsync '
+                'of=/file; sync')
+        self.assertLess(
+            os.statvfs(self.config.instances_dir).f_bavail, 1024)
+        before = self.sh(uuid, 'md5sum /file')
+        filler.unlink()
+        self.host.kill(uuid)
+        self.host.prepare(uuid)
+        self.host.start_container(uuid)
+        self.assertEqual(before, self.sh(uuid, 'md5sum /file'))
 
 
 class DiskSpeedTestCase(base.HostTestCase):

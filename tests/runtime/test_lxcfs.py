@@ -20,6 +20,7 @@ import subprocess
 import time
 
 from nova_pycontainer.runtime import errors
+from tests import cases
 from tests.runtime import base
 from tests.runtime import hosts
 
@@ -208,6 +209,7 @@ class SharesTestCase(hosts.TwoHostsTestCase):
         self.assert_own(self.a, uuid, 256)
         self.assert_held(self.a, uuid)
 
+    @cases.more
     def test_a_host_without(self):
         uuid, _ = self.busybox()
         self.stop_lxcfs(self.b)
@@ -252,6 +254,7 @@ class SharesTestCase(hosts.TwoHostsTestCase):
         self.migrate(uuid, self.a, self.b)
         self.assert_own(self.b, uuid, 256)
 
+    @cases.more
     def test_not_used(self):
         self.a.restart_agent(lxcfs_dir='none')
         uuid = self.run_container()

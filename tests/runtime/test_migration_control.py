@@ -20,6 +20,8 @@ import os
 import threading
 
 from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime import netlink
+from tests import cases
 from tests.runtime import base
 from tests.runtime import test_migration_faults as faults
 
@@ -47,6 +49,23 @@ except TimeoutError:
     pass
 open("/run/answered", "w").close()
 time.sleep(100000)
+'''
+
+_READS = '''
+import socket, struct, time
+netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)
+netlink.bind((0, 1))  # RTMGRP_LINK
+netlink.setblocking(False)
+open("/run/reads", "w").close()
+while True:
+    netlink.send(struct.pack("=IHHII4x", 20, 18, 0x301, 1, 0))
+    time.sleep(0.05)
+    try:
+        while netlink.recv(65536):
+            pass
+    except BlockingIOError:
+        pass
+    time.sleep(0.005)
 '''
 
 
@@ -90,7 +109,7 @@ class ControlTestCase(faults.Helpers):
         return failure[0] if failure else None
 
     def test_abort_in_time(self):
-        for name, point in IN_TIME:
+        for name, point in cases.some(IN_TIME, 1, 5, 9):
             uuid, migration, go = self.wait_at(name, point)
             before = self.a.info(uuid)
             self.assertIsNone(self.abort(uuid, migration, go), point)
@@ -140,6 +159,29 @@ class ControlTestCase(faults.Helpers):
         self.assertEqual('running', self.b.info(uuid)['state'])
         base.wait_for(lambda: self.sh(
             self.b, uuid, 'ls /run/answered || :'), 'the answer')
+
+    def test_paused_while_it_reads(self):
+        """A guest that is always about to read can be moved when paused."""
+        uuid = self.run_container(
+            'debian13', memory=256, address='203.0.113.10',
+            init={'argv': ['/usr/bin/python3', '-c', _READS]})
+        base.wait_for(lambda: self.sh(
+            self.a, uuid, 'ls /run/reads || :'), 'the first message')
+        pid = self.a.info(uuid)['pid']
+        base.wait_for(lambda: netlink.unread(pid), 'an unread message')
+        for _ in range(5):
+            self.a.pause(uuid)
+            self.assertEqual('paused', self.a.info(uuid)['state'])
+            self.assertFalse(netlink.unread(pid))
+            self.a.unpause(uuid)
+        self.a.pause(uuid)
+        # What happens to its link it is told while it is paused.
+        [nic] = self.a.info(uuid)['spec']['nics']
+        for state in ('down', 'up'):
+            self.a.run('ip', 'link', 'set', nic['devname'], state)
+        base.wait_for(lambda: netlink.unread(pid), 'an unread message')
+        self.migrate(uuid, self.a, self.b)
+        self.assertEqual('paused', self.b.info(uuid)['state'])
 
     def test_abort_too_late(self):
         for name, point in TOO_LATE:

@@ -22,6 +22,7 @@ import subprocess
 import time
 
 from nova_pycontainer.runtime import errors
+from tests import cases
 from tests.runtime import base
 from tests.runtime import hosts
 
@@ -124,7 +125,7 @@ class FaultsTestCase(Helpers):
         return uuid
 
     def test_source_dies_before_its_commit(self):
-        for point in SOURCE_BEFORE:
+        for point in cases.some(SOURCE_BEFORE, 1, -1):
             uuid = self._kill_source(point)
             self._settled(uuid, ['a'])
             self._check_clean(self.b, uuid)
@@ -155,7 +156,7 @@ class FaultsTestCase(Helpers):
         return uuid
 
     def test_destination_dies_before_the_commit(self):
-        for point in DESTINATION_BEFORE:
+        for point in cases.some(DESTINATION_BEFORE, 2, -1):
             uuid = self._kill_destination(point)
             self._settled(uuid, ['a'])
             for info in self.b.list():
@@ -166,7 +167,7 @@ class FaultsTestCase(Helpers):
             self.b.delete(uuid)
 
     def test_destination_dies_after_the_commit(self):
-        for point in DESTINATION_AFTER:
+        for point in cases.some(DESTINATION_AFTER, 1, 2):
             uuid = self._kill_destination(point)
             self._settled(uuid, ['b'])
             base.wait_for(
@@ -178,8 +179,9 @@ class FaultsTestCase(Helpers):
     # Nobody dies, something fails.
 
     def test_failures_before_the_commit(self):
-        for host, points in ((self.a, SOURCE_BEFORE),
-                             (self.b, DESTINATION_BEFORE)):
+        for host, points in (
+                (self.a, cases.some(SOURCE_BEFORE, 2, -1)),
+                (self.b, cases.some(DESTINATION_BEFORE, 0, 3))):
             for point in points:
                 host.restart_agent(f'{point}=raise')
                 uuid = self._boot()

@@ -16,11 +16,11 @@ The server goes on at the source, and the error says what did not fit, and
 where.
 """
 
-import os
 import subprocess
 import time
 import uuid as uuidlib
 
+from nova_pycontainer.runtime import errors
 from tests.runtime import base
 from tests.runtime import hosts
 
@@ -42,10 +42,7 @@ class RoomTestCase(hosts.TwoHostsTestCase):
     def small_instances(self, mib):
         """A file system of that size for the disks of the destination."""
         disk = self.top / 'disk.img'
-        disk.touch()
-        os.truncate(disk, mib << 20)
-        subprocess.run(['mkfs.ext4', '-q', '-F', str(disk)], check=True,
-                       timeout=60)
+        base.make_file_system(disk, mib)
         self.b.run('mount', '-o', 'loop', str(disk), str(
             self.b.directory / 'state/instances'))
 
@@ -94,6 +91,7 @@ class RoomTestCase(hosts.TwoHostsTestCase):
     def test_disk_of_the_host(self):
         """A disk that is a sparse file has room, and its file has not."""
         self.small_instances(128)
+        self.b.restart_agent(disk_limit='sparse')
         uuid = self.counting()
         self.sh(self.a, uuid, 'dd if=/dev/urandom of=/big bs=1M count=200')
         migration = self.begin(uuid)
@@ -103,9 +101,22 @@ class RoomTestCase(hosts.TwoHostsTestCase):
         self.migrate(uuid, self.a, self.b)
         self.sh(self.b, uuid, 'true')
 
+    def test_disk_that_is_reserved(self):
+        """Before anything of the guest is sent."""
+        self.small_instances(128)
+        self.b.restart_agent(disk_limit='loop')
+        uuid = self.counting()
+        error = self.assertRaises(
+            errors.ContainerError, self.begin, uuid)
+        self.assertEqual('no_space', error.code)
+        self.assertIn('do not fit on pyc-test', str(error))
+        self.assertEqual([], self._left(uuid))
+        self.assertEqual('running', self.a.info(uuid)['state'])
+
     def test_disk_of_the_host_is_full_at_the_end(self):
         """What came last is checked before the right to run is given."""
         self.small_instances(192)
+        self.b.restart_agent(disk_limit='sparse')
         go = self.top / 'go'
         self.a.restart_agent(f'source.pass=wait:{go}')
         uuid = self.counting()

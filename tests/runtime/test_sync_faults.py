@@ -277,8 +277,8 @@ while True:
         return stop
 
     def test_links_to_the_host(self):
-        """A directory is replaced by a link to one of the host, and back,
-        at any moment of many passes.
+        """CVE-2015-7548, CVE-2016-2140: a directory is replaced by a link to
+        one of the host, and back, at any moment of many passes.
         """
         secret = self.base / 'secret'
         (secret / 'below').mkdir(parents=True)

@@ -23,17 +23,17 @@ from tests.runtime import base
 from tests.runtime import hosts
 
 #: Has a device open for as long as it lives, and is a sleep in the end.
-_HOLD = ('setsid sh -c "exec 3</dev/vdb; echo \\$\\$ > /run/holder; '
-         'exec sleep 1000" </dev/null >/dev/null 2>&1 & '
-         'while [ ! -s /run/holder ]; do sleep 0.05; done; '
-         'until grep -q ^sleep /proc/$(cat /run/holder)/cmdline; do '
-         'sleep 0.05; done')
+HOLD = ('setsid sh -c "exec 3</dev/vdb; echo \\$\\$ > /run/holder; '
+        'exec sleep 1000" </dev/null >/dev/null 2>&1 & '
+        'while [ ! -s /run/holder ]; do sleep 0.05; done; '
+        'until grep -q ^sleep /proc/$(cat /run/holder)/cmdline; do '
+        'sleep 0.05; done')
 #: Ends it, and not only tells it to end.
-_LET_GO = ('pid=$(cat /run/holder); kill $pid; '
-           'while [ -e /proc/$pid ]; do sleep 0.05; done')
+LET_GO = ('pid=$(cat /run/holder); kill $pid; '
+          'while [ -e /proc/$pid ]; do sleep 0.05; done')
 
 
-class VolumesTestCase(hosts.TwoHostsTestCase):
+class TestCase(hosts.TwoHostsTestCase):
 
     def device(self):
         made = loop.Loop(pathlib.Path(self.top, str(uuidlib.uuid4())))
@@ -66,6 +66,9 @@ class VolumesTestCase(hosts.TwoHostsTestCase):
         text = host.run('sh', '-c', f'cat {" ".join(files)} 2>/dev/null || :')
         return [int(found) for found in re.findall(
             r'(?:riops=|:\d+ )(\d+)', text.stdout)]
+
+
+class VolumesTestCase(TestCase):
 
     def test_to_and_fro(self):
         uuid = self.run_container()
@@ -117,13 +120,13 @@ class VolumesTestCase(hosts.TwoHostsTestCase):
         uuid = self.run_container()
         volume = self.volume(self.device())
         self.a.volume_attach(uuid, volume)
-        self.sh(self.a, uuid, _HOLD)
+        self.sh(self.a, uuid, HOLD)
         error = self.refused(
             'in_use', self.a.volume_detach, uuid, volume['id'])
         self.assertIn('sleep', str(error))
         # Nothing has changed by that.
         self.write(uuid, 'still')
-        self.sh(self.a, uuid, _LET_GO)
+        self.sh(self.a, uuid, LET_GO)
         self.a.volume_detach(uuid, volume['id'])
         self.assertEqual([], self.names(uuid))
 
@@ -235,11 +238,11 @@ class VolumesTestCase(hosts.TwoHostsTestCase):
                 'read_iops': 900 if base.limits_io() else None}})
         added = self.volume(self.device(), 'vdc')
         self.a.volume_attach(uuid, added)
-        self.sh(self.a, uuid, _HOLD)
+        self.sh(self.a, uuid, HOLD)
         [problem] = self.a.migration_check_source(uuid)['problems']
         self.assertEqual('device', problem['name'])
         self.assertIn('/dev/vdb', problem['reason'])
-        self.sh(self.a, uuid, _LET_GO)
+        self.sh(self.a, uuid, LET_GO)
         here, there = self.a, self.b
         for turn in range(2):
             self.migrate(uuid, here, there)

@@ -30,8 +30,10 @@ from nova_pycontainer.runtime import interfaces
 from nova_pycontainer.runtime import migrations
 from nova_pycontainer.runtime.migration import checks  # noqa: H306
 from nova_pycontainer.runtime.migration import preflight
+from nova_pycontainer.runtime import quiesce
 from nova_pycontainer.runtime import rescue
 from nova_pycontainer.runtime import transfers
+from nova_pycontainer.runtime import volume_swap
 from nova_pycontainer.runtime import volumes
 from tests.unit.agent import base
 from tests.unit.agent import directory_host
@@ -52,7 +54,9 @@ class TestVerbs(base.AgentTestCase):
                      'volumes': volumes.Volumes,
                      'preflight': preflight.Preflight,
                      'migrations': migrations.Migrations,
+                     'quiesces': quiesce.Quiesces,
                      'rescues': rescue.Rescues,
+                     'swaps': volume_swap.Swaps,
                      'transfers': transfers.Transfers}[part], method)]
                 if not part:
                     found.append(

@@ -101,11 +101,13 @@ class TestCase(test.NoDBTestCase):
         values = {'uuid': uuids.instance, 'image_ref': uuids.image,
                   'hostname': 'web', 'config_drive': '', 'launched_at': None,
                   'system_metadata': {}, **values}
+        topology = values.pop('numa_topology', None)
         trusted_certs = values.pop('trusted_certs', None)
         instance = fake_instance.fake_instance_obj(
             self.context, flavor=flavor or make_flavor(),
             expected_attrs=['metadata', 'system_metadata'], **values)
         instance.trusted_certs = trusted_certs
+        instance.numa_topology = topology
         return instance
 
     @staticmethod

@@ -47,6 +47,9 @@ class FakeAgent(fake_migration.Migrations):
         self.failures = {}
         self.calls = []
         self.cpu_flags = []
+        self.numa = [{
+            'id': 0, 'cpus': [*range(8)], 'memory_bytes': 16 * GIB,
+            'socket': 0, 'cores': [[cpu] for cpu in range(8)]}]
         self.layers = {}
         self.imports = 0
         self.containers = {}
@@ -91,7 +94,8 @@ class FakeAgent(fake_migration.Migrations):
         self._enter('host_info')
         return {
             'hostname': 'fake', 'architecture': 'x86_64', 'kernel': '6.1',
-            'cpus': 8, 'cpu_flags': self.cpu_flags, 'memory_bytes': 16 * GIB,
+            'cpus': 8, 'numa': self.numa, 'cpu_flags': self.cpu_flags,
+            'memory_bytes': 16 * GIB,
             'memory_available_bytes': 12 * GIB,
             'disk_total_bytes': 100 * GIB, 'disk_free_bytes': 60 * GIB,
             'uptime_s': 100.0, 'containers': len(self.containers),
@@ -170,7 +174,8 @@ class FakeAgent(fake_migration.Migrations):
         self._enter('define')
         if uuid in self.containers:
             raise _error('exists', 'this host has it already', uuid=uuid)
-        if spec['layer'] not in self.layers and not layer_later:
+        if spec['layer'] not in self.layers and not (
+                layer_later or spec.get('root')):
             raise _error('layer_missing', 'the layer is not on this host',
                          uuid=uuid)
         with self._lock:
@@ -181,7 +186,7 @@ class FakeAgent(fake_migration.Migrations):
             'base_id': base_id, 'image_id': spec['image_id'],
             'nics': spec['nics'],
             'resources': dict(spec['resources']), 'spec': spec,
-            'exit': None, 'moved': None,
+            'exit': None, 'moved': None, 'root': spec.get('root'),
             'volumes': [{**volume, 'statistics': None}
                         for volume in spec.get('volumes', ())],
             'console': b'', 'rescue': None,

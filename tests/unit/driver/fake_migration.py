@@ -17,6 +17,8 @@ import time
 import uuid as uuidlib
 
 from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime.migration import protocol
+from nova_pycontainer.runtime import state
 
 #: Phases of the real agent, in their order.
 PHASES = ('prepared', 'copying', 'frozen', 'ready', 'committed', 'running',
@@ -59,13 +61,18 @@ class Migrations:
         self.moved = threading.Condition()
         #: Error of the restore on this host.
         self.restore_error = None
+        #: None: of a release that does not tell it.
+        self.state_format = state.FORMAT
         #: What the checks find, see nova_pycontainer.runtime.migration.checks
         self.source_problems = []
         self.destination_problems = []
         self.warnings = []
 
     def identity(self):
-        return {'protocol': 1, 'certificate': self.certificate,
+        return {'protocol': protocol.VERSION,
+                **({'state_format': self.state_format}
+                   if self.state_format else {}),
+                'certificate': self.certificate,
                 'fingerprint': f'fingerprint of {self.certificate}',
                 'address': '192.0.2.1', 'port': self.port}
 

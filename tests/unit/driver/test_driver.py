@@ -322,6 +322,7 @@ class ServiceTestCase(driver_base.Base):
             {'COMPUTE_DEVICE_TAGGING', 'COMPUTE_IMAGE_TYPE_RAW',
              'COMPUTE_NET_ATTACH_INTERFACE',
              'COMPUTE_NET_ATTACH_INTERFACE_WITH_TAG',
-             'COMPUTE_TRUSTED_CERTS', 'COMPUTE_VOLUME_ATTACH_WITH_TAG',
+             'COMPUTE_RESCUE_BFV', 'COMPUTE_TRUSTED_CERTS',
+             'COMPUTE_VOLUME_ATTACH_WITH_TAG',
              'COMPUTE_VOLUME_EXTEND', 'COMPUTE_VOLUME_MULTI_ATTACH'},
             {name for name, present in traits.items() if present})

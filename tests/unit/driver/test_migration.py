@@ -154,7 +154,8 @@ class DestinationTest(driver_base.Base):
         self.assertEqual(
             {'protocol': 1, 'migration': uuids.migration, 'endpoint': {
                 key: identity[key]
-                for key in ('address', 'port', 'fingerprint', 'protocol')}},
+                for key in ('address', 'port', 'fingerprint', 'protocol',
+                            'state_format')}},
             migration_data.get(data))
         (name, source, _options), = self.agent.prepared
         self.assertEqual(uuids.migration, name)

@@ -19,6 +19,7 @@ from oslo_utils.fixture import uuidsentinel as uuids
 
 from nova_pycontainer import migration_data
 from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime.migration import versions
 from tests.unit.driver import base
 from tests.unit.driver import driver_base
 
@@ -37,7 +38,8 @@ class LeaveTestCase(driver_base.Base):
             lambda context, instance: self.record))
         self.useFixture(fixtures.MonkeyPatch(
             'nova_pycontainer.migration_data.recorded_identity',
-            lambda context, host: {'certificate': host}))
+            lambda context, host: {**self.peer, 'certificate': host}))
+        self.peer = versions.own()
         self.others = []
         self.useFixture(fixtures.MonkeyPatch(
             'nova.objects.InstanceList.get_by_host', staticmethod(
@@ -106,6 +108,12 @@ class LeaveTestCase(driver_base.Base):
         self.agent.failures['transfer_offer'] = errors.ContainerError(
             'bad_state', 'no')
         self.assertIsInstance(self.refused(), exception.ResizeError)
+
+    def test_the_new_host_has_a_former_release(self):
+        self.peer = {'protocol': 1, 'hostname': 'h2'}
+        error = self.refused()
+        self.assertIn('Upgrade nova-pycontainer on h2 first', str(error))
+        self.assertNotIn('stop', self.agent.calls)
 
     def test_range_of_ids_that_is_taken_there(self):
         self.others = [self.make_instance(uuid=uuids.other)]

@@ -166,14 +166,15 @@ class SpawnTestCase(driver_base.Base):
         self.agent.define = define
         self.spawn()
 
-    def test_root_on_a_volume_is_refused(self):
+    def test_root_that_several_servers_may_have_is_refused(self):
         error = self.assertRaises(
             exception.InvalidInput, self.spawn, block_device_info={
                 'block_device_mapping': [{
-                    'mount_device': '/dev/vda', 'boot_index': 0}]})
-        self.assertIn('Boot from an image', str(error))
-        self.instance.image_ref = ''
-        self.assertRaises(exception.InvalidInput, self.spawn)
+                    'mount_device': '/dev/vda', 'boot_index': 0,
+                    'connection_info': {
+                        'driver_volume_type': 'local', 'serial': 'many',
+                        'multiattach': True, 'data': {}}}]})
+        self.assertIn('volume many may be attached', str(error))
         self.assert_nothing_left()
 
     def test_bad_flavor_costs_no_download(self):

@@ -23,6 +23,13 @@ from nova_pycontainer.runtime import errors
 from tests.unit.driver import driver_base
 
 
+class Mapping(dict):
+    """As nova.virt.block_device's."""
+
+    def save(self):
+        self['saved'] = dict(self['connection_info']['data'])
+
+
 class VolumeTestCase(driver_base.Base):
 
     def setUp(self):
@@ -77,8 +84,8 @@ class VolumeTestCase(driver_base.Base):
 
     def bdi(self, *infos):
         return {'block_device_mapping': [
-            {'connection_info': info, 'mount_device': f'/dev/vd{name}',
-             'boot_index': None}
+            Mapping(connection_info=info, mount_device=f'/dev/vd{name}',
+                    boot_index=None)
             for info, name in zip(infos, 'bcd', strict=False)]}
 
     def test_attach_and_detach(self):
@@ -168,7 +175,8 @@ class VolumeTestCase(driver_base.Base):
         self.attach()
         other = self.make_instance(uuid=uuids.second)
         with self.driver._volumes.connecting(other):
-            self.driver._volumes.connect(self.info(), '/dev/vdb', other)
+            self.driver._volumes.connect(
+                self.context, self.info(), '/dev/vdb', other)
             self.detach()
             self.assertTrue(self.connected)
         self.driver._volumes.disconnect(self.info(), other)
