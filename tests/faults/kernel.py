@@ -150,6 +150,7 @@ class Copy:
     """
 
     def __init__(self, host, uuid):
+        self._host = host
         self._cgroup = _V2 / host.cgroup_parent / uuid
         self.pids = {pid for path in self._cgroup.rglob('cgroup.procs')
                      for pid in map(int, _read(path).split())}
@@ -170,13 +171,30 @@ class Copy:
                     total += int(line.split()[1])
         return total
 
+    def _is_made(self):
+        """Whether CRIU has not yet restored it.
+
+        Its init then is younger than CRIU, which ends before the guest may
+        run; what runs in it before that is CRIU's own code, whatever its
+        executable is called.
+        """
+        for pid in self.inits:
+            with contextlib.suppress(OSError):
+                if os.path.basename(os.readlink(
+                        _PROC / str(pid) / 'exe')) == 'criu':
+                    return True
+        started = [stat[2] for pid in self.inits if (stat := _stat(pid))]
+        return any(
+            (stat := _stat(pid)) and stat[2] <= max(started, default=0)
+            for pid in programs(self._host, 'criu', without='lazy-pages'))
+
     def runs(self, seconds=0.4):
         """Whether the scheduler gives it a processor."""
-        if not self.inits or self.frozen:
+        if not self.inits or self.frozen or self._is_made():
             return False
         before = self._switches()
         time.sleep(seconds)
-        return self._switches() != before
+        return self._switches() != before and not self._is_made()
 
     def __str__(self):
         return (f'{len(self.inits)} init(s), {len(self.pids)} processes'

@@ -26,8 +26,8 @@ PACKAGE = pathlib.Path(__file__).resolve().parents[2] / 'nova_pycontainer'
 #: Not passed by a container that is made, moved and deleted. tests/runtime
 #: has files of their own for them.
 _OTHER_VERBS = frozenset(f'runtime/{name}.py' for name in (
-    'checkpoint', 'interfaces', 'migration/cold', 'rescue', 'snapshots',
-    'volumes'))
+    'checkpoint', 'interfaces', 'migration/cold', 'quiesce', 'rescue',
+    'snapshots', 'volume_swap', 'volumes'))
 
 
 class Step(typing.NamedTuple):

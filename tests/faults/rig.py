@@ -32,6 +32,7 @@ ADDRESS = one_host.ADDRESS
 #: Of the file system that a host has its instances on: with little of it a
 #: full disk is soon made.
 _DISK_MIB = 96
+_GUEST_MIB = 32
 _SUPERVISOR = 0.5
 _BOOT = 3.0
 _REACHED = 40.0
@@ -93,11 +94,14 @@ class Rig(one_host.OneHost, hosts.TwoHostsTestCase):
         instances = made.directory / 'state' / 'instances'
         instances.mkdir(mode=0o700)
         disk = made.directory / 'disk.img'
-        disk.touch()
-        os.truncate(disk, _DISK_MIB << 20)
-        subprocess.run(['mkfs.ext4', '-q', '-F', '-m', '0', str(disk)],
-                       check=True, timeout=60)
+        base.make_file_system(disk, _DISK_MIB, '-m', '0')
         self._mount(made)
+        return made
+
+    def spec(self, *args, **kwargs):
+        made = super().spec(*args, **kwargs)
+        # What a container is promised is taken from the little there is.
+        made['resources']['disk_bytes'] = _GUEST_MIB << 20
         return made
 
     @staticmethod
@@ -158,7 +162,7 @@ class Rig(one_host.OneHost, hosts.TwoHostsTestCase):
         :raises Broken: a promise was not kept
         :raises Absent: the fault does not make sense there
         """
-        fault = faults(mode)[name]
+        fault = self.fault_of(mode, name)
         self.plan_go.unlink(missing_ok=True)
         (self.top / 'points').unlink(missing_ok=True)
         self._finished.clear()
@@ -175,6 +179,9 @@ class Rig(one_host.OneHost, hosts.TwoHostsTestCase):
         finally:
             self.plan_go.touch()
             self.fault_heal()
+
+    def fault_of(self, mode, name):
+        return faults(mode)[name]
 
     def _arm(self, plan):
         for host in (self.a, self.b):
@@ -334,6 +341,10 @@ class Rig(one_host.OneHost, hosts.TwoHostsTestCase):
                 lambda: self._runs_only('b', uuid) and
                 self.witness.moves('b', 2.0) or self._gone(uuid),
                 'the guest to run on the destination', 40)
+            # It runs, and may still be lost as long as pages are to come.
+            base.wait_for(
+                lambda: mode != 'post-copy' or self._has_all(migration) or
+                self._gone(uuid), 'the end of post-copy', _END)
             if not self._gone(uuid):
                 self.a.delete(uuid)
                 return 'destination'
@@ -351,6 +362,14 @@ class Rig(one_host.OneHost, hosts.TwoHostsTestCase):
                 'source.committed' not in self.passed()):
             raise AssertionError(f'the guest is lost: {status}')
         return _LOST
+
+    def _has_all(self, migration):
+        """Whether the destination waits for nothing more."""
+        try:
+            return self.b.migration_status(migration)['phase'] in (
+                'completed', 'aborted', 'failed')
+        except errors.ContainerError as e:
+            return e.code == 'not_found'
 
     def _runs_only(self, name, uuid):
         running = self._at_most_one(uuid)

@@ -71,7 +71,10 @@ class Soak(hosts.TwoHostsTestCase):
 
     creates, moves, seed = 30, 12, 1
 
-    def runTest(self):
+    #: Codes of what a migration may be refused with.
+    refusals = frozenset(['network', 'not_found'])
+
+    def prepare(self):
         self._random = random.Random(self.seed)
         self._lock = threading.Lock()
         self._idle, self._population = [], 0
@@ -80,6 +83,9 @@ class Soak(hosts.TwoHostsTestCase):
             ('created', 'migrated', 'migration failed', 'deleted', 'paused',
              'kills', 'restarts',
              'verbs interrupted'), 0)
+
+    def runTest(self):
+        self.prepare()
         self.spec()
         self._before = {h.name: kernel.traces(h, False)
                         for h in (self.a, self.b)}
@@ -245,7 +251,7 @@ class Soak(hosts.TwoHostsTestCase):
         except errors.AgentUnavailable:
             self.count['verbs interrupted'] += 1
         except errors.ContainerError as e:
-            if e.code not in ('network', 'not_found'):
+            if e.code not in self.refusals:
                 raise
         if self._has_moved(guest, migration):
             base.wait_for(

@@ -47,6 +47,7 @@ class Witness:
         self._uuid = uuid
         #: host → lines that it has had at any time.
         self._seen = {name: {} for name in self._hosts}
+        self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -54,8 +55,10 @@ class Witness:
     def _run(self):
         while not self._stop.wait(_PERIOD):
             for name in self._hosts:
-                for number, text in self.lines(name):
-                    self._seen[name].setdefault(number, set()).add(text)
+                lines = self.lines(name)
+                with self._lock:
+                    for number, text in lines:
+                        self._seen[name].setdefault(number, set()).add(text)
 
     def lines(self, name):
         """What a host has now: (number, text) each."""
@@ -93,6 +96,11 @@ class Witness:
 
         :param name: the host that it is on
         """
+        # First: what is seen after the copy is read need not be in it.
+        with self._lock:
+            all_seen = {host: {number: set(texts)
+                               for number, texts in seen.items()}
+                        for host, seen in self._seen.items()}
         kept = self.lines(name)
         found = []
         numbers = [number for number, _ in kept]
@@ -101,7 +109,7 @@ class Witness:
                     if n != want][:3]
             found.append(f'the lines of the guest are not 1, 2, 3 …: {gaps}')
         texts = dict(kept)
-        for host, seen in self._seen.items():
+        for host, seen in all_seen.items():
             for number, variants in seen.items():
                 for text in variants:
                     if texts.get(number) != text:
