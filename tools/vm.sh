@@ -20,6 +20,7 @@
 #   tools/vm.sh run COMMAND [ARG...]   in a copy of this clone, as root, with
 #                                      what the tests need in PATH
 #   tools/vm.sh test TEST...           run tests of the runtime in it
+#   tools/vm.sh iscsi                  run the tests of volumes over iSCSI
 #   tools/vm.sh down [--purge]         power it off; remove it
 #
 # Its packages and Python environment are installed from outside, at this
@@ -106,7 +107,8 @@ make_root() {
     logged vm-root debian_bootstrap "$VM/sources.list" "$root" "$SUITE" \
         --variant=important \
         --include=apparmor,ca-certificates,dbus,git,linux-image-amd64 \
-        --include=openssh-server,python3,quota,sudo,systemd-sysv
+        --include=openssh-server,python3,quota,sudo,systemd-sysv \
+        --include=cryptsetup-bin,dmsetup,open-iscsi,tgt
     copy_configuration
     echo host >"$root/etc/hostname"
     printf '127.0.0.1 localhost host\n::1 localhost\n' >"$root/etc/hosts"
@@ -217,7 +219,10 @@ make) make ;;
 up) up ;;
 run) shift; run "$@" ;;
 test) shift; run tools/lib/in-host.sh python -m testtools.run "$@" ;;
+iscsi)
+    # The initiator is of the first network namespace alone.
+    run python -m testtools.run tests.functional.test_iscsi ;;
 down) down "${2:-}" ;;
-*) sed -n '14,37p' "${BASH_SOURCE[0]}" | sed 's/^# \{0,1\}//'
+*) sed -n '14,38p' "${BASH_SOURCE[0]}" | sed 's/^# \{0,1\}//'
    [ "${1:-}" = --help ] || exit 2 ;;
 esac

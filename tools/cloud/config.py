@@ -121,7 +121,8 @@ def placement() -> Sections:
 
 def neutron() -> Sections:
     return {
-        'DEFAULT': {'core_plugin': 'ml2', 'service_plugins': 'ovn-router',
+        'DEFAULT': {'core_plugin': 'ml2',
+                    'service_plugins': 'ovn-router,qos,trunk',
                     'transport_url': transport(),
                     'auth_strategy': 'keystone',
                     'state_path': '/var/lib/neutron',
@@ -159,7 +160,7 @@ def ml2() -> Sections:
     return {
         'ml2': {'type_drivers': 'geneve,flat', 'mechanism_drivers': 'ovn',
                 'tenant_network_types': 'geneve',
-                'extension_drivers': 'port_security',
+                'extension_drivers': 'port_security,qos',
                 'overlay_ip_version': 4},
         'ml2_type_geneve': {'vni_ranges': '1:65535', 'max_header_size': 38},
         'ml2_type_flat': {'flat_networks': 'public'},

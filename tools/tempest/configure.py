@@ -75,7 +75,9 @@ def _options() -> dict[str, dict[str, object]]:
             'rescue': True, 'stable_rescue': False, 'change_password': True,
             'console_output': True, 'serial_console': True,
             'vnc_console': False, 'spice_console': False,
-            'interface_attach': True, 'config_drive': True,
+            'interface_attach': True,
+            # Tempest looks for its block device, which containers have not.
+            'config_drive': False,
             'metadata_service': True, 'enable_instance_password': True,
             'personality': False, 'attach_encrypted_volume': False,
             'swap_volume': False, 'volume_multiattach': False,
