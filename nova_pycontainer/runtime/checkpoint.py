@@ -38,6 +38,7 @@ from nova_pycontainer.runtime.migration import clocks
 from nova_pycontainer.runtime.migration import dumping
 from nova_pycontainer.runtime.migration import guest
 from nova_pycontainer.runtime.migration import moment
+from nova_pycontainer.runtime.migration import network_lock
 from nova_pycontainer.runtime.migration import recovery
 from nova_pycontainer.runtime.migration import restoring
 from nova_pycontainer.runtime.migration import room
@@ -131,6 +132,8 @@ class Saver:
                 # CRIU gives up; the processes have to be set right before
                 # they run.
                 self._freeze()
+                if not self._saved:
+                    network_lock.unblock(self._pid)
             elif script.name == 'post-dump':
                 # From here no death of CRIU's can let the guest run.
                 self._freeze()
@@ -138,6 +141,9 @@ class Saver:
                 facts['moment'] = self._moment.dumped()
                 faults.point('suspend.dumped')
                 self._write(facts)
+                # If this agent dies, CRIU gives up and lets the sockets go.
+                # They would acknowledge what is not in the checkpoint.
+                network_lock.block(self._pid)
                 commit()
                 self._saved = True
                 faults.point('suspend.saved')

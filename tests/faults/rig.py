@@ -183,6 +183,12 @@ class Rig(one_host.OneHost, hosts.TwoHostsTestCase):
     def fault_of(self, mode, name):
         return faults(mode)[name]
 
+    def may_cut(self, step, fault):
+        """Whether connections may be lost."""
+        # CRIU that is killed while it works inside of the guest's processes
+        # leaves sockets that give errors.
+        return fault is inject.MIGRATION['criu-a']
+
     def _arm(self, plan):
         for host in (self.a, self.b):
             self._plan(host).write_text(plan)
@@ -252,9 +258,7 @@ class Rig(one_host.OneHost, hosts.TwoHostsTestCase):
         watcher = threading.Thread(
             target=self._watch, args=(migration,), daemon=True)
         watcher.start()
-        # CRIU that is killed while it works inside of the guest's processes
-        # leaves sockets that give errors.
-        self._cut_allowed = fault is inject.MIGRATION['criu-a']
+        self._cut_allowed = self.may_cut(step, fault)
         self.cut = ''
         broken = self._break(step, fault)
         committed = 'source.committed' in self.passed()

@@ -151,7 +151,8 @@ class UpgradeInMigrationTestCase(upgrade.Rows):
         for step, name, outcome in rows:
             found = self.row('move', step, name)
             print(self.rev, step, name, found)
-            self.assertEqual(outcome, found, f'{step} {name}')
+            self.assertIn(found, (outcome, f'{outcome}, connections cut'),
+                          f'{step} {name}')
 
     @cases.more
     def test_source(self):
@@ -159,8 +160,6 @@ class UpgradeInMigrationTestCase(upgrade.Rows):
                   ('source.final-pass', 'stop a', 'source'))
 
     def test_destination(self):
-        # Not destination.restored, where the former release lets the copy
-        # that its agent leaves behind lead the traffic to itself.
         self._try(('destination.images', 'kill b', 'source'),
                   ('destination.committed', 'kill b', 'destination'))
 

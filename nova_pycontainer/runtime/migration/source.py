@@ -471,6 +471,10 @@ class Source:
             self._control.send('dumped', **dumped)
             with contextlib.suppress(OSError, errors.ContainerError):
                 neighbours.forget(self._pid)
+            # If this agent dies, CRIU gives up and lets the guest's sockets
+            # go. They would acknowledge what the guest, which runs on the
+            # destination, never gets.
+            network_lock.block(self._pid)
             self._control.expect('ready', _RESTORE_TIMEOUT)
         faults.point('source.ready')
         with self._lock:
@@ -705,8 +709,8 @@ class _Dump:
             # It gives up, and lets go of the processes next. They have to
             # be set right before they run.
             (self._source.item.cgroup.v2 / 'cgroup.freeze').write_text('1')
-            if self._source.committed:
-                network_lock.block(self._pid)
+            if not self._source.committed:
+                network_lock.unblock(self._pid)
         elif script.name == 'post-dump':
             try:
                 self._dumped()
