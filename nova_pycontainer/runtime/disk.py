@@ -42,6 +42,7 @@ import time
 from oslo_log import log as logging
 
 from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime import faults
 from nova_pycontainer.runtime import overlay
 from nova_pycontainer.runtime import syscalls
 
@@ -248,11 +249,12 @@ class Disk:
             'losetup', '--find', '--show', '--nooverlap', '--direct-io=on',
             str(self._image)]).strip()
         try:
+            faults.point('disk.attached')
             _run([*_MOUNT, device, str(self.directory)])
             self._grow(device)
         finally:
             # Detaching a device in use makes it detach itself at the last
-            # unmount, so that no crash of ours can leak it.
+            # unmount.
             _run(['losetup', '--detach', device])
 
     def _grow(self, device: str) -> None:
@@ -297,6 +299,25 @@ class Disk:
                 if e.errno != errno.EBUSY or time.monotonic() > deadline:
                     raise
                 time.sleep(0.01)
+        if self.in_file:
+            self._detach()
+
+    def _detach(self) -> None:
+        """Detach devices that an agent has left behind which was killed
+        before it could say that they shall detach themselves.
+        """
+        # loop(4): as the kernel knows it, without symbolic links.
+        image = os.path.realpath(self._image)
+        for file in pathlib.Path('/sys/block').glob('loop*/loop/backing_file'):
+            try:
+                if (file.read_text().rstrip('\n') != image or
+                        file.with_name('autoclear').read_text() != '0\n'):
+                    continue
+            except OSError:
+                # It has detached itself.
+                continue
+            LOG.warning('%s is still attached', self._image)
+            _run(['losetup', '--detach', f'/dev/{file.parents[1].name}'])
 
     def resize(self, limit: int | None) -> None:
         """Change the limit of a disk.

@@ -130,6 +130,16 @@ def last_pid():
     return int(_read(_PROC / 'loadavg').split()[-1])
 
 
+def _has_open(pid, word):
+    """Whether a process has a file open with a word in its path."""
+    with contextlib.suppress(OSError):
+        for fd in (_PROC / str(pid) / 'fd').iterdir():
+            with contextlib.suppress(OSError):
+                if word in os.readlink(fd):
+                    return True
+    return False
+
+
 def _is_init(pid):
     """Whether it is the living init of a PID namespace below ours."""
     return (in_pid_namespace(pid)[1:] == [1] and
@@ -151,6 +161,7 @@ class Copy:
 
     def __init__(self, host, uuid):
         self._host = host
+        self._uuid = uuid
         self._cgroup = _V2 / host.cgroup_parent / uuid
         self.pids = {pid for path in self._cgroup.rglob('cgroup.procs')
                      for pid in map(int, _read(path).split())}
@@ -174,9 +185,9 @@ class Copy:
     def _is_made(self):
         """Whether CRIU has not yet restored it.
 
-        Its init then is younger than CRIU, which ends before the guest may
-        run; what runs in it before that is CRIU's own code, whatever its
-        executable is called.
+        Its init then is younger than its CRIU, which has files of the instance
+        open, and ends before the guest may run; what runs in it before that is
+        CRIU's own code, whatever its executable is called.
         """
         for pid in self.inits:
             with contextlib.suppress(OSError):
@@ -186,7 +197,8 @@ class Copy:
         started = [stat[2] for pid in self.inits if (stat := _stat(pid))]
         return any(
             (stat := _stat(pid)) and stat[2] <= max(started, default=0)
-            for pid in programs(self._host, 'criu', without='lazy-pages'))
+            for pid in programs(self._host, 'criu', without='lazy-pages')
+            if _has_open(pid, self._uuid))
 
     def runs(self, seconds=0.4):
         """Whether the scheduler gives it a processor."""
@@ -235,10 +247,23 @@ def _cgroups(host):
             if path.is_dir()}
 
 
-def _loops(host):
-    return {text for path in pathlib.Path('/sys/block').glob(
-        'loop*/loop/backing_file')
-        if str(host.directory) in (text := _read(path).strip())}
+def backing_file(device):
+    """Of a loop device, or nothing."""
+    name = pathlib.Path(device).name
+    return _read(
+        pathlib.Path('/sys/block', name, 'loop/backing_file')).strip()
+
+
+def loops(host):
+    """The loop devices of its instances.
+
+    :returns: device → file
+    """
+    top = host.directory / 'state'
+    return {device: pathlib.Path(file)
+            for path in pathlib.Path('/sys/block').glob('loop*')
+            if str(top) in (file := backing_file(
+                device := f'/dev/{path.name}'))}
 
 
 def _files(host):
@@ -278,7 +303,8 @@ def traces(host, settings):
     """
     found = {
         'mount': _mounts(host), 'network device': _links(host),
-        'control group': _cgroups(host), 'loop device': _loops(host),
+        'control group': _cgroups(host), 'loop device': {
+            str(file) for file in loops(host).values()},
         'file': _files(host), 'process': _commands(host)}
     if settings:
         found['kernel setting'] = _settings()

@@ -114,7 +114,13 @@ class Rig(one_host.OneHost, hosts.TwoHostsTestCase):
         # killed processes do.
         host.run('ip', 'link', 'set', 'uplink', 'down')
         host.run('ip', 'link', 'set', 'hostlink', 'down', check=False)
+        loops = kernel.loops(host)
         host.power_off(lambda: kernel.processes(host))
+        # Those that are not mounted outlive the namespaces.
+        for device, file in loops.items():
+            if file.parent.name in kernel.backing_file(device):
+                subprocess.run(['losetup', '--detach', device], timeout=30,
+                               stderr=subprocess.DEVNULL)
 
     def _power_on(self, *hosts_):
         for host in hosts_:
