@@ -39,7 +39,7 @@ PATIENCE = float(os.environ.get('NOVA_PYCONTAINER_PATIENCE', 60.0))
 class InMemory:
     """Agents in memory. What they do not have is a kernel."""
 
-    def __init__(self):
+    def __init__(self, **options):
         self._agents = {}
 
     def setUp(self):
@@ -134,9 +134,12 @@ preflight_at_start = false
     def configure(self, **options):
         """Restart it with other options: of two lines the last one counts."""
         self.kill()
+        self.write(**options)
+        self.start()
+
+    def write(self, **options):
         with open(self._config, 'a') as f:
             f.writelines(f'{k} = {v}\n' for k, v in options.items())
-        self.start()
 
     def kill(self):
         """As hard as an agent can end; its containers go on."""
@@ -192,9 +195,13 @@ preflight_at_start = false
 
 
 class Real:
-    """Agents as they are, each in a process of its own."""
+    """Agents as they are, each in a process of its own.
 
-    def __init__(self):
+    :param options: that they all have
+    """
+
+    def __init__(self, **options):
+        self._options = options
         self._agents = {}
 
     def setUp(self):
@@ -211,6 +218,7 @@ class Real:
     def _agent(self, host):
         if host not in self._agents:
             agent = self._agents[host] = _Agent(len(self._agents) + 1)
+            agent.write(**self._options)
             agent.start()
         return self._agents[host]
 

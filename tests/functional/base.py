@@ -76,13 +76,15 @@ class TestCase(integrated_helpers.ProviderUsageBaseTestCase):
     """Two hosts, a flavor and an image."""
 
     compute_driver = 'pycontainer.PyContainerDriver'
+    #: Of the agents.
+    agent_options: dict[str, object] = {}
 
     def setUp(self):
         # Nova's fixture looks below its source tree, the wheel has it
         # elsewhere.
         self.flags(group='wsgi', api_paste_config=os.path.join(
             sys.prefix, 'etc', 'nova', 'api-paste.ini'))
-        self.agents = agents.Agents()
+        self.agents = agents.Agents(**self.agent_options)
         self.agents.setUp()
         self.addCleanup(self.agents.cleanUp)
         self.useFixture(fixtures.MonkeyPatch(
@@ -207,6 +209,24 @@ class TestCase(integrated_helpers.ProviderUsageBaseTestCase):
         self.assertEqual({}, self.plugged)
 
     # Services
+
+    def restart_agent(self, host, **env):
+        with self._agent_gone(host):
+            self.agents.start(host, **env)
+
+    def configure_agent(self, host, **options):
+        with self._agent_gone(host):
+            self.agents.configure(host, **options)
+
+    @contextlib.contextmanager
+    def _agent_gone(self, host):
+        """Nova places no server there before it has found it again."""
+        self.agents.stop(host)
+        self.wait_for(lambda: self.service(host)['status'] == 'disabled',
+                      'Nova to miss the agent')
+        yield
+        self.wait_for(lambda: self.service(host)['status'] == 'enabled',
+                      'Nova to find the agent')
 
     def service(self, host='host1'):
         return self.admin_api.get_services(

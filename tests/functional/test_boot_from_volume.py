@@ -45,10 +45,7 @@ def run(*argv):
 
 class TestCase(test_volumes.TestCase):
 
-    def setUp(self):
-        super().setUp()
-        for host in base.HOSTS:
-            self.agents.configure(host, volume_filesystems='ext4')
+    agent_options = {'volume_filesystems': 'ext4'}
 
     def system(self, size=SIZE, **values):
         """A volume with the root of a small system, and its device."""
@@ -147,7 +144,7 @@ class LifeTest(TestCase):
         """Also of a clone of a volume, which has the same ids."""
         if not shutil.which('mkfs.xfs'):
             self.skipTest('needs xfsprogs')
-        self.agents.configure('host1', volume_filesystems='ext4,xfs')
+        self.configure_agent('host1', volume_filesystems='ext4,xfs')
         # The smallest that there is.
         ident, device = self.volume(size=320 * loop.MIB)
         run('mkfs.xfs', '-q', device.path)
@@ -516,7 +513,7 @@ class RefusedTest(TestCase):
 
     def test_not_permitted(self):
         for host in base.HOSTS:
-            self.agents.configure(host, volume_filesystems='')
+            self.configure_agent(host, volume_filesystems='')
         self.refused(self.system()[0], '[pycontainer]volume_filesystems')
 
     @cases.more

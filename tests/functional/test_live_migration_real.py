@@ -101,14 +101,6 @@ class RealLiveMigrationTest(migration_base.TestCase):
         directory.symlink_to(point)
         self.restart_agent(host)
 
-    def restart_agent(self, host, **env):
-        self.agents.stop(host)
-        self.wait_for(lambda: self.service(host)['status'] == 'disabled',
-                      'Nova to miss the agent')
-        self.agents.start(host, **env)
-        self.wait_for(lambda: self.service(host)['status'] == 'enabled',
-                      'Nova to find the agent')
-
     # The image's layer
 
     def test_there_and_back(self):
@@ -147,7 +139,7 @@ class RealLiveMigrationTest(migration_base.TestCase):
 
     def test_no_room_for_the_files(self):
         # One whose disk is reserved does not begin to come.
-        self.agents.configure('host2', disk_limit='sparse')
+        self.configure_agent('host2', disk_limit='sparse')
         server = self.counting()
         self.sh(server, 'host1', 'dd if=/dev/urandom of=/big bs=1M count=200')
         self.small('host2', 'instances', 128)

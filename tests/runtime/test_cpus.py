@@ -13,6 +13,7 @@
 
 """A guest has as many CPUs as vCPUs, and they are its own."""
 
+import contextlib
 import os
 import pathlib
 
@@ -32,8 +33,10 @@ def cpus_of(group, pid):
     found = set()
     for directory, _, _ in os.walk(top):
         procs = pathlib.Path(directory, 'cgroup.procs').read_text()
-        found |= {frozenset(os.sched_getaffinity(int(p)))
-                  for p in procs.split()}
+        for process in procs.split():
+            # Some only sleep for a moment.
+            with contextlib.suppress(ProcessLookupError):
+                found.add(frozenset(os.sched_getaffinity(int(process))))
     return found
 
 
