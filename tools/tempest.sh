@@ -38,12 +38,12 @@ case " $* " in *" --regex "*|*" -r "*) selection=() ;; esac
 
 need_root
 "$LIB_DIR/setup.sh"
-export UV_CACHE_DIR=${UV_CACHE_DIR:-$WORK/cache/uv} UV_PYTHON_DOWNLOADS=never
+set_up_uv
 if [ "$(cat "$TEMPEST/version" 2>/dev/null)" != "$VERSION" ]; then
     say "tempest: installing $VERSION"
-    logged tempest-venv "$WORK/uv/bin/uv" venv -q --clear \
-        --python /usr/bin/python3 "$TEMPEST/venv"
-    logged tempest-install "$WORK/uv/bin/uv" pip install -q \
+    logged tempest-venv "$UV" venv -q --clear \
+        --python "$SYSTEM_PYTHON" "$TEMPEST/venv"
+    logged tempest-install "$UV" pip install -q \
         --python "$TEMPEST/venv/bin/python" "tempest==$VERSION"
     echo "$VERSION" >"$TEMPEST/version"
 fi

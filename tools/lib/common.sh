@@ -29,6 +29,8 @@ REPO=$(cd "$LIB_DIR/../.." && pwd)
 WORK=${NOVA_PYCONTAINER_WORK:-/var/tmp/nova-pycontainer}
 VENV=$WORK/venv
 PREFIX=$WORK/prefix
+SYSTEM_PYTHON=${NOVA_PYCONTAINER_PYTHON:-/usr/bin/python3}
+UV=$WORK/uv/bin/uv
 LOGS=$WORK/logs
 export WORK VENV PREFIX LOGS REPO
 mkdir -p "$WORK" "$LOGS"
@@ -60,4 +62,21 @@ logged() {
 
 need_root() {
     [ "$(id -u)" -eq 0 ] || die "this needs root: sudo $0"
+}
+
+# set_up_uv: how uv reaches the index, for whoever calls it. It does not read
+# pip's configuration; a machine set up for pip works too.
+set_up_uv() {
+    local index
+    export UV_CACHE_DIR=${UV_CACHE_DIR:-$WORK/cache/uv}
+    export UV_PYTHON_DOWNLOADS=never UV_NO_PROGRESS=1 UV_LINK_MODE=hardlink
+    if [ -z "${UV_DEFAULT_INDEX:-}${UV_INDEX_URL:-}" ]; then
+        index=${PIP_INDEX_URL:-$("$SYSTEM_PYTHON" -m pip config get global.index-url \
+            2>/dev/null || true)}
+        [ -z "$index" ] || export UV_DEFAULT_INDEX=$index
+    fi
+    if [ -z "${SSL_CERT_FILE:-}" ] &&
+            [ -r /etc/ssl/certs/ca-certificates.crt ]; then
+        export SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt
+    fi
 }

@@ -25,32 +25,18 @@
 
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-PYTHON=${NOVA_PYCONTAINER_PYTHON:-/usr/bin/python3}
 CONSTRAINTS=$LIB_DIR/constraints.txt
 UV_VERSION=0.13.9
-UV=$WORK/uv/bin/uv
-export UV_CACHE_DIR=${UV_CACHE_DIR:-$WORK/cache/uv}
-export UV_PYTHON_DOWNLOADS=never UV_NO_PROGRESS=1 UV_LINK_MODE=hardlink
-
-# uv does not read pip's configuration; a machine set up for pip works too.
-if [ -z "${UV_DEFAULT_INDEX:-}${UV_INDEX_URL:-}" ]; then
-    index=${PIP_INDEX_URL:-$("$PYTHON" -m pip config get global.index-url \
-        2>/dev/null || true)}
-    [ -z "$index" ] || export UV_DEFAULT_INDEX=$index
-fi
-if [ -z "${SSL_CERT_FILE:-}" ] &&
-        [ -r /etc/ssl/certs/ca-certificates.crt ]; then
-    export SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt
-fi
+set_up_uv
 
 if [ ! -x "$UV" ]; then
     say "venv: installing uv"
-    logged uv-venv "$PYTHON" -m venv "$WORK/uv"
+    logged uv-venv "$SYSTEM_PYTHON" -m venv "$WORK/uv"
     logged uv-install "$WORK/uv/bin/pip" install -q "uv==$UV_VERSION"
 fi
 
 if [ "${1:-}" = --relock ]; then
-    logged relock "$UV" pip compile --no-header --python "$PYTHON" \
+    logged relock "$UV" pip compile --no-header --python "$SYSTEM_PYTHON" \
         --universal --python-version 3.11 --no-annotate \
         -o "$CONSTRAINTS" "$LIB_DIR/requirements.txt" \
         "$REPO/requirements.txt"
@@ -60,7 +46,7 @@ fi
 
 if [ ! -x "$VENV/bin/python" ]; then
     say "venv: creating $VENV"
-    logged venv "$UV" venv -q --python "$PYTHON" "$VENV"
+    logged venv "$UV" venv -q --python "$SYSTEM_PYTHON" "$VENV"
 fi
 
 # What the dependencies were installed from; equal means nothing to do.
