@@ -71,8 +71,8 @@ set_up_uv() {
     export UV_CACHE_DIR=${UV_CACHE_DIR:-$WORK/cache/uv}
     export UV_PYTHON_DOWNLOADS=never UV_NO_PROGRESS=1 UV_LINK_MODE=hardlink
     if [ -z "${UV_DEFAULT_INDEX:-}${UV_INDEX_URL:-}" ]; then
-        index=${PIP_INDEX_URL:-$("$SYSTEM_PYTHON" -m pip config get global.index-url \
-            2>/dev/null || true)}
+        index=${PIP_INDEX_URL:-$("$SYSTEM_PYTHON" -m pip config get \
+            global.index-url 2>/dev/null || true)}
         [ -z "$index" ] || export UV_DEFAULT_INDEX=$index
     fi
     if [ -z "${SSL_CERT_FILE:-}" ] &&
