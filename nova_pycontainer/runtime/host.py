@@ -34,6 +34,7 @@ from oslo_log import log as logging
 
 from nova_pycontainer.runtime import cgroup
 from nova_pycontainer.runtime import checkpoints
+from nova_pycontainer.runtime import pausing
 from nova_pycontainer.runtime import config as rconfig
 from nova_pycontainer.runtime import console_log
 from nova_pycontainer.runtime import consoles
@@ -56,7 +57,6 @@ from nova_pycontainer.runtime.migration import compatibility
 from nova_pycontainer.runtime.migration import preflight
 from nova_pycontainer.runtime.migration import protocol
 from nova_pycontainer.runtime import migrations
-from nova_pycontainer.runtime import netlink
 from nova_pycontainer.runtime import network
 from nova_pycontainer.runtime import oci
 from nova_pycontainer.runtime import process
@@ -665,7 +665,7 @@ class Host:
         with self.locked(uuid) as entry:
             if self.require(entry, 'running', 'paused') == 'running':
                 item = entry.container
-                netlink.freeze(item.cgroup, item.live_pid())
+                pausing.freeze(item.cgroup, item.live_pid())
                 self._events.add('paused', uuid)
             return entry.container.info()
 

@@ -18,8 +18,6 @@ to put them into a new one.
 
 import time
 
-from nova_pycontainer.runtime import cgroup
-
 #: Seconds to wait for a guest to read.
 _QUIET = 2.0
 
@@ -44,17 +42,3 @@ def wait(pid: int | None) -> None:
     deadline = time.monotonic() + _QUIET
     while unread(pid) and time.monotonic() < deadline:
         time.sleep(0.01)
-
-
-def freeze(group: cgroup.Cgroup, pid: int | None) -> None:
-    """Freeze a guest when it has read all, so that it can be dumped while it
-    is frozen; whenever it is, if it does not read.
-
-    :raises ContainerError: ``timeout``, as :meth:`.cgroup.Cgroup.freeze`
-    """
-    deadline = time.monotonic() + _QUIET
-    group.freeze(True)
-    while unread(pid) and time.monotonic() < deadline:
-        group.freeze(False)
-        wait(pid)
-        group.freeze(True)

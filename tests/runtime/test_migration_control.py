@@ -17,6 +17,7 @@ abort comes at a known moment.
 """
 
 import os
+import pathlib
 import threading
 
 from nova_pycontainer.runtime import errors
@@ -67,6 +68,15 @@ while True:
         pass
     time.sleep(0.005)
 '''
+_FORKS = """
+import subprocess
+count = 0
+while True:
+    subprocess.run(['/bin/true'])
+    count += 1
+    with open('/run/forks', 'w') as f:
+        print(count, file=f)
+"""
 
 
 class ControlTestCase(faults.Helpers):
@@ -182,6 +192,28 @@ class ControlTestCase(faults.Helpers):
         base.wait_for(lambda: netlink.unread(pid), 'an unread message')
         self.migrate(uuid, self.a, self.b)
         self.assertEqual('paused', self.b.info(uuid)['state'])
+
+    def test_paused_while_it_forks(self):
+        """Nothing can trace a process that waits for its child in vfork(2).
+        """
+        uuid = self.run_container('debian13', memory=256, init={
+            'argv': ['/usr/bin/python3', '-c', _FORKS]})
+        base.wait_for(lambda: self.sh(
+            self.a, uuid, 'ls /run/forks || :'), 'the first child')
+        pid = self.a.info(uuid)['pid']
+        for _ in range(50):
+            self.a.pause(uuid)
+            # The kernel calls one frozen that is about to be.
+            base.wait_for(lambda: ') S ' in pathlib.Path(
+                f'/proc/{pid}/stat').read_text(), 'a process to trace', 5)
+            self.a.unpause(uuid)
+        self.a.pause(uuid)
+        self.migrate(uuid, self.a, self.b)
+        self.assertEqual('paused', self.b.info(uuid)['state'])
+        self.b.unpause(uuid)
+        count = self.sh(self.b, uuid, 'cat /run/forks')
+        base.wait_for(lambda: self.sh(
+            self.b, uuid, 'cat /run/forks') != count, 'the next child')
 
     def test_abort_too_late(self):
         for name, point in TOO_LATE:

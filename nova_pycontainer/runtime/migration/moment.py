@@ -29,6 +29,7 @@ from nova_pycontainer.runtime.migration import resume
 from nova_pycontainer.runtime.migration import sleepers
 from nova_pycontainer.runtime.migration import terminals
 from nova_pycontainer.runtime import netlink
+from nova_pycontainer.runtime import pausing
 
 
 class Moment:
@@ -50,7 +51,7 @@ class Moment:
         # The last one: the next message may come at any time.
         if paused:
             # The kernel tells it of its network while it cannot read.
-            netlink.freeze(self._group, init)
+            pausing.freeze(self._group, init)
         else:
             netlink.wait(init)
 

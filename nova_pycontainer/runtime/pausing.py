@@ -1,0 +1,65 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""A guest is frozen at a moment in which it can be dumped.
+
+What a frozen guest is in the middle of, it cannot finish before it runs again.
+"""
+
+import pathlib
+import time
+
+from nova_pycontainer.runtime import cgroup
+from nova_pycontainer.runtime import netlink
+
+#: Seconds to wait for such a moment.
+_PATIENCE = 2.0
+#: Seconds in which a new process executes its program.
+_EXEC = 0.005
+
+
+def freeze(group: cgroup.Cgroup, pid: int | None) -> None:
+    """Freeze a guest when it can be dumped; after two seconds, whenever.
+
+    :param pid: of its init; None: it has ended
+    :raises ContainerError: ``timeout``, as :meth:`.cgroup.Cgroup.freeze`
+    """
+    deadline = time.monotonic() + _PATIENCE
+    group.freeze(True)
+    while time.monotonic() < deadline:
+        if netlink.unread(pid):
+            group.freeze(False)
+            netlink.wait(pid)
+        elif _in_vfork(group):
+            group.freeze(False)
+            time.sleep(_EXEC)
+        else:
+            break
+        group.freeze(True)
+
+
+def _in_vfork(group: cgroup.Cgroup) -> bool:
+    """Whether a thread of a frozen guest waits for its child to execute a
+    program (vfork(2)).
+
+    Nothing can trace it before that: the kernel lets nobody interrupt it, and
+    its child is frozen. Only there does a frozen task sleep uninterruptibly
+    (``wait_for_vfork_done`` in the kernel's fork.c).
+    """
+    for pid in group.processes():
+        for task in pathlib.Path(f'/proc/{pid}/task').glob('[0-9]*/stat'):
+            try:
+                if task.read_text().rpartition(') ')[2][:1] == 'D':
+                    return True
+            except OSError:
+                continue
+    return False
