@@ -29,6 +29,10 @@ LOG = logging.getLogger(__name__)
 
 #: Seconds between two looks whether anybody still wants the image.
 _LOOK_S = 5.0
+#: Bytes in a piece. Glance's client asks for a MiB and makes one chunk of it
+#: (RFC 9112, section 7.1), and uWSGI, below which Glance often runs, takes none
+#: that large: its chunked-input-limit counts the chunk's header, too.
+_PIECE = 64 << 10
 
 
 def failure(reason):
@@ -52,7 +56,7 @@ class _Data:
         if time.monotonic() >= self._next_look:
             self._look()
             self._next_look = time.monotonic() + _LOOK_S
-        return self._stream.read(size)
+        return self._stream.read(min(size, _PIECE) if size > 0 else _PIECE)
 
 
 class Snapshotter:

@@ -471,9 +471,13 @@ class Container:
             shares=self.lxcfs.files())
         (self.bundle / 'config.json').write_text(json.dumps(document))
 
+    @property
+    def _console_socket(self) -> pathlib.Path:
+        return self._config.run_dir / 'console' / f'{self.uuid}.sock'
+
     def _create(self, procs: list[pathlib.Path]) -> tuple[int, int]:
         """:returns: the init's pid, and the master of its console"""
-        path = self._config.run_dir / 'console' / f'{self.uuid}.sock'
+        path = self._console_socket
         path.parent.mkdir(mode=0o700, exist_ok=True)
         path.unlink(missing_ok=True)
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
@@ -481,6 +485,7 @@ class Container:
             try:
                 server.listen(1)
                 server.settimeout(_CONSOLE_TIMEOUT)
+                faults.point('create.listening')
                 pid = self._oci.create(
                     self._keeper, self.uuid, self.bundle, path,
                     self.bundle / 'pid', [str(p) for p in procs])
@@ -717,6 +722,8 @@ class Container:
         except errors.ContainerError as e:
             if e.code not in ('not_found', 'keeper_unavailable'):
                 raise
+        # Of an agent that was killed while it waited for a console there.
+        self._console_socket.unlink(missing_ok=True)
 
     def remove_files(self) -> None:
         """Delete the instance's directory; idempotent."""
