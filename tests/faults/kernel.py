@@ -213,6 +213,21 @@ class Copy:
                 f'{", frozen" if self.frozen else ""}')
 
 
+def where_it_runs(hosts, host, uuid, timeout=10.0):
+    """Where a guest runs, which it should on one host.
+
+    The scheduler may be late with it.
+
+    :returns: the names of the hosts that it runs on, in the end
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        found = running(hosts, uuid)
+        if len(found) > 1 or found == [host.name] or (
+                time.monotonic() > deadline):
+            return found
+
+
 def running(hosts, uuid):
     """Names of the hosts that run the guest."""
     return [h.name for h in hosts if Copy(h, uuid).runs()]

@@ -309,7 +309,8 @@ class Soak(hosts.TwoHostsTestCase):
         if not guest.witness.moves(guest.host.name):
             raise Broken(f'{guest.uuid} does nothing on {guest.host.name}: '
                          f'{self._patiently(guest.host.info, guest.uuid)}')
-        running = kernel.running((self.a, self.b), guest.uuid)
+        running = kernel.where_it_runs(
+            (self.a, self.b), guest.host, guest.uuid)
         if running != [guest.host.name]:
             raise Broken(f'{guest.uuid} is on {guest.host.name}, and runs on '
                          f'{running}')

@@ -145,8 +145,8 @@ class Rolling(releases.Releases, soak.Soak):
     def _goes_on(self, uuid, host):
         seen = self._guests[uuid]
         self.assertTrue(seen.moves(host.name), f'{uuid} does nothing')
-        self.assertEqual([host.name], kernel.running(
-            (self.a, self.b), uuid))
+        self.assertEqual([host.name], kernel.where_it_runs(
+            (self.a, self.b), host, uuid))
         self.assertEqual([], seen.problems(host.name))
 
     def _stream_goes_on(self):
