@@ -42,6 +42,17 @@ while True:
     time.sleep(1000)
 '''
 
+#: Binds to another address, that it does not have, all the time.
+_BINDS = '''
+import itertools, socket, time
+IP_FREEBIND = 15
+for number in itertools.count():
+    bound = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    bound.setsockopt(socket.IPPROTO_IP, IP_FREEBIND, 1)
+    bound.bind(("198.18.0.%d" % (number % 250), 68))
+    open("/run/bound", "w").close()
+    time.sleep(0.001)
+'''
 
 #: Prints the frames of a guest's that come after a signal, at its end.
 _LISTEN = '''
@@ -212,6 +223,20 @@ class InterfacesTestCase(hosts.TwoHostsTestCase):
             self.b, uuid, 'ip -4 -brief address | grep 203.0.113.11 || :'))
         self.assertIn('0B7100CB:0050', self.sh(
             self.b, uuid, 'cat /proc/net/tcp'))
+
+    def test_bound_at_the_last_moment(self):
+        """As a DHCP client does with the address that it is about to have.
+        """
+        uuid = self.run_container('debian13', init={
+            'argv': ['/usr/bin/python3', '-c', _BINDS]})
+        base.wait_for(lambda: self.sh(
+            self.a, uuid, 'ls /run/bound || :'), 'the socket')
+        self.migrate(uuid, self.a, self.b)
+        self.b.suspend(uuid)
+        self.b.resume(uuid)
+        self.sh(self.b, uuid, 'rm /run/bound')
+        base.wait_for(lambda: self.sh(
+            self.b, uuid, 'ls /run/bound || :'), 'the next socket')
 
     def test_of_a_stopped_one(self):
         uuid = self.run_container()

@@ -689,6 +689,7 @@ class _Dump:
             target=self._copy_files, name='final-pass', daemon=True)
         self._error: BaseException | None = None
         self._ramfs: list[dict[str, ty.Any]] = []
+        # What is refused is refused before the freeze.
         self._network = dumping.network_facts(source.item, pid)
         self._frozen_at = 0.0
 
@@ -742,6 +743,9 @@ class _Dump:
 
     def _copy_files(self) -> None:
         try:
+            # Until CRIU has stopped it, a guest that boots changes them.
+            self._network = dumping.network_facts(
+                self._source.item, self._pid)
             self._source.link_aliases()
             self._source.final_pass(self._files)
         except BaseException as e:
