@@ -262,7 +262,8 @@ class Migrations:
                 item, self._host.layers, self._criu, progress,
                 self._directory(migration), opts.bandwidth, source,
                 on_running=lambda: self._arrived(uuid, migration),
-                on_failed=lambda: self._failed(uuid, migration))
+                on_failed=lambda: self._failed(uuid, migration),
+                on_over=lambda phase: self._over(migration, phase))
             incoming.prepare()
         except BaseException:
             try:
@@ -351,6 +352,14 @@ class Migrations:
         else:
             self._listener.forget(migration)
         self._remember(incoming.progress)
+
+    def _over(self, migration: str, phase: protocol.Phase) -> None:
+        """Keep of it what somebody may still ask for, not its connections."""
+        with self._lock:
+            incoming = self._destinations.get(migration)
+            if isinstance(incoming, dst.Destination):
+                self._destinations[migration] = recovery.Answer(
+                    incoming.progress, phase)
 
     def _remember(self, progress: protocol.Progress) -> None:
         with self._changed:

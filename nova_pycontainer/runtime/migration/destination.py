@@ -81,6 +81,7 @@ class Destination:
         peer: cabc.Mapping[str, ty.Any],
         on_running: ty.Callable[[], None],
         on_failed: ty.Callable[[], None],
+        on_over: ty.Callable[[protocol.Phase], None],
     ) -> None:
         #: What each copied directory knows from earlier passes.
         self._copies: dict[str, sync.Copy] = {}
@@ -93,6 +94,7 @@ class Destination:
         self._peer = dict(peer)
         self._on_running = on_running
         self._on_failed = on_failed
+        self._on_over = on_over
         self._journal = protocol.Journal(item.directory)
         #: What is only for the migration, and what makes a container. The
         #: second is forgotten as soon as it runs.
@@ -257,6 +259,7 @@ class Destination:
         elif not again:
             self._finish(errors.ContainerError(
                 'aborted', 'the migration was aborted', cause=reason))
+            self._on_over(self._phase)
 
     # The phases
 
@@ -268,6 +271,14 @@ class Destination:
             if not isinstance(e, errors.ContainerError):
                 LOG.exception('instance %s: it cannot come', self._item.uuid)
             self._finish(e)
+        self._on_over(self._phase)
+
+    @property
+    def _phase(self) -> Phase:
+        """For a source that asks: whatever became of it since, it may have
+        run here.
+        """
+        return Phase.COMPLETED if self._resumed else self.progress.phase
 
     def _finish(self, error: BaseException | None) -> None:
         if error is not None and not self._resumed:
@@ -643,9 +654,7 @@ class Destination:
                 if self._control is not None:
                     # As if it had come where it was expected.
                     self._control.put('go')
-            # Whatever became of it since, it has run here.
-            control.send('phase', phase=Phase.COMPLETED if self._resumed
-                         else self.progress.phase)
+            control.send('phase', phase=self._phase)
         except errors.ContainerError as e:
             LOG.warning('instance %s: %s', self._item.uuid, e)
         finally:

@@ -252,29 +252,35 @@ class DestinationQuestion:
 
 
 class Answer:
-    """For a source that did not hear whether its instance has run here."""
+    """For a source that did not hear whether its instance has run here.
+
+    :param progress: of a migration that has ended
+    :param phase: what the source is told
+    """
 
     asked = True
 
     def __init__(
         self, progress: protocol.Progress, phase: Phase = Phase.COMPLETED
     ) -> None:
-        progress.phase = phase
-        progress.ended_at = time.time()
+        if progress.ended_at is None:
+            progress.phase = phase
+            progress.ended_at = time.time()
         self.progress = progress
+        self._phase = phase
 
     def connected(self, connection: channel.Connection) -> None:
         control = protocol.Control(connection)
         try:
             control.expect('query', _ANSWER_TIMEOUT)
-            control.send('phase', phase=self.progress.phase)
+            control.send('phase', phase=self._phase)
         except errors.ContainerError as e:
             LOG.warning('instance %s: %s', self.progress.uuid, e)
         finally:
             control.close()
 
     def abort(self, reason: str) -> None:
-        if self.progress.phase == Phase.COMPLETED:
+        if self._phase == Phase.COMPLETED:
             raise errors.ContainerError(
                 'bad_state', 'the instance runs here already',
                 uuid=self.progress.uuid)
