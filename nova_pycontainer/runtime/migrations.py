@@ -442,6 +442,7 @@ class Migrations:
             # Last, so that it is known at every moment to who asks.
             with self._lock:
                 self._sources.pop(migration, None)
+            outgoing.close()
 
     def _gone(self, uuid: str, migration: str) -> None:
         """It runs on the other host: nothing of it may run here again."""

@@ -209,6 +209,11 @@ class Source:
                     self.check_abort()
             raise
 
+    def close(self) -> None:
+        """Hang up, when all is said; idempotent."""
+        if self._control is not None:
+            self._control.close()
+
     def _fail(self, error: BaseException) -> None:
         self._stack.close()
         aborted = self._abort.is_set()
