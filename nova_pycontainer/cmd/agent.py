@@ -31,6 +31,9 @@ from nova_pycontainer.runtime import keeper_memory
 
 LOG = logging.getLogger(__name__)
 
+#: Seconds between two looks for a signal.
+_LOOK_S = 1.0
+
 
 def _configure(argv: list[str] | None) -> cfg.ConfigOpts:
     conf = cfg.ConfigOpts()
@@ -88,7 +91,10 @@ class Agent:
         thread.start()
         self._notifier.send('READY=1')
         LOG.info('Serving %s', self._group.agent_socket)
-        self._ended.wait()
+        # A signal that the kernel gives to another thread wakes nobody here,
+        # and Python runs its handler only when this thread does something.
+        while not self._ended.wait(_LOOK_S):
+            pass
         LOG.info('Ending; the containers run on')
         self._notifier.send('STOPPING=1')
         if not served.stop(self._group.agent_stop_timeout):
