@@ -30,8 +30,8 @@ LOG = logging.getLogger(__name__)
 #: Seconds between two looks whether anybody still wants the image.
 _LOOK_S = 5.0
 #: Bytes in a piece. Glance's client asks for a MiB and makes one chunk of it
-#: (RFC 9112, section 7.1), and uWSGI, below which Glance often runs, takes none
-#: that large: its chunked-input-limit counts the chunk's header, too.
+#: (RFC 9112, section 7.1), and uWSGI, below which Glance often runs, takes
+#: none that large: its chunked-input-limit counts the chunk's header, too.
 _PIECE = 64 << 10
 
 

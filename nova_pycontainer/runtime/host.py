@@ -34,7 +34,6 @@ from oslo_log import log as logging
 
 from nova_pycontainer.runtime import cgroup
 from nova_pycontainer.runtime import checkpoints
-from nova_pycontainer.runtime import pausing
 from nova_pycontainer.runtime import config as rconfig
 from nova_pycontainer.runtime import console_log
 from nova_pycontainer.runtime import consoles
@@ -59,6 +58,7 @@ from nova_pycontainer.runtime.migration import protocol
 from nova_pycontainer.runtime import migrations
 from nova_pycontainer.runtime import network
 from nova_pycontainer.runtime import oci
+from nova_pycontainer.runtime import pausing
 from nova_pycontainer.runtime import process
 from nova_pycontainer.runtime import quiesce
 from nova_pycontainer.runtime import rescue
