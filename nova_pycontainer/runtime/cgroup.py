@@ -361,6 +361,15 @@ class Cgroup:
                 continue
             yield from map(int, text.split())
 
+    def threads(self) -> cabc.Iterator[str]:
+        """The directories in /proc of all threads, see proc_pid_task(5)."""
+        for pid in self.processes():
+            try:
+                for tid in os.listdir(f'/proc/{pid}/task'):
+                    yield f'/proc/{pid}/task/{tid}'
+            except OSError:
+                continue
+
     def frozen(self) -> bool:
         return _read_key(self.v2 / 'cgroup.events', 'frozen') == 1
 

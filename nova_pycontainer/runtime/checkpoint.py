@@ -121,14 +121,12 @@ class Saver:
         external = guest.external_mounts(self._pid, item.nodes)
         facts: dict[str, ty.Any] = {
             'external': external, 'run': item.st.run}
-        # What is refused is refused before the freeze.
-        dumping.network_facts(item, self._pid)
+        dumping.check_network(item, self._pid)
 
         def notified(script: criu.Script) -> None:
             if script.name == 'network-lock':
                 faults.point('suspend.frozen')
                 self._moment.frozen(self._pid)
-                # Until now a guest that boots changed them.
                 facts.update(dumping.network_facts(item, self._pid))
                 facts['ramfs'] = guest.save_ramfs(self._pid)
             elif script.name == 'network-unlock':

@@ -55,11 +55,11 @@ def _in_vfork(group: cgroup.Cgroup) -> bool:
     its child is frozen. Only there does a frozen task sleep uninterruptibly
     (``wait_for_vfork_done`` in the kernel's fork.c).
     """
-    for pid in group.processes():
-        for task in pathlib.Path(f'/proc/{pid}/task').glob('[0-9]*/stat'):
-            try:
-                if task.read_text().rpartition(') ')[2][:1] == 'D':
-                    return True
-            except OSError:
-                continue
+    for thread in group.threads():
+        try:
+            stat = pathlib.Path(thread, 'stat').read_text()
+        except OSError:
+            continue
+        if stat.rpartition(') ')[2][:1] == 'D':
+            return True
     return False

@@ -197,13 +197,8 @@ class CpusTest(migration_base.TestCase):
         self.divide(cpu_dedicated_set='0-1')
         self.boot(self.dedicated, host='host2')
         server = self.boot(self.dedicated)
-        self.agents.stop('host2')
-        self.wait_for(lambda: self.service('host2')['status'] == 'disabled',
-                      'Nova to miss the agent')
-        self.agents.start(
+        self.restart_agent(
             'host2', PYCONTAINER_FAULTS='destination.prepared=raise')
-        self.wait_for(lambda: self.service('host2')['status'] == 'enabled',
-                      'Nova to find the agent')
         self.migrate(server)
         self.wait_for_migration(server, 'error', 'failed')
         self.assertEqual([0], self.cpus(server))

@@ -205,12 +205,7 @@ class ResizeTest(test_snapshots.TestCase):
     def break_at(self, point):
         """A server that has come to the second host in part only."""
         server = self.start()
-        self.agents.stop('host2')
-        self.wait_for(lambda: self.service('host2')['status'] == 'disabled',
-                      'the report')
-        self.agents.start('host2', PYCONTAINER_FAULTS=f'{point}=raise')
-        self.wait_for(lambda: self.service('host2')['status'] == 'enabled',
-                      'the agent')
+        self.restart_agent('host2', PYCONTAINER_FAULTS=f'{point}=raise')
         self.api.post_server_action(
             server['id'], {'migrate': {'host': 'host2'}})
         self.wait(server, 'ERROR')

@@ -62,11 +62,22 @@ def options(
     return made
 
 
-def network_facts(item: container.Container, pid: int) -> dict[str, ty.Any]:
-    """What of a container's network CRIU leaves to us; see :mod:`.restoring`.
+def check_network(item: container.Container, pid: int) -> None:
+    """What is refused is refused before the freeze.
 
     :param pid: its init
     :raises ContainerError: ``unsupported``: an interface's name
+    """
+    network.names_inside(item.spec.nics, pid)
+
+
+def network_facts(item: container.Container, pid: int) -> dict[str, ty.Any]:
+    """What of a container's network CRIU leaves to us; see :mod:`.restoring`.
+
+    A guest that boots changes it until it stands still.
+
+    :param pid: its init
+    :raises ContainerError: as :func:`check_network`
     """
     return {'neighbours': neighbours.save(pid),
             'netdevs': network.names_inside(item.spec.nics, pid),

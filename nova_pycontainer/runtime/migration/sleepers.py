@@ -24,7 +24,6 @@ Since when: the scheduler notes when a thread last ran (``se.exec_start`` in
 runs on the same CPU tells what time that is now.
 """
 
-import collections.abc as cabc
 import dataclasses
 import os
 import re
@@ -90,13 +89,12 @@ class Sleepers:
     def _look(self) -> None:
         seen: dict[tuple[str, str], _Sleep] = {}
         by_cpu: dict[int, list[tuple[str, str, int, int, float]]] = {}
-        for pid in self._group.processes():
-            for thread in _threads(pid):
-                found = _read(thread)
-                if found is not None:
-                    where, call, switches, cpu, start = found
-                    by_cpu.setdefault(cpu, []).append(
-                        (thread, where, call, switches, start))
+        for thread in self._group.threads():
+            found = _read(thread)
+            if found is not None:
+                where, call, switches, cpu, start = found
+                by_cpu.setdefault(cpu, []).append(
+                    (thread, where, call, switches, start))
         for cpu, threads in by_cpu.items():
             now, at = _cpu_time(cpu)
             for thread, where, call, switches, start in threads:
@@ -143,14 +141,6 @@ class Sleepers:
                           sleep.since is not None else None),
                 'asked': _asked(thread, where, sleep.call)}))
         return [facts for *_, facts in self.stopped]
-
-
-def _threads(pid: int) -> cabc.Iterator[str]:
-    try:
-        for tid in os.listdir(f'/proc/{pid}/task'):
-            yield f'/proc/{pid}/task/{tid}'
-    except OSError:
-        return
 
 
 def _read(thread: str) -> tuple[str, int, int, int, float] | None:

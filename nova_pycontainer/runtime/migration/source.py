@@ -694,8 +694,8 @@ class _Dump:
             target=self._copy_files, name='final-pass', daemon=True)
         self._error: BaseException | None = None
         self._ramfs: list[dict[str, ty.Any]] = []
-        # What is refused is refused before the freeze.
-        self._network = dumping.network_facts(source.item, pid)
+        dumping.check_network(source.item, pid)
+        self._network: dict[str, ty.Any] = {}
         self._frozen_at = 0.0
 
     def lazy_config(self) -> pathlib.Path:
@@ -748,7 +748,6 @@ class _Dump:
 
     def _copy_files(self) -> None:
         try:
-            # Until CRIU has stopped it, a guest that boots changes them.
             self._network = dumping.network_facts(
                 self._source.item, self._pid)
             self._source.link_aliases()
