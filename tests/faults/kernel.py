@@ -174,6 +174,9 @@ class Copy:
         self.inits = [pid for pid in candidates if _is_init(pid)]
         self.frozen = 'frozen 1' in _read(self._cgroup / 'cgroup.events')
 
+    def commands(self):
+        return [command(pid) for pid in self.pids]
+
     def _switches(self):
         total = 0
         for pid in self.pids:
@@ -211,6 +214,19 @@ class Copy:
     def __str__(self):
         return (f'{len(self.inits)} init(s), {len(self.pids)} processes'
                 f'{", frozen" if self.frozen else ""}')
+
+
+def oom_kills(host, uuid):
+    """How many processes of an instance the kernel has killed for lack of
+    memory.
+    """
+    for path in (
+            _V1 / 'memory' / host.cgroup_parent / uuid / 'memory.oom_control',
+            _V2 / host.cgroup_parent / uuid / 'memory.events'):
+        for line in _read(path).splitlines():
+            if line.startswith('oom_kill '):
+                return int(line.split()[1])
+    return 0
 
 
 def where_it_runs(hosts, host, uuid, timeout=10.0):

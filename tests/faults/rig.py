@@ -47,6 +47,8 @@ _OPTIONS = {'move': {}, 'post-copy': {
     'bandwidth': 3 << 20}}
 #: What a source says when nobody has the guest any more.
 _LOST = 'lost'
+#: The kernel has killed processes of it for lack of memory.
+_STARVED = 'destination, processes killed for lack of memory'
 #: Of a guest that has ended with the power of its host: what it was there.
 _ENDED = {'a': 'ended on source', 'b': 'ended on destination'}
 
@@ -278,6 +280,8 @@ class Rig(one_host.OneHost, hosts.TwoHostsTestCase):
         watcher.join()
         if verdict in (_LOST, *_ENDED.values()):
             self._check_lost(uuid)
+        elif verdict == _STARVED:
+            self._check_starved(uuid)
         else:
             self._check_runs(uuid, verdict)
         if not broken:
@@ -336,7 +340,7 @@ class Rig(one_host.OneHost, hosts.TwoHostsTestCase):
     def _verdict(self, uuid, migration, mode, committed):
         """How it has ended, and what Nova does then.
 
-        :returns: "source", "destination", "lost" or one of _ENDED
+        :returns: "source", "destination", _LOST, _STARVED or one of _ENDED
         """
         deadline = time.monotonic() + _END
         status = self._status(uuid, migration)
@@ -349,7 +353,8 @@ class Rig(one_host.OneHost, hosts.TwoHostsTestCase):
         if status['phase'] == 'completed':
             base.wait_for(
                 lambda: self._runs_only('b', uuid) and
-                self.witness.moves('b', 2.0) or self._gone(uuid),
+                self.witness.moves('b', 2.0) or self._gone(uuid) or
+                self._starved(uuid),
                 'the guest to run on the destination', 40)
             # It runs, and may still be lost as long as pages are to come.
             base.wait_for(
@@ -357,7 +362,7 @@ class Rig(one_host.OneHost, hosts.TwoHostsTestCase):
                 self._gone(uuid), 'the end of post-copy', _END)
             if not self._gone(uuid):
                 self.a.delete(uuid)
-                return 'destination'
+                return _STARVED if self._starved(uuid) else 'destination'
             if 'b' in self.ends:
                 return _ENDED['b']
         elif (status['error'] or {}).get('code') != _LOST:
@@ -387,6 +392,13 @@ class Rig(one_host.OneHost, hosts.TwoHostsTestCase):
 
     def _gone(self, uuid):
         return not kernel.alive((self.a, self.b), uuid)
+
+    def _starved(self, uuid):
+        """Whether what shows that the guest runs was killed for lack of
+        memory, which its pages need on the destination of post-copy.
+        """
+        return (kernel.oom_kills(self.b, uuid) > 0 and
+                not self.witness.is_alive(kernel.Copy(self.b, uuid)))
 
     def _roll_back(self, uuid, migration):
         """See nova_pycontainer.migration_destination."""
@@ -442,6 +454,21 @@ class Rig(one_host.OneHost, hosts.TwoHostsTestCase):
             raise AssertionError(f'it runs, and the agent says: '
                                  f'{here.info(uuid)}')
         self._check_lines(here)
+
+    def _check_starved(self, uuid):
+        """What is left of it works, once."""
+        for here, there in ((self.b, self.a), (self.a, self.b)):
+            if (len(kernel.Copy(here, uuid).inits) != 1 or
+                    kernel.Copy(there, uuid).pids):
+                raise AssertionError(f'it is to be on host {here.name} alone')
+            self.assertEqual('running', here.info(uuid)['state'])
+            self.sh(here, uuid, 'true')
+            self._check_lines(here)
+            if here is self.b:
+                self._disarm()
+                self.migrate(uuid, here, there)
+        self.a.delete(uuid)
+        self._check_clean()
 
     def _check_lines(self, host):
         problems = self.witness.problems(host.name)

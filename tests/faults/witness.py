@@ -81,6 +81,17 @@ class Witness:
         lines = self.lines(name)
         return lines[-1][0] if lines else 0
 
+    @staticmethod
+    def is_alive(copy):
+        """Whether all that counts and echoes is there.
+
+        :param copy: a kernel.Copy
+        """
+        commands = copy.commands()
+        return (any('>>/ticks' in c for c in commands) and
+                any(c.startswith('nc -ll -p 7') for c in commands) and
+                '/bin/cat' in commands)
+
     def moves(self, name, timeout=20.0):
         """Whether the guest goes on writing there."""
         before = self.last(name)

@@ -488,6 +488,17 @@ class Destination:
                 response, 'Run "pycontainer preflight" on both hosts')
         self._complete()
 
+    def _warn_of_oom(self) -> None:
+        """A page that comes is charged to the guest, whose processes the
+        kernel kills when there is no memory for it.
+        """
+        kills = self._item.cgroup.usage().oom_kills
+        if kills:
+            LOG.warning(
+                'instance %s: the kernel has killed %d of its processes since '
+                'it came here, for lack of memory: its own, or what this host '
+                'has for all instances', self._item.uuid, kills)
+
     def _complete(self) -> None:
         """It runs: what was only for the migration goes.
 
@@ -503,6 +514,7 @@ class Destination:
             if self._pages is not None:
                 # The source hears of the end in order.
                 self._pages.wait(_RETRY)
+            self._warn_of_oom()
         # The source deletes its copy soon.
         unpack_client.sync_filesystem(self._item.disk.upper)
         self._take_back()
