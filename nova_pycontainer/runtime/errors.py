@@ -113,6 +113,16 @@ class ContainerError(Exception):
             return error
         return cls('internal', message, uuid=uuid, cause=repr(error))
 
+    def bare(self) -> 'ContainerError':
+        """This error, for somebody who keeps it.
+
+        The frames of a traceback have their variables: one that is kept by an
+        object that they refer to lives, with all of them, until the collector
+        of cycles comes by.
+        """
+        self.__traceback__ = self.__cause__ = self.__context__ = None
+        return self
+
     def to_dict(self) -> dict[str, str | None]:
         return {
             'code': self.code,

@@ -95,6 +95,9 @@ class _Buffer:
     def drop(self) -> None:
         self._rest = self._data[:0]
 
+    def close(self) -> None:
+        self._data = self._rest = memoryview(b'')
+
 
 class Relay:
     """One connection and one socket, both this object's from now on.
@@ -187,7 +190,7 @@ class Relay:
                 self._loop()
             graceful = True
         except errors.ContainerError as e:
-            self.error = self.error or e
+            self.error = self.error or e.bare()
         except Exception as e:
             if self._plain.fileno() < 0:
                 self.error = _aborted()
@@ -202,6 +205,9 @@ class Relay:
     def _release(self, graceful: bool) -> None:
         # The program first: it need not wait for the other host.
         self._plain.close()
+        # Whoever asks for the figures keeps this object.
+        self._out.close()
+        self._in.close()
         if graceful:
             self._connection.close()
         else:
