@@ -90,6 +90,7 @@ class Saver:
         assert item.st.run is not None
         self._pid = int(item.st.run['process']['pid'])
         self._moment = moment.Moment(item.cgroup, item.root)
+        self._moment.drops = True
         self._saved = False
 
     def run(self, commit: ty.Callable[[], None]) -> None:

@@ -52,6 +52,31 @@ open("/run/answered", "w").close()
 time.sleep(100000)
 '''
 
+_HOLDS = '''
+import errno, os, socket, time
+netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)
+netlink.bind((0, 1))  # RTMGRP_LINK
+room = netlink.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+open("/run/holds", "w").close()
+while not os.path.exists("/read"):
+    time.sleep(0.02)
+netlink.setblocking(False)
+found = []
+while True:
+    try:
+        found.append("told of a link" if netlink.recv(65536) else "")
+    except BlockingIOError:
+        break
+    except OSError as e:
+        found.append(errno.errorcode[e.errno])
+if netlink.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) != room:
+    found.append("another size")
+with open("/run/found.new", "w") as f:
+    f.write(", ".join(sorted(set(found))))
+os.rename("/run/found.new", "/run/found")
+time.sleep(100000)
+'''
+
 _READS = '''
 import socket, struct, time
 netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)
@@ -169,6 +194,58 @@ class ControlTestCase(faults.Helpers):
         self.assertEqual('running', self.b.info(uuid)['state'])
         base.wait_for(lambda: self.sh(
             self.b, uuid, 'ls /run/answered || :'), 'the answer')
+
+    def _holds(self):
+        """A guest that was told of its link, and does not read that.
+
+        As systemd holds the socket of a service that waits for another.
+        """
+        uuid = self.run_container(
+            'debian13', memory=256, address='203.0.113.10',
+            init={'argv': ['/usr/bin/python3', '-c', _HOLDS]})
+        base.wait_for(lambda: self.sh(
+            self.a, uuid, 'ls /run/holds || :'), 'the socket')
+        [nic] = self.a.info(uuid)['spec']['nics']
+        for state in ('down', 'up'):
+            self.a.run('ip', 'link', 'set', nic['devname'], state)
+        pid = self.a.info(uuid)['pid']
+        base.wait_for(lambda: netlink.unread(pid), 'an unread message')
+        return uuid
+
+    def _finds(self, host, uuid):
+        """What it reads in the end."""
+        root = f'/proc/{host.info(uuid)["pid"]}/root'
+        os.close(os.open(f'{root}/read', os.O_CREAT | os.O_WRONLY))
+        return base.wait_for(lambda: self.sh(
+            host, uuid, 'cat /run/found 2>/dev/null || :'),
+            'what it has read').strip()
+
+    def test_unread_messages(self):
+        """Nobody can carry the kernel's messages to another host: there the
+        guest is told that it has missed some.
+        """
+        uuid = self._holds()
+        self.migrate(uuid, self.a, self.b)
+        self.assertEqual(
+            'ENOBUFS, told of a link', self._finds(self.b, uuid))
+
+    def test_unread_messages_and_an_abort(self):
+        uuid = self._holds()
+        self.a.restart_agent('source.dumped=raise')
+        migration = self.prepare_migration(uuid, self.a, self.b)
+        base.wait_for(lambda: self.a.migration_status(migration)['ended_at'],
+                      'the end')
+        self.assertEqual(
+            'failed', self.a.migration_status(migration)['phase'])
+        self.assertEqual(
+            'ENOBUFS, told of a link', self._finds(self.a, uuid))
+
+    def test_unread_messages_and_a_suspend(self):
+        uuid = self._holds()
+        self.a.suspend(uuid)
+        self.a.resume(uuid)
+        self.assertEqual(
+            'ENOBUFS, told of a link', self._finds(self.a, uuid))
 
     def test_paused_while_it_reads(self):
         """A guest that is always about to read can be moved when paused."""

@@ -326,7 +326,7 @@ class Destination:
             lambda seq, stats: self._connected_socket('layer', seq, stats),
             self._abort.is_set, self.progress)
         faults.point('destination.prepared')
-        self._control.send('prepared', rounds=True)
+        self._control.send('prepared', rounds=True, overruns=True)
         while True:
             frame = self._control.receive(_COPY_TIMEOUT)
             if frame['type'] == 'files':

@@ -24,6 +24,7 @@ from nova_pycontainer.runtime.migration import bound_sockets
 from nova_pycontainer.runtime.migration import clocks
 from nova_pycontainer.runtime.migration import dentries
 from nova_pycontainer.runtime.migration import netlink_options
+from nova_pycontainer.runtime.migration import overruns
 from nova_pycontainer.runtime.migration import patches
 from nova_pycontainer.runtime.migration import resume
 from nova_pycontainer.runtime.migration import sleepers
@@ -31,9 +32,16 @@ from nova_pycontainer.runtime.migration import terminals
 from nova_pycontainer.runtime import netlink
 from nova_pycontainer.runtime import pausing
 
+#: Attempts in which a guest may read what it was told.
+_READS = 2
+
 
 class Moment:
-    """One container's, for all attempts of one migration."""
+    """One container's, for all attempts of one migration.
+
+    :ivar drops: whether messages that nobody reads may be dropped: whoever
+        restores the guest tells it
+    """
 
     def __init__(self, group: cgroup.Cgroup, root: pathlib.Path) -> None:
         self._group = group
@@ -41,9 +49,13 @@ class Moment:
         self._names = dentries.Held()
         self._sleepers = sleepers.Sleepers(group)
         self._facts: dict[str, ty.Any] = {}
+        self._attempts = 0
+        self._dropped: overruns.Dropped = []
+        self.drops = False
 
     def before(self, init: int, paused: bool) -> None:
         """The guest still runs, or is paused, and will be dumped next."""
+        self._attempts += 1
         terminals.release(self._group, paused)
         bound_sockets.release(self._group)
         self._names.hold(self._group, self._root)
@@ -58,10 +70,13 @@ class Moment:
     def frozen(self, init: int) -> None:
         """CRIU has stopped all and not yet run code of its own in it."""
         ahead = clocks.offsets(init)
+        if self.drops and self._attempts > _READS:
+            self._dropped = overruns.drop(self._group)
         self._facts = {
             'asleep': self._sleepers.frozen(ahead[time.CLOCK_MONOTONIC]),
             'timers': clocks.save(ahead, self._group),
             'netlink': netlink_options.save(self._group),
+            'dropped': self._dropped,
         }
 
     def given_up(self, init: int) -> None:
@@ -72,6 +87,8 @@ class Moment:
         resume.resume(
             [resume.Sleep(*s) for s in self._sleepers.stopped], now, init)
         self._sleepers.stopped = []
+        dropped, self._dropped = self._dropped, []
+        overruns.tell(self._group, dropped)
 
     def dumped(self) -> dict[str, ty.Any]:
         """All is dumped, and stopped still.

@@ -18,20 +18,16 @@ or goes after a restore.
 """
 
 import collections.abc as cabc
-import contextlib
-import pathlib
 import socket
 import typing as ty
 
 from oslo_log import log as logging
 
 from nova_pycontainer.runtime import cgroup
-from nova_pycontainer.runtime.migration import clocks
 from nova_pycontainer.runtime.migration import sockets
 
 LOG = logging.getLogger(__name__)
 
-_SOL_NETLINK = 270
 #: <linux/netlink.h>: PKTINFO, BROADCAST_ERROR, NO_ENOBUFS, LISTEN_ALL_NSID,
 #: CAP_ACK, EXT_ACK, GET_STRICT_CHK.
 _OPTIONS: ty.Final = (3, 4, 5, 8, 10, 11, 12)
@@ -43,43 +39,16 @@ Saved = list[tuple[int, int, list[int]]]
 def save(group: cgroup.Cgroup) -> Saved:
     """Look at all of a guest that is stopped."""
     found: Saved = []
-    seen: set[str] = set()
-    known: dict[str, frozenset[str]] = {}
-    for pid in group.processes():
-        wanted = _in_namespace_of(pid, known)
-        try:
-            inner = clocks.inner_pid(pid)
-        except OSError:
-            continue
-        for number, link, item in sockets.numbered(pid, wanted.__contains__):
-            if link in seen or item.family != socket.AF_NETLINK:
-                continue
-            seen.add(link)
-            options = [option for option in _OPTIONS
-                       if _is_on(item, option)]
-            if options:
-                found.append((inner, number, options))
+    for inner, number, item in sockets.netlink(group):
+        options = [option for option in _OPTIONS if _is_on(item, option)]
+        if options:
+            found.append((inner, number, options))
     return found
-
-
-def _in_namespace_of(
-    pid: int, known: dict[str, frozenset[str]]
-) -> frozenset[str]:
-    """What /proc calls the netlink sockets that a process can have."""
-    namespace = ''
-    with contextlib.suppress(OSError):
-        namespace = str(pathlib.Path(f'/proc/{pid}/ns/net').readlink())
-        if namespace not in known:
-            lines = pathlib.Path(
-                f'/proc/{pid}/net/netlink').read_text().splitlines()[1:]
-            known[namespace] = frozenset(
-                f'socket:[{line.split()[-1]}]' for line in lines)
-    return known.get(namespace, frozenset())
 
 
 def _is_on(item: socket.socket, option: int) -> bool:
     try:
-        return bool(item.getsockopt(_SOL_NETLINK, option))
+        return bool(item.getsockopt(sockets.SOL_NETLINK, option))
     except OSError:
         # An option that this kernel does not have.
         return False
@@ -93,18 +62,13 @@ def restore(
               for pid, number, options in saved]
     if not wanted:
         return
-    pids = {}
-    for pid in group.processes():
-        with contextlib.suppress(OSError):
-            pids[clocks.inner_pid(pid)] = pid
+    pids = sockets.pids(group)
     for inner, number, options in wanted:
         try:
-            with sockets.one(pids[inner], number) as item:
-                if item.family != socket.AF_NETLINK:
-                    raise OSError('it is no netlink socket')
+            with sockets.netlink_one(pids, inner, number) as item:
                 for option in options:
                     if option in _OPTIONS:
-                        item.setsockopt(_SOL_NETLINK, option, 1)
-        except (KeyError, OSError) as e:
+                        item.setsockopt(sockets.SOL_NETLINK, option, 1)
+        except OSError as e:
             LOG.warning('descriptor %d of process %d of the guest: its '
                         'netlink options are lost: %s', number, inner, e)

@@ -41,6 +41,7 @@ from nova_pycontainer.runtime.migration import guest
 from nova_pycontainer.runtime.migration import neighbours
 from nova_pycontainer.runtime.migration import netlink_options
 from nova_pycontainer.runtime.migration import network_lock
+from nova_pycontainer.runtime.migration import overruns
 from nova_pycontainer.runtime.migration import open_shares
 from nova_pycontainer.runtime.migration import packet_sockets
 from nova_pycontainer.runtime.migration import patches
@@ -147,6 +148,7 @@ class Notified:
         self._item = item
         self._cgroups = dumped['cgroups']
         self._netlink = list(dumped['moment'].get('netlink') or ())
+        self._dropped = list(dumped['moment'].get('dropped') or ())
         self._ramfs = list(dumped['ramfs'])
         self._neighbours = list(dumped.get('neighbours') or ())
         self._addresses = list(dumped.get('addresses') or ())
@@ -188,6 +190,7 @@ class Notified:
             gone_addresses.take_back(self._pid, self._addresses)
             neighbours.restore(self._pid, self._neighbours)
             netlink_options.restore(self._item.cgroup, self._netlink)
+            overruns.tell(self._item.cgroup, self._dropped)
             # CRIU lets its sockets speak next.
             network_lock.block(self._pid)
         elif script.name == 'pre-resume':

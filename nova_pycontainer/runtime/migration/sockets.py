@@ -15,9 +15,15 @@
 import collections.abc as cabc
 import contextlib
 import os
+import pathlib
 import socket
 
+from nova_pycontainer.runtime import cgroup
+from nova_pycontainer.runtime.migration import clocks
 from nova_pycontainer.runtime import syscalls
+
+#: <linux/socket.h>
+SOL_NETLINK = 270
 
 
 def of(pid: int) -> cabc.Iterator[tuple[str, socket.socket]]:
@@ -71,3 +77,64 @@ def numbered(
                     yield int(number), link, item
     finally:
         os.close(pidfd)
+
+
+def netlink(
+    group: cgroup.Cgroup
+) -> cabc.Iterator[tuple[int, int, socket.socket]]:
+    """The netlink sockets of a guest that is stopped, each once.
+
+    :returns: a process that has it, in the guest's own numbers; the
+        descriptor; the socket, valid until the next one is asked for
+    """
+    seen: set[str] = set()
+    known: dict[str, frozenset[str]] = {}
+    for pid in group.processes():
+        wanted = _netlink_of(pid, known)
+        try:
+            inner = clocks.inner_pid(pid)
+        except OSError:
+            continue
+        for number, link, item in numbered(pid, wanted.__contains__):
+            if link not in seen and item.family == socket.AF_NETLINK:
+                seen.add(link)
+                yield inner, number, item
+
+
+def _netlink_of(pid: int, known: dict[str, frozenset[str]]) -> frozenset[str]:
+    """What /proc calls the netlink sockets that a process can have."""
+    namespace = ''
+    with contextlib.suppress(OSError):
+        namespace = str(pathlib.Path(f'/proc/{pid}/ns/net').readlink())
+        if namespace not in known:
+            lines = pathlib.Path(
+                f'/proc/{pid}/net/netlink').read_text().splitlines()[1:]
+            known[namespace] = frozenset(
+                f'socket:[{line.split()[-1]}]' for line in lines)
+    return known.get(namespace, frozenset())
+
+
+@contextlib.contextmanager
+def netlink_one(
+    pids: dict[int, int], inner: int, number: int
+) -> cabc.Iterator[socket.socket]:
+    """One of :func:`netlink`, of a guest that is restored.
+
+    :param pids: of :func:`pids`
+    :raises OSError: it is not there
+    """
+    if inner not in pids:
+        raise ProcessLookupError('there is no such process')
+    with one(pids[inner], number) as item:
+        if item.family != socket.AF_NETLINK:
+            raise OSError('it is no netlink socket')
+        yield item
+
+
+def pids(group: cgroup.Cgroup) -> dict[int, int]:
+    """The processes of a guest: its own number for each → the host's."""
+    found = {}
+    for pid in group.processes():
+        with contextlib.suppress(OSError):
+            found[clocks.inner_pid(pid)] = pid
+    return found

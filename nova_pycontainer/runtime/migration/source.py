@@ -260,6 +260,7 @@ class Source:
             self._there = layer_transfer.give(
                 self._control, self._layers, self._item.spec.layer,
                 lambda: self._connect('layer'), self._carry, self.progress)
+            self.moment.drops = bool(self._there.get('overruns'))
 
     def _layer(self) -> layers.LayerInfo:
         """:raises ContainerError: ``layer_missing``"""
