@@ -119,37 +119,45 @@ def _disk_io(flavor):
             ('read_iops', 'read_iops'), ('write_iops', 'write_iops'))}
 
 
-def resources(flavor, pids_max):
+def resources(flavor, pids_max, on_volume=False):
     """Return the ``resources`` of a container's specification.
 
     :param flavor: a nova.objects.Flavor
     :param pids_max: limit where the flavor sets none
+    :param on_volume: whether its root is a volume
     :raises nova.exception.InvalidInput: the flavor asks for something that
         is malformed or that containers do not have
     """
-    for attribute, text in (('ephemeral_gb', 'an ephemeral disk'),
-                            ('swap', 'a swap disk')):
-        if getattr(flavor, attribute):
-            raise exception.InvalidInput(
-                reason=_('flavor %(flavor)s has %(text)s, which containers '
-                         'do not have. Use a flavor without it') %
-                {'flavor': flavor.name, 'text': text})
+    if on_volume and flavor.ephemeral_gb:
+        raise exception.InvalidInput(
+            reason=_('flavor %s has an ephemeral disk, which is a part of a '
+                     'container\'s root disk, and this one\'s root is a '
+                     'volume. Use a flavor without it') % flavor.name)
     cpus.check_flavor(flavor)
     pids = _int_spec(flavor.extra_specs, 'pycontainer:pids_max', _PIDS_MIN)
     return {
         'memory_bytes': flavor.memory_mb * units.Mi,
+        # As much of the host's, which pages are swapped to.
+        'swap_bytes': flavor.swap * units.Mi,
         'vcpus': flavor.vcpus,
         'pids_max': pids_max if pids is None else pids,
-        # As with every other driver, 0 means that there is no limit.
-        'disk_bytes': flavor.root_gb * units.Gi or None,
+        'disk_bytes': disk_gb(flavor) * units.Gi or None,
         'disk_io': _disk_io(flavor),
         **_cpu(flavor),
     }
 
 
-def resources_of(instance, pids_max):
+def disk_gb(flavor):
+    """The size of a root disk, in GiB, with the ephemeral one that there is
+    no device for. As with every other driver, 0 means that there is no limit.
+    """
+    return flavor.root_gb and flavor.root_gb + flavor.ephemeral_gb
+
+
+def resources_of(instance, pids_max, on_volume=False):
     """:func:`resources` of an instance that is to run on this host."""
-    return {**resources(instance.flavor, pids_max), 'cpus': cpus.of(instance)}
+    return {**resources(instance.flavor, pids_max, on_volume),
+            'cpus': cpus.of(instance)}
 
 
 def _image_property(instance, name):
@@ -249,7 +257,7 @@ def specification(instance, *, layer, nics, pids_max, config_drive=None,
         # The runtime chooses. The choice is made anew with every new root
         # disk, because another container may have the old range by now.
         'base_id': None,
-        'resources': resources_of(instance, pids_max),
+        'resources': resources_of(instance, pids_max, root is not None),
         'nics': nics,
         'volumes': list(volumes),
         'root': root,

@@ -22,6 +22,7 @@ from nova import objects
 from oslo_log import log as logging
 
 from nova_pycontainer import errors as driver_errors
+from nova_pycontainer import flavor
 from nova_pycontainer import migration_data
 from nova_pycontainer import migration_destination
 from nova_pycontainer.runtime import errors
@@ -316,7 +317,7 @@ class Source:
 
     def _time_limit(self, instance):
         gib = (max(instance.flavor.memory_mb / 1024, _LEAST_MEMORY_GIB) +
-               instance.flavor.root_gb)
+               flavor.disk_gb(instance.flavor))
         return self._conf.live_migration_completion_timeout * gib
 
     def _late(self, job, limit):

@@ -130,7 +130,8 @@ class Resizer:
     def _check(self, instance, flavor, info, here):
         """:raises nova.exception.NovaException: there cannot be such a server
         """
-        new = driver_flavor.resources(flavor, self._conf.pids_max)
+        new = driver_flavor.resources(
+            flavor, self._conf.pids_max, on_volume=bool(info.get('root')))
         moving = instance.migration_context
         cpus.check(moving and moving.new_numa_topology)
         if info.get('root'):

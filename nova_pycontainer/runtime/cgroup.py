@@ -49,6 +49,8 @@ class Limits:
     """
 
     memory_bytes: int | None = None
+    #: Of the host's swap, beside the memory.
+    swap_bytes: int = 0
     cpu_shares: int | None = None
     cpu_quota_us: int | None = None
     cpu_period_us: int | None = None
@@ -238,7 +240,17 @@ class Cgroup:
             if directory is not None and value is not None:
                 (directory / name).write_text(str(value))
 
-        write('memory', 'memory.limit_in_bytes', limits.memory_bytes)
+        memory = self._legacy('memory')
+        if memory is not None and limits.memory_bytes is not None:
+            # Memory alone is never limited to more than both; a kernel
+            # without swap has no such file.
+            both = memory / 'memory.memsw.limit_in_bytes'
+            if both.exists():
+                both.write_text('-1')
+            (memory / 'memory.limit_in_bytes').write_text(
+                str(limits.memory_bytes))
+            if both.exists():
+                both.write_text(str(limits.memory_bytes + limits.swap_bytes))
         write('cpu', 'cpu.shares', limits.cpu_shares)
         write('cpu', 'cpu.cfs_period_us', limits.cpu_period_us)
         write('cpu', 'cpu.cfs_quota_us', limits.cpu_quota_us)
@@ -275,7 +287,7 @@ class Cgroup:
         if 'memory' in have and limits.memory_bytes is not None:
             yield 'memory.max', str(limits.memory_bytes)
             if (self.v2 / 'memory.swap.max').exists():
-                yield 'memory.swap.max', '0'
+                yield 'memory.swap.max', str(limits.swap_bytes)
         if 'pids' in have and limits.pids_max is not None:
             yield 'pids.max', str(limits.pids_max)
         if 'cpu' in have and limits.cpu_quota_us is not None:
@@ -314,9 +326,10 @@ class Cgroup:
         resources: dict[str, object] = {}
         have = self._h.v2_controllers
         if 'memory' in have and limits.memory_bytes is not None:
-            # No swap beyond memory: OCI's swap is memory plus swap.
+            # OCI's swap is memory plus swap.
             resources['memory'] = {
-                'limit': limits.memory_bytes, 'swap': limits.memory_bytes}
+                'limit': limits.memory_bytes,
+                'swap': limits.memory_bytes + limits.swap_bytes}
         cpu: dict[str, object] = {}
         if 'cpu' in have:
             cpu |= {'shares': limits.cpu_shares, 'quota': limits.cpu_quota_us,

@@ -117,6 +117,7 @@ class Spec:
         limits = cgroup.Limits(
             memory_bytes=_optional_int(
                 resources, 'memory_bytes', _MIN_MEMORY),
+            swap_bytes=_optional_int(resources, 'swap_bytes', 0) or 0,
             # A guest with n vCPUs gets no more than n CPUs' time, as a
             # virtual machine would.
             cpu_quota_us=quota or vcpus * period,

@@ -149,9 +149,24 @@ class ResizeTest(test_snapshots.TestCase):
         self.assert_size(server, 'host1', 384, 2)
         self.assert_changed(server)
 
+    def test_ephemeral_disk_and_swap(self):
+        server = self.start()
+        flavor = self._create_flavor(
+            memory_mb=256, vcpu=1, disk=1, ephemeral=1, swap=64)
+        self.resize(server, flavor)
+        self.assert_size(server, 'host2', 256, 2)
+        self.assert_changed(server, 'host2')
+        self.assertEqual(
+            64 << 20, self.info(server, 'host2')['resources']['swap_bytes'])
+        self.confirm(server)
+        self.delete(server)
+        self.flavor = flavor
+        self.assert_size(self.boot(), 'host1', 256, 2)
+
     def test_what_does_not_fit(self):
         odd = self._create_flavor(
-            memory_mb=256, vcpu=1, disk=2, ephemeral=1)
+            memory_mb=256, vcpu=1, disk=2, ephemeral=0,
+            extra_spec={'quota:disk_total_bytes_sec': '1'})
         small, self.flavor = self.flavor, self.large
         server = self.start()
         error = self.assertRaises(
@@ -160,7 +175,7 @@ class ResizeTest(test_snapshots.TestCase):
         self.assertIn('smaller', str(error))
         self.api.post_server_action(
             server['id'], {'resize': {'flavorRef': odd}})
-        self.wait_for(lambda: 'an ephemeral disk' in self.faults(server),
+        self.wait_for(lambda: 'disk_total_bytes' in self.faults(server),
                       'the refusal')
         self.wait_for(lambda: self._settled(server, 'ACTIVE'), 'ACTIVE')
         self.assert_changed(server)

@@ -14,9 +14,11 @@
 
 import contextlib
 import os
+import pathlib
 import signal
 import subprocess
 import time
+import uuid as uuidlib
 
 from testtools import matchers
 
@@ -43,6 +45,28 @@ class LimitsTestCase(base.HostTestCase):
         for uuid in (victim, hog):
             self.assertEqual('0', self.sh(uuid, 'id -u'))
         self.assertEqual(0, self.host.info(victim)['oom_kills'])
+
+    def test_swap(self):
+        """Beside its memory; none where nothing is said of it."""
+        for swap in (0, 32 * base.MIB):
+            uuid, spec = str(uuidlib.uuid4()), self.spec(memory=64 * base.MIB)
+            if swap:
+                spec['resources']['swap_bytes'] = swap
+            self.host.define(uuid, spec)
+            self.host.prepare(uuid)
+            self.host.start_container(uuid)
+            group = pathlib.Path(self.config.cgroup_parent, uuid)
+            # v2 limits the swap, v1 both.
+            alone = '/sys/fs/cgroup' / group / 'memory.swap.max'
+            both = ('/run/cgroup1/memory' / group /
+                    'memory.memsw.limit_in_bytes')
+            if alone.exists():
+                self.assertEqual(swap, int(alone.read_text()))
+            elif both.exists():
+                self.assertEqual(
+                    64 * base.MIB + swap, int(both.read_text()))
+            else:
+                self.skipTest('this kernel has no limit on swap')
 
     def test_memory_of_init_itself_tells_oom(self):
         uuid = self.run_container(memory=32 * base.MIB, init={'argv': [

@@ -144,8 +144,8 @@ class Destination:
             self._journal.write(Phase.PREPARED, **self._facts())
             item.disk.mount()
             self._undo.callback(item.disk.unmount)
-            self._memory.mount(images.size_of(
-                item.spec.limits.memory_bytes, ahead=True))
+            self._memory.mount(
+                images.size_of(item.spec.limits, ahead=True))
             self._stack.callback(self._memory.unmount)
             for nic in item.spec.nics:
                 network.plug(nic)

@@ -23,6 +23,7 @@ import struct
 import threading
 import typing as ty
 
+from nova_pycontainer.runtime import cgroup
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime.migration import bandwidth
 from nova_pycontainer.runtime.migration import channel
@@ -101,13 +102,13 @@ class Memory:
             self.path.rmdir()
 
 
-def size_of(limit: int | None, ahead: bool = False) -> int:
+def size_of(limits: cgroup.Limits, ahead: bool = False) -> int:
     """How large the images of a guest may get, in bytes.
 
-    :param limit: of the guest's memory
+    :param limits: the guest's
     :param ahead: whether what a page was before may lie there beside it
     """
-    limit = limit or _UNLIMITED
+    limit = (limits.memory_bytes or _UNLIMITED) + limits.swap_bytes
     return limit * (2 if ahead else 1) + limit // 4 + (256 << 20)
 
 

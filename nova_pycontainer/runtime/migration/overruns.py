@@ -17,11 +17,11 @@ of the kernel into a new one. A guest that boots may have such a socket for
 minutes: systemd holds one for a service that waits for another.
 
 The kernel itself drops messages when a socket has no room for them, and tells
-the owner so: it gets ENOBUFS, and asks for the state anew (netlink(7)). So what
-is unread is dropped here, and then the owner is told in that way, wherever the
-guest goes on: with too little room in the socket, and more messages. Of
-rtnetlink's notifications only; whoever waits for an answer to a request reads
-it soon, and the dump is tried again.
+the owner so: it gets ENOBUFS, and asks for the state anew (netlink(7)). So
+what is unread is dropped here, and then the owner is told in that way,
+wherever the guest goes on: with too little room in the socket, and more
+messages. Of rtnetlink's notifications only; whoever waits for an answer to a
+request reads it soon, and the dump is tried again.
 
 An agent that is killed between the two tells nobody.
 """

@@ -41,8 +41,8 @@ from nova_pycontainer.runtime.migration import guest
 from nova_pycontainer.runtime.migration import neighbours
 from nova_pycontainer.runtime.migration import netlink_options
 from nova_pycontainer.runtime.migration import network_lock
-from nova_pycontainer.runtime.migration import overruns
 from nova_pycontainer.runtime.migration import open_shares
+from nova_pycontainer.runtime.migration import overruns
 from nova_pycontainer.runtime.migration import packet_sockets
 from nova_pycontainer.runtime.migration import patches
 from nova_pycontainer.runtime.migration import terminals

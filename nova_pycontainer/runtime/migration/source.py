@@ -446,7 +446,7 @@ class Source:
 
     def _mount_memory(self) -> None:
         self._memory.mount(
-            images.size_of(self._item.spec.limits.memory_bytes))
+            images.size_of(self._item.spec.limits))
 
     @property
     def _pid(self) -> int:

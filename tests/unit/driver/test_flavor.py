@@ -30,8 +30,8 @@ class FlavorTestCase(base.TestCase):
 
     def test_plain(self):
         self.assertEqual({
-            'memory_bytes': 512 << 20, 'vcpus': 2, 'pids_max': 4096,
-            'disk_bytes': 10 << 30, 'cpu_shares': None,
+            'memory_bytes': 512 << 20, 'swap_bytes': 0, 'vcpus': 2,
+            'pids_max': 4096, 'disk_bytes': 10 << 30, 'cpu_shares': None,
             'cpu_quota_us': 200000, 'cpu_period_us': 100000,
             'disk_io': {'read_bytes_s': None, 'write_bytes_s': None,
                         'read_iops': None, 'write_iops': None},
@@ -80,10 +80,17 @@ class FlavorTestCase(base.TestCase):
             exception.InvalidInput, self.resources, specs)
         self.assertIn(next(iter(specs)), str(error))
 
-    @ddt.data('ephemeral_gb', 'swap')
-    def test_disks_that_containers_do_not_have(self, name):
+    def test_swap(self):
+        self.assertEqual(64 << 20, self.resources(swap=64)['swap_bytes'])
+
+    def test_ephemeral_disk_is_a_part_of_the_root(self):
+        self.assertEqual(
+            12 << 30, self.resources(ephemeral_gb=2)['disk_bytes'])
+        self.assertIsNone(
+            self.resources(root_gb=0, ephemeral_gb=2)['disk_bytes'])
         error = self.assertRaises(
-            exception.InvalidInput, self.resources, **{name: 1})
+            exception.InvalidInput, flavor.resources,
+            base.make_flavor(ephemeral_gb=2), 4096, on_volume=True)
         self.assertIn('Use a flavor without it', str(error))
 
 

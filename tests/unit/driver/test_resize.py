@@ -102,7 +102,13 @@ class LeaveTestCase(driver_base.Base):
         self.assertEqual(power_state.RUNNING, self.state())
 
     def test_flavor_that_containers_cannot_have(self):
-        self.assertIn('swap', str(self.refused(swap=64)))
+        self.assertIn('quota:disk_total_bytes_sec', str(self.refused(
+            extra_specs={'quota:disk_total_bytes_sec': '1'})))
+
+    def test_ephemeral_disk(self):
+        """It is a part of the root, which is not made smaller."""
+        self.assertIn('smaller', str(self.refused(root_gb=7, ephemeral_gb=2)))
+        self.leave(root_gb=7, ephemeral_gb=4)
 
     def test_the_offer_fails(self):
         self.agent.failures['transfer_offer'] = errors.ContainerError(
