@@ -333,8 +333,7 @@ class Restorer:
             item.adopt(
                 pid, self._dumped['run'], master, unowned=self._unowned)
             faults.point('resume.adopted')
-            for nic in item.spec.nics:
-                network.hold(nic, False)
+            item.hold_network(False)
             # Before the first of its instructions: whatever dies from here,
             # it must not begin a second time with what was saved.
             self._commit()

@@ -612,6 +612,15 @@ class Container:
         self.st.save(self.directory)
         faults.point('start.recorded')
 
+    def hold_network(self, on: bool) -> None:
+        """Keep frames from it, as none reach a paused machine: its network
+        stack is the kernel's, which is not paused, and would go on answering.
+
+        :raises ContainerError: ``network``
+        """
+        for nic in self.spec.nics:
+            network.hold(nic, on)
+
     # Taking it down
 
     def ask_to_stop(

@@ -617,6 +617,7 @@ class Host:
                 return (item.st.exit or state.Exit()).to_dict()
             if current == 'paused':
                 # A frozen init cannot shut down.
+                item.hold_network(False)
                 item.cgroup.freeze(False)
             entry.stopping += 1
             pidfd = item.open()
@@ -666,12 +667,15 @@ class Host:
             if self.require(entry, 'running', 'paused') == 'running':
                 item = entry.container
                 pausing.freeze(item.cgroup, item.live_pid())
+                item.hold_network(True)
                 self._events.add('paused', uuid)
             return entry.container.info()
 
     def unpause(self, uuid: str) -> Info:
         with self.locked(uuid) as entry:
             if self.require(entry, 'running', 'paused') == 'paused':
+                # First: one that is deaf and runs could not be helped.
+                entry.container.hold_network(False)
                 entry.container.cgroup.freeze(False)
                 self._events.add('unpaused', uuid)
             return entry.container.info()

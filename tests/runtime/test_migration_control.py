@@ -18,6 +18,7 @@ abort comes at a known moment.
 
 import os
 import pathlib
+import subprocess
 import threading
 
 from nova_pycontainer.runtime import errors
@@ -246,6 +247,42 @@ class ControlTestCase(faults.Helpers):
         self.a.resume(uuid)
         self.assertEqual(
             'ENOBUFS, told of a link', self._finds(self.a, uuid))
+
+    def test_paused_is_silent(self):
+        """A paused machine answers nobody, on either host."""
+        address = '203.0.113.10'
+        uuid = self.run_container(address=address)
+        base.ping(address)
+        self.a.pause(uuid)
+        self._assert_silent(address)
+        self.a.unpause(uuid)
+        base.ping(address)
+        self.a.pause(uuid)
+        self.migrate(uuid, self.a, self.b)
+        self._assert_silent(address)
+        # A migration that fails leaves it as it was.
+        self.a.restart_agent('destination.prepared=raise')
+        migration = self.prepare_migration(uuid, self.b, self.a)
+        base.wait_for(lambda: self.b.migration_status(migration)['ended_at'],
+                      'the end')
+        self.assertEqual('paused', self.b.info(uuid)['state'])
+        self._assert_silent(address)
+        self.b.unpause(uuid)
+        base.ping(address)
+        self.b.pause(uuid)
+        self.b.kill(uuid)
+        self.b.prepare(uuid)
+        self.attach(self.b, uuid)
+        self.b.start_container(uuid)
+        self.sh(self.b, uuid, base.NO_DHCP +
+                f'ip address add {address}/24 dev eth0; ip link set eth0 up')
+        base.ping(address)
+
+    def _assert_silent(self, address):
+        self.assertEqual(1, subprocess.run(
+            ['ping', '-c', '3', '-i', '0.2', '-W', '1', address],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            timeout=30).returncode)
 
     def test_paused_while_it_reads(self):
         """A guest that is always about to read can be moved when paused."""

@@ -626,8 +626,7 @@ class Destination:
         :raises ContainerError: it will never run here
         """
         item = self._item
-        for nic in item.spec.nics:
-            network.hold(nic, False)
+        item.hold_network(self._paused)
         self._resumed = True
         self._undo.pop_all()
         if not self._paused:

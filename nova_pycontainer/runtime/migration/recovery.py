@@ -324,7 +324,7 @@ def thaw(item: container.Container, paused: bool) -> None:
         network_lock.remove(int(run['process']['pid']), item.cgroup)
     for nic in item.spec.nics:
         with contextlib.suppress(errors.ContainerError):
-            network.hold(nic, False)
+            network.hold(nic, paused)
     with contextlib.suppress(FileNotFoundError):
         pathlib.Path(item.cgroup.v2, 'cgroup.freeze').write_text(
             '1' if paused else '0')
@@ -336,6 +336,5 @@ def thaw(item: container.Container, paused: bool) -> None:
 
 def release(item: container.Container, paused: bool) -> None:
     """Let a restored instance run. What of it is done already stays so."""
-    for nic in item.spec.nics:
-        network.hold(nic, False)
+    item.hold_network(paused)
     thaw(item, paused)
