@@ -15,7 +15,6 @@
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 import socket
 import threading
@@ -25,7 +24,6 @@ import typing as ty
 
 from oslo_log import log as logging
 
-from nova_pycontainer.runtime import console_log
 from nova_pycontainer.runtime import container
 from nova_pycontainer.runtime import criu
 from nova_pycontainer.runtime import errors
@@ -34,6 +32,7 @@ from nova_pycontainer.runtime import layers
 from nova_pycontainer.runtime.migration import bandwidth
 from nova_pycontainer.runtime.migration import channel
 from nova_pycontainer.runtime.migration import dumping
+from nova_pycontainer.runtime.migration import frozen
 from nova_pycontainer.runtime.migration import guest
 from nova_pycontainer.runtime.migration import images
 from nova_pycontainer.runtime.migration import keys
@@ -51,14 +50,9 @@ from nova_pycontainer.runtime import network
 
 LOG = logging.getLogger(__name__)
 
-#: Characters of the frame around what a dump gives.
-_MARGIN = 1024
-
 Phase = protocol.Phase
 
 _CONNECT_TIMEOUT = 20.0
-_ANSWER_TIMEOUT = 60.0
-_PASS_TIMEOUT = 3600.0
 _DRAIN_TIMEOUT = 60.0
 #: The guest stands still meanwhile.
 _REASON_TIMEOUT = 5.0
@@ -71,8 +65,6 @@ _SHORT_PASS = 0.25
 #: So many more if the last one was not complete: what it has left out would
 #: be copied while the guest stands still.
 _MORE_PASSES = 2
-#: The number that CRIU finds its connection for pages at.
-_PAGES_FD = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -342,7 +334,7 @@ class Source:
                     directory, theirs, since=since, final=final)
             stack.callback(server.close)
             self._control.send('files', what=what, seq=seq, final=final)
-            done = self._control.expect('files', _PASS_TIMEOUT)
+            done = self._control.expect('files', frozen.PASS_TIMEOUT)
         self.progress.disk_sent += int(done.get('bytes') or 0)
         self._complete = bool(done.get('complete', True))
         return server.mark
@@ -366,7 +358,7 @@ class Source:
             # All that can be made before the freeze is made before it.
             self._mount_memory()
             stack.callback(self._memory.unmount)
-            dump = _Dump(self, stack, pid, external, parent)
+            dump = frozen.Dump(self, stack, pid, external, parent)
             options = dumping.options(
                 self._criu, item, self._memory.path, external, pid,
                 track=dump.parent is not None, parent=dump.parent)
@@ -382,7 +374,7 @@ class Source:
                 response = dump.session.request(
                     self._criu.rpc.DUMP, options, dump.notified,
                     # The last answer comes when the last page has gone.
-                    _PASS_TIMEOUT if dump.lazy else _CRIU_TIMEOUT)
+                    frozen.PASS_TIMEOUT if dump.lazy else _CRIU_TIMEOUT)
             except BaseException as e:
                 if not self.committed:
                     self._stays(dump)
@@ -408,7 +400,7 @@ class Source:
                     self._memory.path / 'criu.log', self._logs, response,
                     'Stop what is named, or migrate the instance cold')
 
-    def _learn(self, dump: '_Dump') -> None:
+    def _learn(self, dump: frozen.Dump) -> None:
         """After the commit, whatever went wrong here: where it runs.
 
         :raises ContainerError: here, as before; ``lost``: nowhere
@@ -427,7 +419,7 @@ class Source:
                 raise
             LOG.warning('instance %s: it runs there: %s', self._item.uuid, e)
 
-    def _stays(self, dump: '_Dump') -> None:
+    def _stays(self, dump: frozen.Dump) -> None:
         """The guest will not run elsewhere: let it go on.
 
         :raises ContainerError: ``lost``: CRIU has begun to give its memory
@@ -512,7 +504,7 @@ class Source:
         assert self._control is not None
         with self.progress.timed('commit'):
             try:
-                self._control.expect('running', _ANSWER_TIMEOUT)
+                self._control.expect('running', frozen.ANSWER_TIMEOUT)
             except protocol.PeerGone as e:
                 LOG.warning(
                     'instance %s: committed, and the destination was lost: '
@@ -591,7 +583,7 @@ class Source:
     def round_taken(self) -> None:
         """Wait until the destination has all of a round."""
         assert self._control is not None
-        self._control.expect('memory', _PASS_TIMEOUT)
+        self._control.expect('memory', frozen.PASS_TIMEOUT)
 
     def criu_failed(
         self, directory: pathlib.Path, response: ty.Any
@@ -601,7 +593,7 @@ class Source:
             self._item.uuid, 'pre-dump', directory / 'criu.log', self._logs,
             response, 'Migrate it by stop-and-copy')
 
-    # For _Dump
+    # For the dump
 
     def reason(self, broken: errors.ContainerError) -> errors.ContainerError:
         """What the destination says after a connection broke; else that."""
@@ -625,7 +617,7 @@ class Source:
         ours, theirs = socket.socketpair()
         self._pages = relay.Relay(
             self._connect('pages'), ours, limiter=self._limiter,
-            idle_s=_PASS_TIMEOUT).start()
+            idle_s=frozen.PASS_TIMEOUT).start()
         return theirs
 
     def drain_pages(self) -> None:
@@ -660,165 +652,3 @@ class Source:
     @property
     def images(self) -> pathlib.Path:
         return self._memory.path
-
-
-class _Dump:
-    """One dump: what goes on beside CRIU while the guest is frozen."""
-
-    def __init__(
-        self, source: Source, stack: contextlib.ExitStack, pid: int,
-        external: dict[str, str], parent: str | None,
-    ) -> None:
-        self._source = source
-        self._pid = pid
-        self._external = external
-        self._files, stream = source.open_final()
-        stack.callback(self._files.close)
-        stack.callback(stream.close)
-        #: The pages follow when the guest runs on the destination.
-        self.lazy = source.lazy
-        #: The round of memory that the dump is the rest of.
-        self.parent = None if self.lazy else parent
-        fds = {}
-        if self.lazy:
-            with source.open_pages() as pages:
-                fds[_PAGES_FD] = pages.fileno()
-                self.session = stack.enter_context(source.session(fds))
-            stack.callback(source.close_pages)
-        else:
-            self.session = stack.enter_context(source.session(fds))
-        self._waiter: threading.Thread | None = None
-        self._sender = images.Sender(
-            source.images, stream, source.limiter)
-        stack.callback(self._sender.stop)
-        self._files_thread = threading.Thread(
-            target=self._copy_files, name='final-pass', daemon=True)
-        self._error: BaseException | None = None
-        self._ramfs: list[dict[str, ty.Any]] = []
-        dumping.check_network(source.item, pid)
-        self._network: dict[str, ty.Any] = {}
-        self._frozen_at = 0.0
-
-    def lazy_config(self) -> pathlib.Path:
-        """What the RPC has no field for that is honoured."""
-        path = self._source.images.with_name(
-            f'{self._source.images.name}.conf')
-        path.write_text(f'ps-socket {_PAGES_FD}\n')
-        return path
-
-    def start(self) -> None:
-        self._sender.start()
-
-    def notified(self, script: criu.Script) -> None:
-        if script.name == 'network-lock':
-            self._frozen()
-        elif script.name == 'network-unlock':
-            # It gives up, and lets go of the processes next. They have to
-            # be set right before they run.
-            (self._source.item.cgroup.v2 / 'cgroup.freeze').write_text('1')
-            if not self._source.committed:
-                network_lock.unblock(self._pid)
-        elif script.name == 'post-dump':
-            try:
-                self._dumped()
-            except BaseException:
-                # CRIU would serve pages even now, until somebody hangs up.
-                self._source.close_pages()
-                raise
-
-    def _frozen(self) -> None:
-        """Every process is stopped by CRIU now."""
-        source = self._source
-        self._frozen_at = time.monotonic()
-        source.progress.phase = Phase.FROZEN
-        faults.point('source.frozen')
-        source.moment.frozen(self._pid)
-        if source.paused:
-            # CRIU runs code of its own in the processes. It holds them, so
-            # that nothing of the guest's can run.
-            (source.item.cgroup.v2 / 'cgroup.freeze').write_text('0')
-        self._files_thread.start()
-        self._ramfs = guest.save_ramfs(self._pid)
-
-    def settle(self) -> None:
-        """The dump was given up and may be tried again. A pass that is cut
-        off would end the migration for the destination.
-        """
-        if self._files_thread.ident is not None:
-            self._files_thread.join(_PASS_TIMEOUT)
-
-    def _copy_files(self) -> None:
-        try:
-            self._network = dumping.network_facts(
-                self._source.item, self._pid)
-            self._source.link_aliases()
-            self._source.final_pass(self._files)
-        except BaseException as e:
-            self._error = e
-
-    def _dumped(self) -> None:
-        source = self._source
-        # From here no death of CRIU's can let the guest run.
-        (source.item.cgroup.v2 / 'cgroup.freeze').write_text('1')
-        faults.point('source.dumped')
-        cgroups = guest.save_cgroups(source.item.cgroup)
-        with source.progress.timed('images'):
-            try:
-                self._sender.finish()
-            except errors.ContainerError as e:
-                raise self._reason(e) from e
-        source.progress.memory_sent = source.sent_ahead + self._sender.sent
-        source.progress.steps['memory'] = time.monotonic() - self._frozen_at
-        self._files_thread.join(_PASS_TIMEOUT)
-        if self._error is not None:
-            raise self._error
-        if _has_link_remaps(source.images):
-            # CRIU has given names to files that were open and unlinked.
-            source.final_pass(None)
-        dumped = {
-            'external': self._external, 'cgroups': cgroups,
-            'ramfs': self._ramfs, 'lazy': self.lazy, 'parent': self.parent,
-            **self._network,
-            'moment': source.moment.dumped()}
-        source.commit(dumped | {'console': console_log.pack(
-            source.item.log, source.item.log_bytes,
-            channel.MAX_FRAME - len(json.dumps(dumped)) - _MARGIN)})
-        if self.lazy:
-            # It runs only if CRIU goes on from here and serves its pages.
-            self._waiter = threading.Thread(
-                target=self._running, name='running', daemon=True)
-            self._waiter.start()
-        else:
-            self._running()
-            if self._error is not None:
-                raise self._error
-
-    def _reason(self, broken: errors.ContainerError) -> BaseException:
-        """Why the destination has cut a connection, if it says so."""
-        self._files_thread.join(_ANSWER_TIMEOUT)
-        return self._error or self._source.reason(broken)
-
-    def _running(self) -> None:
-        try:
-            self._source.wait_running()
-            self._source.progress.frozen = time.monotonic() - self._frozen_at
-        except BaseException as e:
-            self._error = e
-            if not self._source.committed:
-                # Nobody will ask for a page any more.
-                self._source.close_pages()
-
-    def wait_running(self) -> None:
-        """With pages to follow, that it runs is known in another thread."""
-        if self._waiter is not None:
-            self._waiter.join()
-            if self._error is not None:
-                raise self._error
-
-
-def _has_link_remaps(directory: pathlib.Path) -> bool:
-    # An image with no entries is its 4 bytes of magic.
-    try:
-        return (directory / 'remap-fpath.img').stat().st_size > 4
-    except FileNotFoundError:
-        return False
