@@ -667,7 +667,12 @@ class Host:
             if self.require(entry, 'running', 'paused') == 'running':
                 item = entry.container
                 pausing.freeze(item.cgroup, item.live_pid())
-                item.hold_network(True)
+                try:
+                    item.hold_network(True)
+                except errors.ContainerError:
+                    item.cgroup.freeze(False)
+                    item.hold_network(False)
+                    raise
                 self._events.add('paused', uuid)
             return entry.container.info()
 

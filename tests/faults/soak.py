@@ -47,7 +47,7 @@ from tests.runtime import hosts
 _CALLERS = 3
 _MOST = 6
 #: Seconds between two kills, and until the killed one is started again.
-_KILL_EVERY = (4.0, 15.0)
+_KILL_EVERY = (1.0, 5.0)
 _SUPERVISOR = 0.5
 _END = 150.0
 #: What an agent may grow by: caches, and what the allocator keeps.
@@ -89,7 +89,7 @@ class Soak(hosts.TwoHostsTestCase):
         self.spec()
         self._before = {h.name: kernel.traces(h, False)
                         for h in (self.a, self.b)}
-        self._phase(self.creates // 3, self.moves // 3, kill=True)
+        self._phase(self.creates // 2, self.moves // 2, kill=True)
         # Those that were started last have loaded and opened nothing yet.
         self._phase(self.creates * 2 // 3, self.moves * 2 // 3, kill=False)
         first = self._figures()
