@@ -19,7 +19,8 @@
 # is excluded, and why, is in tools/tempest/exclude.txt. What follows goes to
 # "tempest run", such as "--regex test_pause".
 #
-# A cloud that is up already is used and left up.
+# A cloud that is up already is used and left up. TEMPEST_IMAGE=debian12 boots
+# that instead of debian13.
 
 # shellcheck source=tools/lib/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
@@ -28,7 +29,7 @@ VERSION=47.0.0
 TEMPEST=$WORK/tempest
 selection=(--include-list "$REPO/tools/tempest/short.txt")
 case ${1:-} in
--h|--help) sed -n '14,24s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+-h|--help) sed -n '14,25s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
 --all) shift; selection=(--regex
     '^tempest\.(api\.compute|scenario)\.') ;;
 --list) shift; selection=(--list-tests) ;;
@@ -47,7 +48,8 @@ if [ "$(cat "$TEMPEST/version" 2>/dev/null)" != "$VERSION" ]; then
         --python "$TEMPEST/venv/bin/python" "tempest==$VERSION"
     echo "$VERSION" >"$TEMPEST/version"
 fi
-"$REPO/tools/images/build.sh" debian13 >/dev/null
+export TEMPEST_IMAGE=${TEMPEST_IMAGE:-debian13}
+"$REPO/tools/images/build.sh" "$TEMPEST_IMAGE" >/dev/null
 started=
 if ! "$REPO/tools/cloud.sh" status >/dev/null 2>&1; then
     started=1

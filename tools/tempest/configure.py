@@ -17,6 +17,7 @@ doc/source/support-matrix.ini.
 """
 
 import configparser
+import os
 import sys
 
 from cloud import layout
@@ -36,7 +37,7 @@ def _options() -> dict[str, dict[str, object]]:
     compute = cloud.compute
     images = Images()
     images.admin = cloud
-    image = images.image('debian13').id
+    image = images.image(os.environ['TEMPEST_IMAGE']).id
     public = cloud.network.find_network('public')
     extensions = ','.join(sorted(
         found.alias for found in cloud.network.extensions()))
