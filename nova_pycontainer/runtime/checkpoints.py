@@ -73,7 +73,7 @@ class Checkpoints:
             ``criu_failed``
         """
         with self._host.locked(uuid) as entry:
-            self._host.require(entry, 'running')
+            entry.require('running')
             entry.check_stays()
             item = entry.container
             rescue.check_not(item)
@@ -110,7 +110,7 @@ class Checkpoints:
             ``layer_missing``, ``criu_failed``
         """
         with self._host.locked(uuid) as entry:
-            self._host.require(entry, 'suspended')
+            entry.require('suspended')
             self._host.snapshots.check_startable(uuid)
             if changes:
                 self._host.change(entry, dict(changes))

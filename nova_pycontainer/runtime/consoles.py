@@ -108,8 +108,7 @@ class Consoles:
         :returns: ``port`` and ``path``
         :raises ContainerError: ``not_found``, ``bad_state``
         """
-        self._host.require(
-            self._host.entry(uuid), 'created', 'running', 'paused')
+        self._host.entry(uuid).require('created', 'running', 'paused')
         return {'port': self.port, 'path': '/' + self._secret(uuid)}
 
     def _secret(self, uuid: str) -> str:

@@ -21,9 +21,6 @@ import contextlib
 import functools
 import os
 import pathlib
-import platform
-import shutil
-import signal
 import socket
 import sys
 import threading
@@ -41,6 +38,8 @@ from nova_pycontainer.runtime import container
 from nova_pycontainer.runtime import cpuset
 from nova_pycontainer.runtime import criu
 from nova_pycontainer.runtime import disk
+from nova_pycontainer.runtime import ends
+from nova_pycontainer.runtime import entries as rentries
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import events
 from nova_pycontainer.runtime import execute
@@ -51,10 +50,9 @@ from nova_pycontainer.runtime import imagecheck
 from nova_pycontainer.runtime import interfaces
 from nova_pycontainer.runtime import keeper_client
 from nova_pycontainer.runtime import layers
+from nova_pycontainer.runtime import machine
 from nova_pycontainer.runtime.migration import checks
-from nova_pycontainer.runtime.migration import compatibility
 from nova_pycontainer.runtime.migration import preflight
-from nova_pycontainer.runtime.migration import protocol
 from nova_pycontainer.runtime import migrations
 from nova_pycontainer.runtime import network
 from nova_pycontainer.runtime import oci
@@ -72,10 +70,6 @@ from nova_pycontainer.runtime import watcher
 
 LOG = logging.getLogger(__name__)
 
-#: A guest that reboots sooner than this after its start waits for the rest:
-#: one that never comes up must not spin.
-_MIN_UPTIME = 2.0
-
 Info = dict[str, ty.Any]
 # Within the class these names are verbs.
 _Infos = list[Info]
@@ -83,58 +77,7 @@ _Argv = list[str]
 _Events = list[events.Event]
 
 
-class _Migration(ty.Protocol):
-    progress: protocol.Progress
-    committed: bool
-
-    def abort(self, reason: str) -> None: ...
-
-
-class Entry:
-    """A container and what is known of it in this process only."""
-
-    def __init__(self, item: container.Container) -> None:
-        self.container = item
-        self.lock = threading.RLock()
-        #: Set while a caller wants the container down: then an exit that
-        #: looks like a reboot is none.
-        self.stopping = 0
-        #: The guest has asked for a reboot and is not up again.
-        self.rebooting = False
-        self.deleted = False
-        #: The migration that it takes part in, on either side.
-        self.migration: _Migration | None = None
-        #: The volume that is put in the place of another.
-        self.swap: volume_swap.Swap | None = None
-
-    def check_stays(self) -> None:
-        """:raises ContainerError: ``bad_state``: it is being migrated, or a
-            volume of it replaced
-        """
-        if self.migration is not None:
-            raise errors.ContainerError(
-                'bad_state', 'the instance is being migrated',
-                uuid=self.container.uuid,
-                remedy='Wait for the end of its migration')
-        if self.swap is not None:
-            raise errors.ContainerError(
-                'bad_state', f'volume {self.swap.old.id} of the instance is '
-                'being replaced', uuid=self.container.uuid,
-                remedy='Wait for the end of it')
-
-    def check_changeable(self) -> None:
-        """Whether it can have other devices now.
-
-        :raises ContainerError: ``bad_state``
-        """
-        self.check_stays()
-        if self.container.status() == 'suspended':
-            raise errors.ContainerError(
-                'bad_state', 'the instance is suspended, and its memory '
-                'knows the devices that it had',
-                uuid=self.container.uuid, remedy='Resume it first')
-
-
+Entry = rentries.Entry
 _Entries = list[Entry]
 
 
@@ -167,12 +110,13 @@ class Host:
         self.keeper = keeper_client.KeeperClient(
             c.keeper_socket, python=python)
         self._events = events.EventLog()
+        self._ends = ends.Ends(self, self._events)
         self.layers = layers.LayerStore(
             c.layers_dir, unpack_base=self._ids.unpack_base,
             max_entries=c.layer_max_entries, max_bytes=c.layer_max_bytes,
             in_use=self._layers_in_use, python=c.python)
         self.layers.recover()
-        self._watcher = watcher.Watcher(self._exited)
+        self._watcher = watcher.Watcher(self._ends.exited)
         tool = criu.Criu(c.criu_path, self.keeper)
         self.checks = checks.Checks(self, c, tool)
         self.preflight = preflight.Preflight(
@@ -248,7 +192,7 @@ class Host:
                         self._events.add('started', uuid)
                 else:
                     self.migrations.recover(uuid)
-                    self._exited(uuid)
+                    self._ends.exited(uuid)
                     if uuid in self._entries and item.st.run is None:
                         # What a kill in the middle of a verb has left.
                         item.teardown()
@@ -288,7 +232,7 @@ class Host:
         """
         entry = self.entry(uuid)
         with entry.lock:
-            self._check_settled(entry)
+            entry.check_settled()
             if entry.deleted:
                 raise errors.ContainerError(
                     'not_found', f'the container of instance {uuid} has '
@@ -300,27 +244,6 @@ class Host:
             except errors.ContainerError as e:
                 e.uuid = e.uuid or uuid
                 raise
-
-    @staticmethod
-    def _check_settled(entry: Entry) -> None:
-        migration = entry.migration
-        if migration is not None and migration.progress.phase in (
-                protocol.Phase.READY, protocol.Phase.COMMITTED):
-            raise errors.ContainerError(
-                'bad_state', 'its migration is not settled: '
-                'where it may run is not known yet',
-                uuid=entry.container.uuid,
-                remedy='Bring the agents of both hosts back')
-
-    @staticmethod
-    def require(entry: Entry, *states: str) -> str:
-        current = entry.container.status()
-        if current not in states:
-            raise errors.ContainerError(
-                'bad_state',
-                f'the container is {current}, not {" or ".join(states)}',
-                uuid=entry.container.uuid)
-        return current
 
     def list(self) -> _Infos:
         return [self._info(e) for e in self.entries() if not e.deleted]
@@ -335,38 +258,16 @@ class Host:
             # It has just ended. Whether it is down or reboots is not known
             # before the end has been dealt with, and "stopped" would make
             # Nova stop a healthy machine.
-            self._exited(item.uuid)
+            self._ends.exited(item.uuid)
         migration = entry.migration
         return entry.container.info() | {
             'migration': migration.progress.migration if migration else None,
             'quiesced': self.quiesces.holds(item.uuid)}
 
-    @functools.cached_property
-    def _cpu_flags(self) -> tuple[str, ...]:
-        # They stay; /proc/cpuinfo has pages of them for each CPU.
-        return tuple(compatibility.cpu()['flags'])
-
     def host_info(self) -> Info:
         """What this host has. Sizes are bytes."""
-        usage = shutil.disk_usage(self._config.state_dir)
-        with open('/proc/meminfo') as f:
-            memory = {line.split(':')[0]: int(line.split()[1]) * 1024
-                      for line in f}
-        with open('/proc/uptime') as f:
-            uptime = float(f.read().split()[0])
         ready = self.preflight.result()
-        return {
-            'hostname': socket.gethostname(),
-            'architecture': platform.machine(),
-            'kernel': platform.release(),
-            'cpus': os.cpu_count() or 1,
-            'numa': [node.to_dict() for node in cpuset.nodes()],
-            'cpu_flags': [*self._cpu_flags],
-            'memory_bytes': memory['MemTotal'],
-            'memory_available_bytes': memory['MemAvailable'],
-            'disk_total_bytes': usage.total,
-            'disk_free_bytes': usage.free,
-            'uptime_s': uptime,
+        return machine.info(self._config.state_dir) | {
             'containers': len(self._entries),
             'oci_runtime': {
                 'name': self._oci.name, 'version': self._oci.version},
@@ -504,13 +405,13 @@ class Host:
             ``nesting``, ``root`` (only its path), ``volumes``
         """
         with self.locked(uuid) as entry:
-            current = self.require(entry, 'defined', 'stopped', 'suspended')
+            current = entry.require('defined', 'stopped', 'suspended')
             self.snapshots.check_startable(uuid)
             if current == 'suspended':
                 self.checkpoints.discard(entry.container)
             if changes:
                 self.change(entry, dict(changes))
-            self._prepare(entry)
+            self.prepare_again(entry)
             return entry.container.info()
 
     def change(self, entry: Entry, changes: Info) -> None:
@@ -541,7 +442,7 @@ class Host:
         st.save(item.directory)
         entry.container = item
 
-    def _prepare(self, entry: Entry) -> None:
+    def prepare_again(self, entry: Entry) -> None:
         item = entry.container
         self.snapshots.check_startable(item.uuid)
         if item.st.moved:
@@ -587,8 +488,9 @@ class Host:
             self._watcher.add(uuid, pidfd)
         else:
             # Sooner than one could look.
-            threading.Thread(target=self._exited, args=(uuid,), name='exited',
-                             daemon=True).start()
+            threading.Thread(
+                target=self._ends.exited, args=(uuid,), name='exited',
+                daemon=True).start()
 
     def note(self, kind: str, uuid: str) -> None:
         """Tell those who follow the events."""
@@ -597,7 +499,7 @@ class Host:
     def start_container(self, uuid: str) -> Info:
         """Let a prepared container's init run."""
         with self.locked(uuid) as entry:
-            self.require(entry, 'created')
+            entry.require('created')
             entry.container.start()
             self._events.add('started', uuid)
             return entry.container.info()
@@ -613,7 +515,7 @@ class Host:
             if current == 'suspended':
                 self.checkpoints.discard(item)
             if current in ('defined', 'stopped', 'suspended'):
-                self._finish(entry)
+                self._ends.finish(entry)
                 return (item.st.exit or state.Exit()).to_dict()
             if current == 'paused':
                 # A frozen init cannot shut down.
@@ -633,7 +535,7 @@ class Host:
                 with self.locked(uuid):
                     item.kill()
             with self.locked(uuid):
-                self._finish(entry)
+                self._ends.finish(entry)
                 return (item.st.exit or state.Exit()).to_dict()
         finally:
             entry.stopping -= 1
@@ -664,7 +566,7 @@ class Host:
 
     def pause(self, uuid: str) -> Info:
         with self.locked(uuid) as entry:
-            if self.require(entry, 'running', 'paused') == 'running':
+            if entry.require('running', 'paused') == 'running':
                 item = entry.container
                 pausing.freeze(item.cgroup, item.live_pid())
                 try:
@@ -678,7 +580,7 @@ class Host:
 
     def unpause(self, uuid: str) -> Info:
         with self.locked(uuid) as entry:
-            if self.require(entry, 'running', 'paused') == 'paused':
+            if entry.require('running', 'paused') == 'paused':
                 # First: one that is deaf and runs could not be helped.
                 entry.container.hold_network(False)
                 entry.container.cgroup.freeze(False)
@@ -705,7 +607,7 @@ class Host:
                 return
             self.transfers.end(uuid)
             self.snapshots.abort(uuid, wait=False)
-            self._check_settled(entry)
+            entry.check_settled()
             entry.stopping += 1
             try:
                 faults.point('delete.begun')
@@ -713,7 +615,7 @@ class Host:
                 self.swaps.end(uuid, 'the instance is being deleted')
                 entry.container.kill()
                 faults.point('delete.killed')
-                self._finish(entry)
+                self._ends.finish(entry)
                 entry.container.teardown()
                 faults.point('delete.torn-down')
                 if keep_disk:
@@ -737,77 +639,6 @@ class Host:
             except errors.ContainerError as e:
                 LOG.info('instance %s: %s', entry.container.uuid, e)
 
-    # Ends
-
-    def _exited(self, uuid: str) -> None:
-        """The watcher has seen the end of an init."""
-        try:
-            with self.locked(uuid) as entry:
-                if self._finish(entry):
-                    self._reboot_by_guest(entry)
-        except errors.ContainerError as e:
-            if e.code not in ('bad_state', 'not_found'):
-                raise
-
-    def _finish(self, entry: Entry) -> bool:
-        """Clean up after an ended container; idempotent.
-
-        :returns: whether the guest asked for a reboot
-        """
-        item = entry.container
-        run = item.st.run
-        if run is None:
-            # Dealt with already. Tearing down once more would take away what
-            # the next start may have made in the meantime.
-            return False
-        pidfd = item.open()
-        if pidfd is not None:
-            try:
-                if not process.exited(pidfd):
-                    return False
-            finally:
-                os.close(pidfd)
-        same_boot = run['process']['boot_id'] == process.boot_id()
-        ended = item.read_exit() if same_boot else state.Exit()
-        self.snapshots.release(item.uuid)
-        item.teardown()
-        # reboot(2) in a PID namespace: the kernel kills its init by SIGHUP
-        # for a restart, by SIGINT for halt and power off.
-        again = (ended.signal == signal.SIGHUP and not entry.stopping and
-                 run['started_at'] is not None)
-        entry.rebooting = again
-        item.st.run, item.st.exit = None, ended
-        try:
-            item.st.save(item.directory)
-        except OSError as e:
-            # A full disk, such as one may just be freeing. What could not be
-            # written down is found out again.
-            LOG.error('instance %s: its end cannot be written down: %s',
-                      item.uuid, e)
-        LOG.info('instance %s: its init ended: %s', item.uuid, ended)
-        if again:
-            early = run['started_at'] + _MIN_UPTIME - time.time()
-            time.sleep(min(max(early, 0), _MIN_UPTIME))
-        elif run['started_at'] is not None:
-            self._events.add('stopped', item.uuid, ended.to_dict())
-        return again
-
-    def _reboot_by_guest(self, entry: Entry) -> None:
-        item = entry.container
-        try:
-            self._prepare(entry)
-            item.start()
-        except errors.ContainerError as e:
-            LOG.error('instance %s: it asked for a reboot, which failed: %s',
-                      item.uuid, e)
-            self._events.add(
-                'stopped', item.uuid,
-                item.st.exit.to_dict() if item.st.exit else None)
-            return
-        finally:
-            entry.rebooting = False
-        self._events.add('rebooted', item.uuid)
-
     # In the guest
 
     def exec(
@@ -817,7 +648,7 @@ class Host:
     ) -> execute.ExecResult:
         """Run a program in a running container; see :mod:`.execute`."""
         entry = self.entry(uuid)
-        self.require(entry, 'running')
+        entry.require('running')
         return execute.run(
             entry.container, argv, stdin=stdin, env=env,
             timeout_s=timeout_s, max_output=max_output)
@@ -838,7 +669,7 @@ class Host:
             console
         """
         entry = self.entry(uuid)
-        self.require(entry, 'created', 'running', 'paused')
+        entry.require('created', 'running', 'paused')
         self.keeper.attach(uuid, accept().fileno())
 
     def console_attach(self, uuid: str) -> socket.socket:

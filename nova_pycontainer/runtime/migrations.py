@@ -386,7 +386,7 @@ class Migrations:
         opts = protocol.Options.from_dict(options or {})
         entry = self._host.entry(uuid)
         with self._host.locked(uuid):
-            self._host.require(entry, 'running', 'paused')
+            entry.require('running', 'paused')
             self._host.snapshots.check_movable(uuid)
             rescue.check_not(entry.container)
             if entry.container.spec.root:

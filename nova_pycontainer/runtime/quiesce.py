@@ -61,7 +61,7 @@ class Quiesces:
         :raises ContainerError: it goes on: ``bad_state``, ``timeout``
         """
         with self._host.locked(uuid) as entry:
-            self._host.require(entry, 'running')
+            entry.require('running')
             entry.check_stays()
             self._host.snapshots.check_movable(uuid)
             item = entry.container

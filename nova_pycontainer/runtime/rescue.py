@@ -188,7 +188,7 @@ class Rescues:
         # The layer may not be deleted before it is known to be in use.
         with self._host.layers.locked(key), self._host.locked(uuid) as entry:
             item = entry.container
-            self._host.require(entry, 'defined', 'stopped')
+            entry.require('defined', 'stopped')
             self._host.snapshots.check_startable(uuid)
             layer = self._host.layers.require(key)
             made = self._rescued(item, own)
@@ -209,7 +209,7 @@ class Rescues:
             item = entry.container
             if not isinstance(item, Rescued):
                 return item.info()
-            self._host.require(entry, 'defined', 'stopped')
+            entry.require('defined', 'stopped')
             st = dataclasses.replace(item.st, rescue=None)
             st.save(item.directory)
             entry.container = self._host.make(st)

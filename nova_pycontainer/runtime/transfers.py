@@ -102,7 +102,7 @@ class Transfers:
         recovery.peer(destination).pin()
         with self._host.locked(uuid) as entry:
             item = entry.container
-            self._host.require(entry, 'defined', 'stopped')
+            entry.require('defined', 'stopped')
             check_not(item)
             entry.check_stays()
             self._host.snapshots.check_movable(uuid)

@@ -74,7 +74,7 @@ class Checks:
         :raises ContainerError: ``not_found``, ``bad_state``
         """
         entry = self._host.entry(uuid)
-        self._host.require(entry, 'running', 'paused')
+        entry.require('running', 'paused')
         item = entry.container
         info = item.info()
         problems = []

@@ -49,8 +49,8 @@ class Dump:
     """One dump."""
 
     def __init__(
-        self, source: 'source_module.Source', stack: contextlib.ExitStack, pid: int,
-        external: dict[str, str], parent: str | None,
+        self, source: 'source_module.Source', stack: contextlib.ExitStack,
+        pid: int, external: dict[str, str], parent: str | None,
     ) -> None:
         self._source = source
         self._pid = pid
