@@ -45,6 +45,24 @@ def matrix(steps, faults):
             if re.search(faults, fault)]
 
 
+_TITLES = {
+    'move': 'Stop and copy',
+    'post-copy': 'Post-copy',
+    'life': 'One host: define, prepare, start, delete',
+    'suspend': 'One host: suspend, resume',
+}
+
+
+def _table(results):
+    return table.render(
+        'python -m tests.faults',
+        [table.Part(mode, _TITLES[mode], rig.steps(mode),
+                    {name: fault.title
+                     for name, fault in rig.faults(mode).items()})
+         for mode in rig.MODES],
+        results, matrix('', ''))
+
+
 class Job:
     """One worker, started again when it has ended."""
 
@@ -155,7 +173,7 @@ def main():
     for job in jobs:
         job.thread.join()
     if args.table:
-        args.table.write_text(table.render(results))
+        args.table.write_text(_table(results))
     print(f'{len(done)} of {len(wanted)} tried, {len(broken)} broken')
     for row in broken:
         print('broken:', *row)

@@ -36,6 +36,7 @@ from tests.cloud import base
 from tests.cloud import migration_base
 from tests.faults import kernel
 from tests.faults import points
+from tests.faults import table
 from tests.faults import witness
 
 #: Between the death of a service and its next start.
@@ -125,6 +126,27 @@ def matrix(wanted='', faults=''):
             rows += [(name, step, fault) for fault in ('own', 'fails')]
     return [row for row in rows if re.search(wanted, ' '.join(row[:2])) and
             re.search(faults, row[2])]
+
+
+_TITLES = {
+    'nova-a': "source's nova-compute killed",
+    'nova-b': "destination's nova-compute killed",
+    'novas': 'both nova-computes killed',
+    'agents-novas': 'all nova-computes and agents killed',
+    'own': 'its own nova-compute killed',
+    'fails': 'the step fails',
+}
+
+
+def _table(results):
+    # How long it took is said of the machine, not of the step.
+    plain = {row: r | {'outcome': r['outcome'].split(' (')[0]}
+             if r.get('outcome') else r for row, r in results.items()}
+    return table.render(
+        'python -m tests.faults.cloud',
+        [table.Part(name, name, verb.agent + verb.driver, _TITLES)
+         for name, verb in verbs().items()],
+        plain, matrix())
 
 
 class Rig(migration_base.MigrationTestCase):
@@ -383,6 +405,8 @@ def main():
                         help='add the results to those of former runs')
     parser.add_argument('--missing', action='store_true',
                         help='only what FILE of --results has not, or broken')
+    parser.add_argument('--table', type=pathlib.Path, metavar='FILE',
+                        help='write the results as reStructuredText')
     parser.add_argument('--list', action='store_true')
     args = parser.parse_args()
     if args.results and args.results.exists():
@@ -396,6 +420,8 @@ def main():
         print(*(' '.join(row) for row in Run.rows), sep='\n')
         return 0
     result = unittest.TextTestRunner(verbosity=0).run(Run())
+    if args.table:
+        args.table.write_text(_table(Run.results))
     return 0 if result.wasSuccessful() else 1
 
 

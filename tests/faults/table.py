@@ -13,14 +13,20 @@
 
 """The results as reStructuredText."""
 
-from tests.faults import rig
+import dataclasses
 
-_TITLES = {
-    'move': 'Stop and copy',
-    'post-copy': 'Post-copy',
-    'life': 'One host: define, prepare, start, delete',
-    'suspend': 'One host: suspend, resume',
-}
+
+@dataclasses.dataclass
+class Part:
+    """One table of a matrix.
+
+    :ivar faults: what a column is called, by the name of a fault
+    """
+
+    name: str
+    title: str
+    steps: list[str]
+    faults: dict[str, str]
 
 
 def _cell(result):
@@ -31,20 +37,19 @@ def _cell(result):
     return result['outcome'] or '–'
 
 
-def _table(mode, results):
-    faults = rig.faults(mode)
-    columns = [name for name in faults
-               if any((mode, step, name) in results
-                      for step in rig.steps(mode))]
+def _table(part, results):
+    columns = [name for name in part.faults
+               if any((part.name, step, name) in results
+                      for step in part.steps)]
     yield '.. list-table::'
     yield '   :header-rows: 1'
     yield '   :stub-columns: 1'
     yield ''
     yield '   * - step'
     for name in columns:
-        yield f'     - {faults[name].title}'
-    for step in rig.steps(mode):
-        cells = [results.get((mode, step, name)) for name in columns]
+        yield f'     - {part.faults[name]}'
+    for step in part.steps:
+        cells = [results.get((part.name, step, name)) for name in columns]
         if not any(cells):
             continue
         yield f'   * - ``{step}``'
@@ -53,12 +58,22 @@ def _table(mode, results):
     yield ''
 
 
-def render(results):
-    """:param results: (mode, step, fault) → what a worker has answered"""
-    lines = ['.. Written by python -m tests.faults --table; do not edit.', '']
-    for mode in rig.MODES:
-        if not any(key[0] == mode for key in results):
+def render(command, parts, results, rows):
+    """:param command: that writes it
+    :param results: (part, step, fault) → what was found
+    :param rows: all keys that there are
+    """
+    known = [results[row] for row in rows if row in results]
+    idle = sum(1 for r in known if 'broken' not in r and not r['outcome'])
+    broken = sum(1 for r in known if 'broken' in r)
+    lines = [
+        f'.. Written by {command} --table; do not edit.', '',
+        f'{len(known)} of {len(rows)} rows were tried. In {idle} there was '
+        f'nothing to break; {len(known) - idle} faults were injected, and '
+        f'{broken} broke a promise.', '']
+    for part in parts:
+        if not any(key[0] == part.name for key in results):
             continue
-        lines += [_TITLES[mode], '-' * len(_TITLES[mode]), '']
-        lines += _table(mode, results)
+        lines += [part.title, '-' * len(part.title), '']
+        lines += _table(part, results)
     return '\n'.join(lines)
