@@ -419,10 +419,14 @@ def main():
     if args.list:
         print(*(' '.join(row) for row in Run.rows), sep='\n')
         return 0
-    result = unittest.TextTestRunner(verbosity=0).run(Run())
+    good = True
+    # It would start the services again, of another run maybe.
+    if Run.rows:
+        good = unittest.TextTestRunner(
+            verbosity=0).run(Run()).wasSuccessful()
     if args.table:
         args.table.write_text(_table(Run.results))
-    return 0 if result.wasSuccessful() else 1
+    return 0 if good else 1
 
 
 if __name__ == '__main__':
