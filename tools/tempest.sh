@@ -19,8 +19,7 @@
 # is excluded, and why, is in tools/tempest/exclude.txt. What follows goes to
 # "tempest run", such as "--regex test_pause".
 #
-# A cloud that is up already is used and left up. TEMPEST_IMAGE=debian12 boots
-# that instead of debian13.
+# A cloud that is up already is used and left up.
 
 # shellcheck source=tools/lib/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
@@ -29,7 +28,7 @@ VERSION=47.0.0
 TEMPEST=$WORK/tempest
 selection=(--include-list "$REPO/tools/tempest/short.txt")
 case ${1:-} in
--h|--help) sed -n '14,25s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+-h|--help) sed -n '14,24s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
 --all) shift; selection=(--regex
     '^tempest\.(api\.compute|scenario)\.') ;;
 --list) shift; selection=(--list-tests) ;;
@@ -48,8 +47,7 @@ if [ "$(cat "$TEMPEST/version" 2>/dev/null)" != "$VERSION" ]; then
         --python "$TEMPEST/venv/bin/python" "tempest==$VERSION"
     echo "$VERSION" >"$TEMPEST/version"
 fi
-export TEMPEST_IMAGE=${TEMPEST_IMAGE:-debian13}
-"$REPO/tools/images/build.sh" "$TEMPEST_IMAGE" >/dev/null
+"$REPO/tools/images/build.sh" debian13 >/dev/null
 started=
 if ! "$REPO/tools/cloud.sh" status >/dev/null 2>&1; then
     started=1

@@ -17,7 +17,6 @@ doc/source/support-matrix.ini.
 """
 
 import configparser
-import os
 import sys
 
 from cloud import layout
@@ -37,7 +36,7 @@ def _options() -> dict[str, dict[str, object]]:
     compute = cloud.compute
     images = Images()
     images.admin = cloud
-    image = images.image(os.environ['TEMPEST_IMAGE']).id
+    image = images.image('debian13').id
     public = cloud.network.find_network('public')
     extensions = ','.join(sorted(
         found.alias for found in cloud.network.extensions()))
