@@ -50,6 +50,8 @@ _SO_RCVBUFFORCE = 33
 _ROUTE = 0
 #: Of any protocol.
 _MOST_GROUPS = 1024
+#: More than the kernel lets one socket have (net.core.rmem_max).
+_MOST_MESSAGES = 1 << 16
 #: <linux/rtnetlink.h>: RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_ROUTE,
 #: which :func:`_notify` causes messages of.
 _GROUPS = 0x1 | 0x10 | 0x40
@@ -90,14 +92,16 @@ def _listens(item: socket.socket) -> bool:
 
 
 def _read_all(item: socket.socket) -> bool:
-    while True:
+    for _ in range(_MOST_MESSAGES):
         try:
             item.recv(1, socket.MSG_DONTWAIT)
         except BlockingIOError:
-            return True
+            break
         except OSError:
             # It has been told already, and now we have been.
             continue
+    # Where more has come meanwhile, CRIU says so.
+    return True
 
 
 def tell(group: cgroup.Cgroup, dropped: cabc.Iterable[ty.Any]) -> None:

@@ -10,6 +10,7 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
+import gc
 import hashlib
 import os
 import socket
@@ -19,6 +20,7 @@ import time
 
 from nova_pycontainer.runtime.migration import bandwidth
 from nova_pycontainer.runtime.migration import relay
+from nova_pycontainer.runtime.migration import tls
 from tests.unit.runtime.migration import base
 
 
@@ -328,6 +330,29 @@ class TestFailures(RelayTestCase):
             self.assertTrue(one.wait(base.PATIENCE))
             self.assertEqual('network', one.error.code)
             self.assertEqual(b'', program.recv(1))
+
+    def test_buffers_go_at_the_end(self):
+        """Also of one whose error somebody keeps."""
+        def buffers():
+            return sum(1 for o in gc.get_objects()
+                       if type(o) is memoryview and o.nbytes >= tls.CHUNK)
+
+        gc.disable()
+        self.addCleanup(gc.enable)
+        before = buffers()
+        a, relay_a, b, relay_b = self.sides()
+        a.sendall(b'x')
+        b.recv(1)
+        self.assertLess(before, buffers())
+        relay_a.abort()
+        for one in (relay_a, relay_b):
+            self.assertTrue(one.wait(base.PATIENCE))
+            self.assertIsNotNone(one.error)
+        # Its thread has one in its hands a little longer.
+        deadline = time.monotonic() + base.PATIENCE
+        while buffers() > before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self.assertEqual(before, buffers())
 
     def test_nothing_for_too_long(self):
         a, relay_a, b, relay_b = self.sides(idle_s=0.3)
