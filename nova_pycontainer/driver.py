@@ -50,6 +50,7 @@ from nova_pycontainer import resize
 from nova_pycontainer.runtime import errors
 from nova_pycontainer import snapshot
 from nova_pycontainer import spawn
+from nova_pycontainer import suspend_recovery
 from nova_pycontainer import vif
 from nova_pycontainer import volume
 from nova_pycontainer import volume_swap
@@ -157,6 +158,7 @@ class PyContainerDriver(driver.ComputeDriver):
             patience=options.agent_lost_timeout)
 
     def process_instances_at_startup(self, context, instances):
+        suspend_recovery.settle(self._client, instances)
         return self._migration_recovery.keep_back(context, instances)
 
     def _wait_for_agent(self):
