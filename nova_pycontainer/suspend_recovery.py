@@ -12,10 +12,10 @@
 
 """Suspends and resumes that went on while nova-compute was restarted.
 
-It is the agent that saves and restores a server, so it goes on when the process
-that has asked for it ends. Nova leaves such a server in its task state for
-ever; and since it does not run, with ``resume_guests_state_on_host_boot`` it
-boots it anew, without what was saved.
+It is the agent that saves and restores a server, so it goes on when the
+process that has asked for it ends. Nova leaves such a server in its task state
+for ever; and since it does not run, with ``resume_guests_state_on_host_boot``
+it boots it anew, without what was saved.
 """
 
 from nova.compute import power_state
