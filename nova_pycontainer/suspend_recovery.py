@@ -40,16 +40,16 @@ def settle(client, instances):
     :param client: of the agent
     :param instances: those of this host
     """
+    # Both wait for what the agent is about to do. A suspend that it has not
+    # heard of is done now.
+    verbs = {task_states.SUSPENDING: client.suspend,
+             task_states.RESUMING: client.unpause}
     for instance in instances:
-        # Both wait for what the agent is about to do. A suspend that it has
-        # not heard of is done now.
-        again = {task_states.SUSPENDING: client.suspend,
-                 task_states.RESUMING: client.unpause}.get(
-                     instance.task_state)
-        if again is None:
+        verb = verbs.get(instance.task_state)
+        if verb is None:
             continue
         try:
-            again(instance.uuid)
+            verb(instance.uuid)
         except errors.ContainerError as e:
             # Most likely: it is suspended.
             LOG.debug('%s', e, instance=instance)

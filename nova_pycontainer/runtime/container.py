@@ -612,14 +612,21 @@ class Container:
         self.st.save(self.directory)
         faults.point('start.recorded')
 
-    def hold_network(self, on: bool) -> None:
-        """Keep frames from it, as none reach a paused machine: its network
-        stack is the kernel's, which is not paused, and would go on answering.
+    def hold_network(self, on: bool, *, lenient: bool = False) -> None:
+        """Keep frames from it, or let them pass again; idempotent.
 
+        Its network stack is the kernel's, which is not stopped with it, and
+        would go on answering.
+
+        :param lenient: what cannot be done to one interface is passed over
         :raises ContainerError: ``network``
         """
         for nic in self.spec.nics:
-            network.hold(nic, on)
+            try:
+                network.hold(nic, on)
+            except errors.ContainerError:
+                if not lenient:
+                    raise
 
     # Taking it down
 

@@ -569,6 +569,7 @@ class Host:
             if entry.require('running', 'paused') == 'running':
                 item = entry.container
                 pausing.freeze(item.cgroup, item.live_pid())
+                # As none reach a paused machine.
                 try:
                     item.hold_network(True)
                 except errors.ContainerError:

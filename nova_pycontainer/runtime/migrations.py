@@ -41,7 +41,6 @@ from nova_pycontainer.runtime.migration import recovery
 from nova_pycontainer.runtime.migration import room
 from nova_pycontainer.runtime.migration import source as src
 from nova_pycontainer.runtime.migration import versions
-from nova_pycontainer.runtime import network
 from nova_pycontainer.runtime import rescue
 
 if ty.TYPE_CHECKING:
@@ -447,10 +446,8 @@ class Migrations:
     def _gone(self, uuid: str, migration: str) -> None:
         """It runs on the other host: nothing of it may run here again."""
         item = self._host.entry(uuid).container
-        for nic in item.spec.nics:
-            # Its connections live on elsewhere: no reset may be sent.
-            with contextlib.suppress(errors.ContainerError):
-                network.hold(nic, True)
+        # Its connections live on elsewhere: no reset may be sent.
+        item.hold_network(True, lenient=True)
         item.kill()
         item.st.run = None
         item.st.moved = {'migration': migration, 'at': time.time()}

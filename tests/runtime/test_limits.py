@@ -18,7 +18,6 @@ import pathlib
 import signal
 import subprocess
 import time
-import uuid as uuidlib
 
 from testtools import matchers
 
@@ -49,12 +48,9 @@ class LimitsTestCase(base.HostTestCase):
     def test_swap(self):
         """Beside its memory; none where nothing is said of it."""
         for swap in (0, 32 * base.MIB):
-            uuid, spec = str(uuidlib.uuid4()), self.spec(memory=64 * base.MIB)
-            if swap:
-                spec['resources']['swap_bytes'] = swap
-            self.host.define(uuid, spec)
-            self.host.prepare(uuid)
-            self.host.start_container(uuid)
+            uuid = self.run_container(resources={
+                **self.spec(memory=64 * base.MIB)['resources'],
+                **({'swap_bytes': swap} if swap else {})})
             group = pathlib.Path(self.config.cgroup_parent, uuid)
             # v2 limits the swap, v1 both.
             alone = '/sys/fs/cgroup' / group / 'memory.swap.max'

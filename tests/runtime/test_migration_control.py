@@ -234,10 +234,9 @@ class ControlTestCase(faults.Helpers):
         uuid = self._holds()
         self.a.restart_agent('source.dumped=raise')
         migration = self.prepare_migration(uuid, self.a, self.b)
-        base.wait_for(lambda: self.a.migration_status(migration)['ended_at'],
-                      'the end')
-        self.assertEqual(
-            'failed', self.a.migration_status(migration)['phase'])
+        ended = base.wait_for(
+            lambda: self._ended(self.a, migration), 'the end')
+        self.assertEqual('failed', ended['phase'])
         self.assertEqual(
             'ENOBUFS, told of a link', self._finds(self.a, uuid))
 
@@ -263,8 +262,7 @@ class ControlTestCase(faults.Helpers):
         # A migration that fails leaves it as it was.
         self.a.restart_agent('destination.prepared=raise')
         migration = self.prepare_migration(uuid, self.b, self.a)
-        base.wait_for(lambda: self.b.migration_status(migration)['ended_at'],
-                      'the end')
+        base.wait_for(lambda: self._ended(self.b, migration), 'the end')
         self.assertEqual('paused', self.b.info(uuid)['state'])
         self._assert_silent(address)
         self.b.unpause(uuid)

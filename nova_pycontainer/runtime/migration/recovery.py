@@ -322,9 +322,7 @@ def thaw(item: container.Container, paused: bool) -> None:
     run = item.st.run
     if run is not None:
         network_lock.remove(int(run['process']['pid']), item.cgroup)
-    for nic in item.spec.nics:
-        with contextlib.suppress(errors.ContainerError):
-            network.hold(nic, paused)
+    item.hold_network(paused, lenient=True)
     with contextlib.suppress(FileNotFoundError):
         pathlib.Path(item.cgroup.v2, 'cgroup.freeze').write_text(
             '1' if paused else '0')

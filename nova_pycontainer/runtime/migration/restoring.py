@@ -79,10 +79,9 @@ def make_surroundings(item: container.Container, dumped: Dumped) -> None:
     guest.make_cgroups(
         item.cgroup, dumped['cgroups'], item.st.base_id, occupied=True)
     item.limit_io()
-    for nic in item.spec.nics:
-        # Everything that a peer sends to it before it runs would be
-        # answered by a reset.
-        network.hold(nic, True)
+    # Everything that a peer sends to it before it runs would be answered by a
+    # reset.
+    item.hold_network(True)
 
 
 def options(

@@ -46,7 +46,6 @@ from nova_pycontainer.runtime.migration import recovery
 from nova_pycontainer.runtime.migration import relay
 from nova_pycontainer.runtime.migration import sync
 from nova_pycontainer.runtime.migration import sync_links
-from nova_pycontainer.runtime import network
 
 LOG = logging.getLogger(__name__)
 
@@ -437,8 +436,7 @@ class Source:
         self._thaw()
 
     def _mount_memory(self) -> None:
-        self._memory.mount(
-            images.size_of(self._item.spec.limits))
+        self._memory.mount(images.size_of(self._item.spec.limits))
 
     @property
     def _pid(self) -> int:
@@ -490,9 +488,7 @@ class Source:
             self._control.send('go')
         # While the kernel takes the namespace down, its lock goes before its
         # interfaces; what still comes then would be answered by a reset.
-        for nic in self._item.spec.nics:
-            with contextlib.suppress(errors.ContainerError):
-                network.hold(nic, True)
+        self._item.hold_network(True, lenient=True)
         faults.point('source.go')
 
     def wait_running(self) -> None:
