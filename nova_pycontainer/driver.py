@@ -30,6 +30,7 @@ from oslo_concurrency import processutils
 from oslo_log import log as logging
 
 from nova_pycontainer.agent import client as agent_client
+from nova_pycontainer import arrival
 from nova_pycontainer import conf as driver_conf
 from nova_pycontainer import console
 from nova_pycontainer import cpus
@@ -47,6 +48,7 @@ from nova_pycontainer import migration_recovery
 from nova_pycontainer import power
 from nova_pycontainer import rescue
 from nova_pycontainer import resize
+from nova_pycontainer import resize_recovery
 from nova_pycontainer.runtime import errors
 from nova_pycontainer import snapshot
 from nova_pycontainer import spawn
@@ -137,11 +139,8 @@ class PyContainerDriver(driver.ComputeDriver):
         self._volumes = volume.Volumes(self._client, CONF, host)
         self._volume_swapper = volume_swap.Swapper(
             self._client, self._volumes)
-        self._power = power.Power(self._client, self._volumes, options)
         self._spawner = spawn.Spawner(
             self._client, self._images, self.virtapi, self._volumes, options)
-        self._rescuer = rescue.Rescuer(
-            self._client, self._images, self._power)
         self._snapshotter = snapshot.Snapshotter(self._client)
         self._migration_checks = migration_checks.Checks(self._client)
         self._migration_source = migration.Source(
@@ -150,16 +149,24 @@ class PyContainerDriver(driver.ComputeDriver):
             self._migration_source, self.virtapi)
         self._migration_destination = migration_destination.Destination(
             self._client, self._images, self._volumes, options)
+        arrivals = arrival.Arrivals(
+            self._client, self._migration_destination, options, host)
+        self._power = power.Power(
+            self._client, self._volumes, arrivals, options)
+        self._rescuer = rescue.Rescuer(
+            self._client, self._images, self._power)
         self._resizer = resize.Resizer(
-            self._client, self._spawner, self._power,
-            self._migration_destination, self._volumes, options, host)
+            self._client, self._spawner, self._power, arrivals,
+            self._volumes, options, host)
+        self._resize_recovery = resize_recovery.Recovery(self.virtapi, host)
         self._watcher = events.Watcher(
             self._client, self.emit_event, self._agent_up, self._agent_down,
             patience=options.agent_lost_timeout)
 
     def process_instances_at_startup(self, context, instances):
         suspend_recovery.settle(self._client, instances)
-        return self._migration_recovery.keep_back(context, instances)
+        instances = self._migration_recovery.keep_back(context, instances)
+        return self._resize_recovery.keep_back(context, instances)
 
     def _wait_for_agent(self):
         """:raises nova.exception.HypervisorUnavailable: it does not answer,
@@ -231,6 +238,7 @@ class PyContainerDriver(driver.ComputeDriver):
         # guest that the manager is about to resume after a host's boot.
         self._watcher.start()
         self._migration_recovery.start()
+        self._resize_recovery.start()
         self._remove_leftovers()
         return self._host.resources(self.get_host_uptime())
 

@@ -15,14 +15,11 @@
 import contextlib
 
 from nova.compute import power_state
-from nova import exception
-from nova.i18n import _
 from oslo_log import log as logging
 
 from nova_pycontainer import flavor
 from nova_pycontainer.runtime import errors
 from nova_pycontainer import steps as driver_steps
-from nova_pycontainer import transfer
 from nova_pycontainer import vif
 
 LOG = logging.getLogger(__name__)
@@ -50,12 +47,14 @@ class Power:
 
     :param client: client of the agent
     :param volumes: a nova_pycontainer.volume.Volumes
+    :param arrivals: a nova_pycontainer.arrival.Arrivals
     :param conf: the options of ``[pycontainer]``
     """
 
-    def __init__(self, client, volumes, conf):
+    def __init__(self, client, volumes, arrivals, conf):
         self._client = client
         self._volumes = volumes
+        self._arrivals = arrivals
         self._conf = conf
 
     def on(self, context, instance, network_info, block_device_info=None):
@@ -65,7 +64,7 @@ class Power:
             this host
         :raises ContainerError: the agent's
         """
-        state = self._existing(instance)['state']
+        state = self._existing(context, instance)['state']
         if state == 'running':
             # A power_on that a restart of nova-compute repeats.
             LOG.info('The container runs already', instance=instance)
@@ -77,7 +76,8 @@ class Power:
 
     def resume(self, context, instance, network_info, block_device_info=None):
         """Start the container after the host's boot, unless it lives."""
-        if self._existing(instance)['state'] not in ('running', 'paused'):
+        if self._existing(context, instance)['state'] not in (
+                'running', 'paused'):
             self.on(context, instance, network_info, block_device_info)
 
     def reboot(self, context, instance, network_info, block_device_info,
@@ -89,7 +89,7 @@ class Power:
             this host
         :raises ContainerError: the agent's
         """
-        if self._existing(instance)['state'] in ALIVE:
+        if self._existing(context, instance)['state'] in ALIVE:
             self._client.stop(instance.uuid, timeout)
         self.bring_up(
             context, instance, network_info, block_device_info, 'reboot')
@@ -106,10 +106,7 @@ class Power:
         uuid = instance.uuid
         info = self._client.info(uuid)
         if info.get('incoming'):
-            LOG.warning('Its files have not all come from where it was; '
-                        'trying that again', instance=instance)
-            transfer.wait(self._client, self._conf, instance,
-                          self._client.transfer_resume(uuid)['migration'])
+            self._arrivals.rest(context, instance)
         if info.get('offered'):
             # Only the host that Nova says the server is on is asked to start
             # it: a resize ended before it was another's.
@@ -130,7 +127,7 @@ class Power:
             this host
         :raises ContainerError: the agent's; it is suspended as before
         """
-        if self._existing(instance)['state'] == 'running':
+        if self._existing(context, instance)['state'] == 'running':
             # A resume that a restart of nova-compute repeats.
             LOG.info('The container runs already', instance=instance)
             return
@@ -203,13 +200,12 @@ class Power:
         return POWER_STATES.get(self._client.info(instance.uuid)['state'],
                                 power_state.NOSTATE)
 
-    def _existing(self, instance):
+    def _existing(self, context, instance):
         """Return what the agent knows of a container that must exist."""
         try:
             return self._client.info(instance.uuid)
         except errors.ContainerError as e:
             if e.code != 'not_found':
                 raise
-            raise exception.InstancePowerOnFailure(
-                reason=_('its root disk is not on this host. Rebuild the '
-                         'server, or restore the disk')) from e
+        self._arrivals.missing(context, instance)
+        return self._client.info(instance.uuid)

@@ -25,6 +25,7 @@ from nova.i18n import _
 from nova import objects
 from oslo_log import log as logging
 
+from nova_pycontainer import arrival
 from nova_pycontainer import cpus
 from nova_pycontainer import errors as driver_errors
 from nova_pycontainer import flavor as driver_flavor
@@ -36,7 +37,6 @@ from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime.migration import versions
 from nova_pycontainer import spawn
 from nova_pycontainer import steps as driver_steps
-from nova_pycontainer import transfer
 
 LOG = logging.getLogger(__name__)
 
@@ -49,13 +49,13 @@ class Resizer:
     :param host: name of this compute service
     """
 
-    def __init__(self, client, spawner, power, destination, volumes, conf,
+    def __init__(self, client, spawner, power, arrivals, volumes, conf,
                  host):
         self._client = client
         self._volumes = volumes
         self._spawner = spawner
         self._power = power
-        self._destination = destination
+        self._arrivals = arrivals
         self._conf = conf
         self._host = host
 
@@ -69,7 +69,7 @@ class Resizer:
         :returns: what :meth:`arrive` has to know
         :raises nova.exception.InstanceFaultRollback: it goes on as before
         """
-        record = _record(context, instance)
+        record = arrival.record_of(context, instance)
         info = self._client.info(instance.uuid)
         try:
             self._check(instance, flavor, info, self._is_here(record))
@@ -176,36 +176,18 @@ class Resizer:
                block_device_info, power_on):
         """Get the server, and start it with its new flavor.
 
+        :param disk_info: of :meth:`leave`, or of
+            :mod:`nova_pycontainer.resize_recovery`
         :raises nova.exception.MigrationError: it is on its source still;
             to start it here tries the copy again
         :raises ContainerError: the same, of the agent's
         """
         told = migration_data.load_disk_info(disk_info)
-        if told['here']:
-            if power_on:
-                self._power.on(
-                    context, instance, network_info, block_device_info)
-            return
-        uuid, facts = instance.uuid, told['facts']
-        # Volumes are connected when it is started.
-        spec = facts['spec'] | {
-            'volumes': [],
-            'resources': driver_flavor.resources_of(
-                instance, self._conf.pids_max)}
-        with driver_steps.Steps('finish_migration', instance) as steps:
-            with steps.step('leftovers'):
-                self._destination.remove_leftovers(instance)
-            with steps.step('layer'):
-                if spec['layer']:
-                    self._destination.get_layer(context, instance, spec)
-            with steps.step('take'):
-                self._client.transfer_take(
-                    uuid, record.uuid, spec, facts,
-                    migration_destination.options(self._conf))
-                transfer.wait(self._client, self._conf, instance, record.uuid)
-            # The compute manager saves it with the instance.
-            instance.system_metadata[spawn.BASE_ID] = str(facts['base_id'])
-            steps.success()
+        if not told['here']:
+            if told['facts'] is None:
+                self._arrivals.go_on(context, instance, record)
+            else:
+                self._arrivals.take(context, instance, record, told['facts'])
         if power_on:
             # What has come stays, whatever becomes of that: it is the server.
             self._power.on(
@@ -217,7 +199,7 @@ class Resizer:
         Nova has it destroyed in its new size before it has the old one
         again.
         """
-        record = _record(context, instance)
+        record = arrival.record_of(context, instance)
         return record is not None and self._is_here(record)
 
     def shut_down(self, instance, network_info, block_device_info):
@@ -231,24 +213,26 @@ class Resizer:
         its end, and that were deleted since or have got over it elsewhere.
         """
         for info in self._client.list():
-            if info.get('offered') and self._is_over(context, info['uuid']):
+            if info.get('offered') and self._is_over(
+                    context, info['uuid'], info['offered']):
                 LOG.warning('Removing what is left of server %s, which was '
                             'to move to another host', info['uuid'])
                 self._client.delete(info['uuid'])
 
-    def _is_over(self, context, uuid):
+    def _is_over(self, context, uuid, migration):
         try:
-            instance = objects.Instance.get_by_uuid(context, uuid)
+            instance = objects.Instance.get_by_uuid(
+                context, uuid, expected_attrs=['system_metadata'])
         except exception.InstanceNotFound:
             return True
-        return (instance.host not in (None, self._host) and
-                instance.task_state is None and
-                instance.vm_state not in (vm_states.RESIZED,
-                                          vm_states.ERROR))
-
-
-def _record(context, instance):
-    """The migration that a server is in, or None."""
-    moving = instance.migration_context
-    return moving and objects.Migration.get_by_id_and_instance(
-        context, moving.migration_id, instance.uuid)
+        if instance.host in (None, self._host) or (
+                instance.task_state is not None or
+                instance.vm_state in (vm_states.RESIZED, vm_states.ERROR)):
+            return False
+        # What its state is said to be anybody can have changed who may.
+        # These files are the only ones until all of them have come.
+        try:
+            record = objects.Migration.get_by_uuid(context, migration)
+        except exception.MigrationNotFound:
+            return False
+        return arrival.came(instance) >= record.id

@@ -419,6 +419,18 @@ class Client:
         """It stays here. Idempotent."""
         return ty.cast(Json, self._call('transfer_withdraw', {'uuid': uuid}))
 
+    def transfer_describe(
+        self, uuid: str, migration: str, source_host: Json,
+    ) -> Json:
+        """What :meth:`transfer_offer` has returned on another host.
+
+        :raises ContainerError: that host does not offer it to this one, or
+            cannot be reached
+        """
+        return ty.cast(Json, self._call('transfer_describe', {
+            'uuid': uuid, 'migration': migration,
+            'source_host': source_host}, 120.0))
+
     def transfer_take(
         self, uuid: str, migration: str, spec: Json, facts: Json,
         options: Json | None = None,

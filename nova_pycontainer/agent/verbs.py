@@ -143,6 +143,9 @@ VERBS: ty.Final[dict[str, Verb]] = {
         'uuid': _UUID, 'migration': _UUID, 'destination': _OBJECT,
         'options?': _CHANGES}),
     'transfer_withdraw': Verb('transfers.withdraw', {'uuid': _UUID}),
+    'transfer_describe': Verb('transfers.describe', {
+        'uuid': _UUID, 'migration': _UUID, 'source_host': _OBJECT},
+        limit_s=120.0),
     'transfer_take': Verb('transfers.take', {
         'uuid': _UUID, 'migration': _UUID, 'spec': _OBJECT,
         'facts': _OBJECT, 'options?': _CHANGES}, limit_s=180.0),

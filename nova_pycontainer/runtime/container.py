@@ -204,11 +204,11 @@ class Container:
             'created_at': self.st.created_at,
             # It runs on another host; what is here is only left over.
             'moved': self.st.moved,
-            # Another host may have it.
-            'offered': self.st.offered is not None,
+            # Another host may have it, by this migration.
+            'offered': (self.st.offered or {}).get('migration'),
             'kept': self.st.kept,
-            # Its files are not all here yet.
-            'incoming': self.st.incoming is not None,
+            # Its files are not all here yet; the same.
+            'incoming': (self.st.incoming or {}).get('migration'),
             'rescue': self.st.rescue is not None,
             'started_at': run['started_at'] if run and live else None,
             'spec': {k: v for k, v in self.st.spec.items()

@@ -63,6 +63,12 @@ def check_not(item: container.Container) -> None:
             remedy='Confirm or revert its migration first')
 
 
+def _number() -> int:
+    """The first of 64 for connections, never used twice, over restarts too.
+    """
+    return int(time.time() * 1000) % (1 << 24) << 6
+
+
 class Transfers:
     """The offers of one host, and what it takes."""
 
@@ -111,27 +117,29 @@ class Transfers:
                 raise errors.ContainerError(
                     'bad_state', 'the instance has moved to another host',
                     uuid=uuid)
-            layer = (self._host.layers.require(item.spec.layer).to_dict()
-                     if item.spec.layer else {})
+            facts = self._facts(item)
             self.end(uuid)
             item.st.offered = {
                 'migration': migration, 'peer': destination,
                 'bandwidth': opts.bandwidth}
             item.st.save(item.directory)
             self._open(item)
-            return {
-                'source': self._host.migrations.identity(),
-                'spec': item.st.spec,
-                'base_id': item.st.base_id,
-                # None, if its root is a volume.
-                'layer': layer,
-                'drive': item.config_drive.exists()}
+            return facts | {'source': self._host.migrations.identity()}
+
+    def _facts(self, item: container.Container) -> Info:
+        return {
+            'spec': item.st.spec,
+            'base_id': item.st.base_id,
+            # None, if its root is a volume.
+            'layer': (self._host.layers.require(item.spec.layer).to_dict()
+                      if item.spec.layer else {}),
+            'drive': item.config_drive.exists()}
 
     def _open(self, item: container.Container) -> None:
         assert item.st.offered is not None
         migration = str(item.st.offered['migration'])
         offer = cold.Offer(
-            item, self._host.layers,
+            item, self._host.layers, self._facts(item),
             protocol.Progress(migration, item.uuid, 'source'),
             item.st.offered.get('bandwidth'))
         with self._lock:
@@ -159,6 +167,20 @@ class Transfers:
 
     # Destination
 
+    def describe(self, uuid: str, migration: str, source_host: Info) -> Info:
+        """What :meth:`offer` has returned on another host, which is asked.
+
+        :param source_host: that host, as its ``host_info`` says
+        :raises ContainerError: it cannot be reached, or does not offer it
+        """
+        rconfig.check_uuid(migration)
+        rconfig.check_uuid(uuid)
+        versions.check(source_host, 'source')
+        return cold.ask(self._host.migrations.connect(
+            source.Endpoint.from_dict(source_host),
+            channel.Hello(migration, uuid, 'control', _number()),
+            _CONNECT_TIMEOUT)) | {'source': source_host}
+
     def take(self, uuid: str, migration: str, spec: Info, facts: Info,
              options: Info | None = None) -> Info:
         """Start to copy a container of another host; it is down after that.
@@ -175,8 +197,7 @@ class Transfers:
         endpoint = source.Endpoint.from_dict(facts['source'])
         entry = self._incoming(uuid, spec, {
             'migration': migration, 'facts': facts, 'options': options})
-        # Never used twice, over restarts too.
-        first = int(time.time() * 1000) % (1 << 24) << 6
+        first = _number()
 
         def connect(role: str, seq: int) -> channel.Connection:
             return self._host.migrations.connect(

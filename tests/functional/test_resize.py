@@ -14,6 +14,8 @@
 
 from nova.compute import power_state
 from nova.compute import task_states
+from nova.compute import vm_states
+from nova import objects
 from nova.tests.functional.api import client
 
 from nova_pycontainer.runtime import errors
@@ -80,8 +82,8 @@ class ResizeTest(test_snapshots.TestCase):
             'host2'))
         # The source has it still, and does not start it.
         info = self.info(server)
-        self.assertEqual(('stopped', True), (
-            info['state'], info['offered']))
+        self.assertEqual('stopped', info['state'])
+        self.assertTrue(info['offered'])
         error = self.assertRaises(
             errors.ContainerError, self.agents.client('host1').prepare,
             server['id'])
@@ -217,12 +219,13 @@ class ResizeTest(test_snapshots.TestCase):
             'host1'].driver.get_info(instance).state)
         self.assert_changed(server)
 
-    def break_at(self, point):
+    def break_at(self, point, flavor=None):
         """A server that has come to the second host in part only."""
         server = self.start()
         self.restart_agent('host2', PYCONTAINER_FAULTS=f'{point}=raise')
-        self.api.post_server_action(
-            server['id'], {'migrate': {'host': 'host2'}})
+        self.api.post_server_action(server['id'], (
+            {'resize': {'flavorRef': flavor}} if flavor else
+            {'migrate': {'host': 'host2'}}))
         self.wait(server, 'ERROR')
         # All of it is where it was.
         self.assertTrue(self.info(server)['offered'])
@@ -244,6 +247,57 @@ class ResizeTest(test_snapshots.TestCase):
         self.assert_changed(server, 'host2')
         self.assertTrue(self.info(server)['offered'])
         self.periodic('_run_image_cache_manager_pass')
+        self.assert_only_at(server, 'host2')
+
+    def test_destination_fails_and_its_state_is_reset(self):
+        server = self.break_at('taking.connected')
+        self.api.post_server_action(
+            server['id'], {'os-resetState': {'state': 'active'}})
+        # What the source has is all that there is of it.
+        self.periodic('_run_image_cache_manager_pass')
+        self.assertTrue(self.info(server)['offered'])
+        self.agents.client('host2').delete(server['id'])
+        self.action(server, 'ACTIVE', 'reboot', {'type': 'HARD'})
+        self.assert_changed(server, 'host2')
+        self.periodic('_run_image_cache_manager_pass')
+        self.assert_only_at(server, 'host2')
+
+    def interrupted(self, server):
+        """As if nova-compute had ended where the agent has failed."""
+        self.restart_agent('host2')
+        instance = self.instance(server)
+        record = objects.Migration.get_by_id_and_instance(
+            instance._context, instance.migration_context.migration_id,
+            instance.uuid)
+        record.status = 'post-migrating'
+        record.save()
+        self.computes['host2'].manager._set_instance_info(
+            instance, instance.new_flavor)
+        instance.vm_state = vm_states.ACTIVE
+        instance.task_state = task_states.RESIZE_FINISH
+        instance.save()
+        self.restart('host2')
+        self.wait_for(lambda: self._settled(server, 'VERIFY_RESIZE'),
+                      'the rest of the resize')
+
+    def test_nova_compute_dies_while_it_comes(self):
+        server = self.break_at('taking.files', self.large)
+        self.interrupted(server)
+        self.assert_size(server, 'host2', 384, 2)
+        self.assert_changed(server, 'host2')
+        self.action(server, 'ACTIVE', 'revertResize')
+        self.assert_size(server, 'host1', 256, 1)
+        self.assert_changed(server)
+        self.assert_only_at(server, 'host1')
+
+    @cases.more
+    def test_nova_compute_dies_before_it_comes(self):
+        server = self.break_at('taking.connected', self.large)
+        self.agents.client('host2').delete(server['id'])
+        self.interrupted(server)
+        self.assert_size(server, 'host2', 384, 2)
+        self.confirm(server)
+        self.assert_changed(server, 'host2')
         self.assert_only_at(server, 'host2')
 
     @cases.more

@@ -111,6 +111,32 @@ class TransferTestCase(hosts.TwoHostsTestCase):
         self.assertEqual('failed', status['phase'])
         self.assertEqual('forbidden', status['error']['code'])
 
+    def test_described_again(self):
+        facts = self.offer()
+        source = self.a.host_info()['migration']
+        for _again in range(2):
+            told = self.b.transfer_describe(
+                self.uuid, self.migration, source)
+            self.assertEqual(facts['spec'], told['spec'])
+            # The source has mounted its disk for that.
+            base.wait_for(lambda: self.uuid not in self.a.run(
+                'cat', '/proc/mounts').stdout, 'the end')
+        self.a.restart_agent()
+        told = self.b.transfer_describe(self.uuid, self.migration, source)
+        self.completed(self.take(told))
+        self.assert_whole(self.b)
+
+    def test_not_described_to_others(self):
+        source = self.a.host_info()['migration']
+        self.assertRaises(
+            errors.ContainerError, self.b.transfer_describe, self.uuid,
+            self.migration, source)
+        self.a.transfer_offer(self.uuid, self.migration, source)
+        error = self.assertRaises(
+            errors.ContainerError, self.b.transfer_describe, self.uuid,
+            self.migration, source)
+        self.assertEqual('forbidden', error.code)
+
     def test_of_one_that_runs(self):
         self.a.prepare(self.uuid)
         self.a.start_container(self.uuid)

@@ -17,8 +17,8 @@ The source *offers* them (:class:`Offer`) and the destination *takes* them
 the other way: here the destination connects, because Nova tells it last.
 
 On the control connection it says ``files`` with the number of the connection
-at which it wants to read them, or ``log``, which is answered, and at last
-``end``. The source answers an error with ``failed`` at any time.
+at which it wants to read them, or ``log`` or ``facts``, which are answered,
+and at last ``end``. The source answers an error with ``failed`` at any time.
 """
 
 import collections.abc as cabc
@@ -63,17 +63,22 @@ _FILES = 'the files of the guest'
 
 
 class Offer:
-    """The source of one container."""
+    """The source of one container.
+
+    :param facts: what a destination has to know of it
+    """
 
     #: Of an interface that sources and destinations have in common.
     asked = committed = False
 
     def __init__(
         self, item: container.Container, store: layers.LayerStore,
-        progress: protocol.Progress, rate: int | None = None,
+        facts: dict[str, ty.Any], progress: protocol.Progress,
+        rate: int | None = None,
     ) -> None:
         self._item = item
         self._layers = store
+        self._facts = facts
         self._limiter = bandwidth.Bandwidth(rate)
         self._data: dict[tuple[str, int], channel.Connection] = {}
         self._arrived = threading.Condition()
@@ -172,6 +177,8 @@ class Offer:
                 elif frame['type'] == 'log':
                     control.send('log', data=console_log.pack(
                         item.log, item.log_bytes))
+                elif frame['type'] == 'facts':
+                    control.send('facts', facts=self._facts)
                 elif frame['type'] == 'end':
                     return
                 else:
@@ -218,6 +225,21 @@ class Offer:
             faults.point('offer.serving')
             self._pump.wait(_PASS_TIMEOUT)
             self.progress.disk_sent += self._pump.stats.sent
+
+
+def ask(connection: channel.Connection) -> dict[str, ty.Any]:
+    """What the source of an offer has told whoever asked for the offer."""
+    control = protocol.Control(connection)
+    try:
+        control.send('facts')
+        found = control.expect('facts', _ANSWER_TIMEOUT).get('facts')
+        control.send('end')
+    finally:
+        control.close()
+    if not isinstance(found, dict):
+        raise errors.ContainerError(
+            'invalid', 'the source does not describe the instance')
+    return found
 
 
 class Taking:

@@ -187,6 +187,7 @@ class FakeAgent(fake_migration.Migrations):
             'nics': spec['nics'],
             'resources': dict(spec['resources']), 'spec': spec,
             'exit': None, 'moved': None, 'root': spec.get('root'),
+            'offered': None, 'incoming': None,
             'volumes': [{**volume, 'statistics': None}
                         for volume in spec.get('volumes', ())],
             'console': b'', 'rescue': None,
@@ -209,19 +210,35 @@ class FakeAgent(fake_migration.Migrations):
     def transfer_offer(self, uuid, migration, destination, options=None):
         self._enter('transfer_offer')
         item = self._get(uuid, 'defined', 'stopped')
-        item['offered'] = True
-        return {'source': {}, 'spec': item['spec'], 'to': destination,
-                'base_id': item['base_id'], 'layer': {}, 'drive': False}
+        item['offered'] = migration
+        self.facts = {
+            'source': {}, 'spec': item['spec'], 'to': destination,
+            'base_id': item['base_id'], 'layer': {}, 'drive': False}
+        return self.facts
+
+    def transfer_describe(self, uuid, migration, source_host):
+        self._enter('transfer_describe')
+        return self.facts
+
+    def transfer_take(self, uuid, migration, spec, facts, options=None):
+        self._enter('transfer_take')
+        self.define(uuid, {**spec, 'base_id': facts['base_id']})
+        return self._taken(migration)
 
     def transfer_resume(self, uuid):
         self._enter('transfer_resume')
-        self._get(uuid)['incoming'] = False
-        self._progress[uuid] = {'phase': 'completed', 'migration': uuid}
-        return self._progress[uuid]
+        migration = self._get(uuid)['incoming']
+        self._get(uuid)['incoming'] = None
+        return self._taken(migration)
+
+    def _taken(self, migration):
+        self._progress[migration] = {
+            'phase': 'completed', 'migration': migration}
+        return self._progress[migration]
 
     def transfer_withdraw(self, uuid):
         self._enter('transfer_withdraw')
-        self._get(uuid)['offered'] = False
+        self._get(uuid)['offered'] = None
         return self.info(uuid)
 
     def start_container(self, uuid):

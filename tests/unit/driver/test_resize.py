@@ -17,6 +17,7 @@ from nova import exception
 from nova import objects
 from oslo_utils.fixture import uuidsentinel as uuids
 
+from nova_pycontainer import arrival
 from nova_pycontainer import migration_data
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime.migration import versions
@@ -24,22 +25,29 @@ from tests.unit.driver import base
 from tests.unit.driver import driver_base
 
 
-class LeaveTestCase(driver_base.Base):
-    """Of a server that may be resized, on its source."""
+class TestCase(driver_base.Base):
 
     def setUp(self):
         super().setUp()
         self.spawn()
         self.record = objects.Migration(
-            uuid=uuids.migration, source_compute='host1',
+            id=5, uuid=uuids.migration, source_compute='host1',
             dest_compute='host2')
+        self.instance.save = lambda: None
         self.useFixture(fixtures.MonkeyPatch(
-            'nova_pycontainer.resize._record',
+            'nova_pycontainer.arrival.record_of',
             lambda context, instance: self.record))
         self.useFixture(fixtures.MonkeyPatch(
             'nova_pycontainer.migration_data.recorded_identity',
             lambda context, host: {**self.peer, 'certificate': host}))
         self.peer = versions.own()
+
+
+class LeaveTestCase(TestCase):
+    """Of a server that may be resized, on its source."""
+
+    def setUp(self):
+        super().setUp()
         self.others = []
         self.useFixture(fixtures.MonkeyPatch(
             'nova.objects.InstanceList.get_by_host', staticmethod(
@@ -96,9 +104,10 @@ class LeaveTestCase(driver_base.Base):
     def test_rest_of_what_has_not_all_come(self):
         self.leave()
         self.agent.containers[uuids.instance].update(
-            offered=False, incoming=True)
+            offered=None, incoming=uuids.migration)
         self.driver.power_on(self.context, self.instance, self.network_info)
         self.assertIn('transfer_resume', self.agent.calls)
+        self.assertEqual(5, arrival.came(self.instance))
         self.assertEqual(power_state.RUNNING, self.state())
 
     def test_flavor_that_containers_cannot_have(self):
@@ -147,7 +156,7 @@ class LeaveTestCase(driver_base.Base):
         self.driver.reboot(
             self.context, self.instance, self.network_info, 'HARD')
         self.assertEqual(power_state.RUNNING, self.state())
-        self.assertFalse(self.agent.containers[uuids.instance]['offered'])
+        self.assertIsNone(self.agent.containers[uuids.instance]['offered'])
 
     def test_confirm(self):
         self.leave()
@@ -167,3 +176,110 @@ class LeaveTestCase(driver_base.Base):
         self.record.source_compute = 'host2'
         self.driver.destroy(self.context, self.instance, self.network_info)
         self.assertEqual({}, self.agent.containers)
+
+
+class GoOnTestCase(TestCase):
+    """Of a server that was on its way when nova-compute ended here."""
+
+    def setUp(self):
+        super().setUp()
+        self.driver.power_off(self.instance)
+        self.agent.transfer_offer(uuids.instance, uuids.migration, {})
+        self.record.source_compute = 'host0'
+        self.record.dest_compute = 'host1'
+        self.agent.calls.clear()
+        self.item = self.agent.containers[uuids.instance]
+        self.item['offered'] = None
+
+    def go_on(self, *calls):
+        self.driver.finish_migration(
+            self.context, self.record, self.instance,
+            migration_data.dump_disk_info(
+                facts=None, here=False, migration=uuids.migration),
+            self.network_info, self.make_image_meta(), False, None)
+        self.assertEqual(
+            [*calls], [c for c in self.agent.calls if 'transfer' in c])
+        self.assertEqual(power_state.RUNNING, self.state())
+        self.assertEqual(5, arrival.came(self.instance))
+
+    def test_nothing_has_come(self):
+        del self.agent.containers[uuids.instance]
+        self.go_on('transfer_describe', 'transfer_take')
+
+    def test_of_an_earlier_stay(self):
+        self.go_on('transfer_describe', 'transfer_take')
+
+    def test_of_an_earlier_migration(self):
+        self.item['incoming'] = uuids.other
+        self.go_on('transfer_describe', 'transfer_take')
+
+    def test_a_part_has_come(self):
+        self.item['incoming'] = uuids.migration
+        self.go_on('transfer_resume')
+
+    def test_the_agent_has_copied_it(self):
+        self.agent._taken(uuids.migration)
+        self.go_on()
+
+    def test_all_has_come(self):
+        self.item['state'] = 'defined'
+        self.go_on()
+
+    def test_it_was_started(self):
+        self.item['state'] = 'running'
+        self.go_on()
+
+    def test_it_was_started_and_has_ended(self):
+        self.instance.system_metadata[arrival.CAME] = '5'
+        self.go_on()
+
+    def test_started_where_it_has_not_come(self):
+        del self.agent.containers[uuids.instance]
+        self.driver.reboot(
+            self.context, self.instance, self.network_info, 'HARD')
+        self.assertIn('transfer_describe', self.agent.calls)
+        self.assertEqual(power_state.RUNNING, self.state())
+
+    def test_started_where_it_is_lost(self):
+        del self.agent.containers[uuids.instance]
+        for lost in ({'came': '5'}, {'dest': 'host2'}, {'source': 'host1'}):
+            self.instance.system_metadata[arrival.CAME] = lost.get('came', '')
+            self.record.dest_compute = lost.get('dest', 'host1')
+            self.record.source_compute = lost.get('source', 'host0')
+            error = self.assertRaises(
+                exception.InstancePowerOnFailure, self.driver.reboot,
+                self.context, self.instance, self.network_info, 'HARD')
+            self.assertIn('not on this host', str(error))
+
+
+class ForgetTestCase(TestCase):
+    """What the source does with the files that it has offered."""
+
+    def setUp(self):
+        super().setUp()
+        self.driver.power_off(self.instance)
+        self.agent.transfer_offer(uuids.instance, uuids.migration, {})
+        self.instance.host = 'host2'
+        self.instance.task_state = None
+        for name, found in (('Instance', lambda *a, **k: self.instance),
+                            ('Migration', lambda *a: self.record)):
+            self.useFixture(fixtures.MonkeyPatch(
+                f'nova.objects.{name}.get_by_uuid', staticmethod(found)))
+
+    def kept(self, came, state='active'):
+        self.instance.vm_state = state
+        self.instance.system_metadata[arrival.CAME] = came
+        self.driver._resizer.forget(self.context)
+        return uuids.instance in self.agent.containers
+
+    def test_it_has_come(self):
+        self.assertTrue(self.kept('5', 'resized'))
+        self.assertTrue(self.kept('5', 'error'))
+        self.assertFalse(self.kept('5'))
+
+    def test_it_has_come_and_moved_on(self):
+        self.assertFalse(self.kept('6'))
+
+    def test_its_state_was_reset_before_it_has_come(self):
+        self.assertTrue(self.kept(''))
+        self.assertTrue(self.kept('4'))

@@ -1,0 +1,189 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+
+"""Servers that come from another host while they are down.
+
+What has come of one that fails stays, and so does what its source offers:
+nothing is lost before all of it is here. ``system_metadata`` says which move
+was the last one that came to that, so that the source may remove its files
+(:meth:`.resize.Resizer.forget`).
+"""
+
+from nova import exception
+from nova.i18n import _
+from nova import objects
+from oslo_log import log as logging
+
+from nova_pycontainer import flavor as driver_flavor
+from nova_pycontainer import migration_data
+from nova_pycontainer import migration_destination
+from nova_pycontainer.runtime import errors
+from nova_pycontainer import spawn
+from nova_pycontainer import steps as driver_steps
+from nova_pycontainer import transfer
+
+LOG = logging.getLogger(__name__)
+
+_ALIVE = ('created', 'running', 'paused')
+
+
+def record_of(context, instance):
+    """The migration that a server is in, or None."""
+    moving = instance.migration_context
+    return moving and objects.Migration.get_by_id_and_instance(
+        context, moving.migration_id, instance.uuid)
+
+
+class Arrivals:
+    """The destination of cold migrations.
+
+    :param client: client of the agent
+    :param destination: a nova_pycontainer.migration_destination.Destination
+    :param conf: the options of ``[pycontainer]``
+    :param host: name of this compute service
+    """
+
+    def __init__(self, client, destination, conf, host):
+        self._client = client
+        self._destination = destination
+        self._conf = conf
+        self._host = host
+
+    def take(self, context, instance, record, facts):
+        """Have all of a server here; it is down after that.
+
+        :param facts: what the source's agent has said of it
+        :raises nova.exception.MigrationError: it is on its source still; to
+            start it here tries the copy again
+        :raises ContainerError: the same, of the agent's
+        """
+        # Volumes are connected when it is started.
+        spec = facts['spec'] | {
+            'volumes': [],
+            'resources': driver_flavor.resources_of(
+                instance, self._conf.pids_max)}
+        with driver_steps.Steps('finish_migration', instance) as steps:
+            with steps.step('leftovers'):
+                self._destination.remove_leftovers(instance)
+            with steps.step('layer'):
+                if spec['layer']:
+                    self._destination.get_layer(context, instance, spec)
+            with steps.step('take'):
+                self._client.transfer_take(
+                    instance.uuid, record.uuid, spec, facts,
+                    migration_destination.options(self._conf))
+                transfer.wait(self._client, self._conf, instance, record.uuid)
+            instance.system_metadata[spawn.BASE_ID] = str(facts['base_id'])
+            _came(instance, record)
+            steps.success()
+
+    def go_on(self, context, instance, record):
+        """Have all of a server here of which nova-compute does not know how
+        much has come, since it was restarted meanwhile.
+
+        :raises nova.exception.MigrationError, ContainerError: as for
+            :meth:`take`
+        """
+        uuid = instance.uuid
+        if came(instance) >= record.id:
+            return
+        info = self._info(uuid)
+        if self._is_coming(record):
+            transfer.wait(self._client, self._conf, instance, record.uuid)
+        elif info is not None and info['incoming'] == record.uuid:
+            self.rest(context, instance)
+            return
+        elif info is None or info['incoming'] or (
+                info['state'] not in ('defined', *_ALIVE)):
+            # Nothing has come. What is here is of an earlier stay: it has
+            # run, or had not come either.
+            self._ask_and_take(context, instance, record)
+            return
+        instance.system_metadata[spawn.BASE_ID] = str(
+            self._client.info(uuid)['base_id'])
+        _came(instance, record)
+
+    def _ask_and_take(self, context, instance, record):
+        source = migration_data.recorded_identity(
+            context, record.source_compute)
+        self.take(context, instance, record, self._client.transfer_describe(
+            instance.uuid, record.uuid, source))
+
+    def rest(self, context, instance):
+        """Copy the rest of a server whose copy has failed.
+
+        :raises nova.exception.MigrationError, ContainerError: as for
+            :meth:`take`
+        """
+        LOG.warning('Its files have not all come from where it was; trying '
+                    'that again', instance=instance)
+        migration = self._client.transfer_resume(instance.uuid)['migration']
+        transfer.wait(self._client, self._conf, instance, migration)
+        instance.system_metadata[spawn.BASE_ID] = str(
+            self._client.info(instance.uuid)['base_id'])
+        record = record_of(context, instance)
+        if record is not None and record.uuid == migration:
+            _came(instance, record)
+
+    def missing(self, context, instance):
+        """Have a server here that Nova says is here.
+
+        :raises nova.exception.InstancePowerOnFailure: it is not, and no
+            other host offers it
+        :raises nova.exception.MigrationError, ContainerError: as for
+            :meth:`take`
+        """
+        record = record_of(context, instance)
+        if record is None or came(instance) >= record.id or (
+                record.dest_compute != self._host or
+                record.source_compute == self._host):
+            raise exception.InstancePowerOnFailure(
+                reason=_('its root disk is not on this host. Rebuild the '
+                         'server, or restore the disk'))
+        LOG.warning('It has not come from host %s; trying that again',
+                    record.source_compute, instance=instance)
+        self.go_on(context, instance, record)
+
+    def _info(self, uuid):
+        try:
+            return self._client.info(uuid)
+        except errors.ContainerError as e:
+            if e.code != 'not_found':
+                raise
+            return None
+
+    def _is_coming(self, record):
+        """Whether the agent copies it, or has copied it."""
+        try:
+            phase = self._client.migration_status(record.uuid)['phase']
+        except errors.ContainerError as e:
+            if e.code != 'not_found':
+                raise
+            return False
+        return phase not in ('failed', 'aborted')
+
+
+#: In ``system_metadata``: number of the last migration by which all of the
+#: server has come to another host.
+CAME = 'pycontainer_came'
+
+
+def came(instance):
+    """The number of the last migration that has brought all of a server."""
+    return int(instance.system_metadata.get(CAME) or 0)
+
+
+def _came(instance, record):
+    instance.system_metadata[CAME] = str(record.id)
+    # Now: if nova-compute ends here, this is how it will know.
+    instance.save()
