@@ -89,7 +89,8 @@ class Saver:
         self._directory = directory
         assert item.st.run is not None
         self._pid = int(item.st.run['process']['pid'])
-        self._moment = moment.Moment(item.cgroup, item.root)
+        self._moment = moment.Moment(
+            item.cgroup, item.root, item.unread)
         self._moment.drops = True
         self._saved = False
 

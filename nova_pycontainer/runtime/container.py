@@ -97,6 +97,7 @@ class Container:
         #: Logs that outlive the instance on this host.
         self.log_directory = config.state_dir / 'logs'
         self.exit_file = self.directory / 'exit.json'
+        self.unread = self.directory / 'unread.json'
         self.config_drive = self.directory / 'config-drive'
         #: Where the guest's mount of it comes from.
         self.drive_source = config.run_dir / 'root' / f'{st.uuid}.drive'

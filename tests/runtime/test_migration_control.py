@@ -240,6 +240,17 @@ class ControlTestCase(faults.Helpers):
         self.assertEqual(
             'ENOBUFS, told of a link', self._finds(self.a, uuid))
 
+    def test_unread_messages_and_a_dead_agent(self):
+        uuid = self._holds()
+        self.a.restart_agent('source.dumped=kill')
+        migration = self.prepare_migration(uuid, self.a, self.b)
+        self.a.process.wait(base.PATIENCE)
+        self.a.restart_agent()
+        base.wait_for(lambda: self._ended(self.b, migration), 'the end')
+        self.assertEqual('running', self.a.info(uuid)['state'])
+        self.assertEqual(
+            'ENOBUFS, told of a link', self._finds(self.a, uuid))
+
     def test_unread_messages_and_a_suspend(self):
         uuid = self._holds()
         self.a.suspend(uuid)

@@ -39,13 +39,16 @@ _READS = 2
 class Moment:
     """One container's, for all attempts of one migration.
 
+    :param unread: the container's note for :mod:`.overruns`
     :ivar drops: whether messages that nobody reads may be dropped: whoever
         restores the guest tells it
     """
 
-    def __init__(self, group: cgroup.Cgroup, root: pathlib.Path) -> None:
+    def __init__(self, group: cgroup.Cgroup, root: pathlib.Path,
+                 unread: pathlib.Path) -> None:
         self._group = group
         self._root = root
+        self._unread = unread
         self._names = dentries.Held()
         self._sleepers = sleepers.Sleepers(group)
         self._facts: dict[str, ty.Any] = {}
@@ -71,7 +74,8 @@ class Moment:
         """CRIU has stopped all and not yet run code of its own in it."""
         ahead = clocks.offsets(init)
         if self.drops and self._attempts > _READS:
-            self._dropped = overruns.drop(self._group)
+            self._dropped = overruns.drop(
+                self._group, init, self._unread)
         self._facts = {
             'asleep': self._sleepers.frozen(ahead[time.CLOCK_MONOTONIC]),
             'timers': clocks.save(ahead, self._group),
@@ -87,8 +91,7 @@ class Moment:
         resume.resume(
             [resume.Sleep(*s) for s in self._sleepers.stopped], now, init)
         self._sleepers.stopped = []
-        dropped, self._dropped = self._dropped, []
-        overruns.tell(self._group, dropped)
+        self._dropped = []
 
     def dumped(self) -> dict[str, ty.Any]:
         """All is dumped, and stopped still.

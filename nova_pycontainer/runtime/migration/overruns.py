@@ -23,11 +23,15 @@ wherever the guest goes on: with too little room in the socket, and more
 messages. Of rtnetlink's notifications only; whoever waits for an answer to a
 request reads it soon, and the dump is tried again.
 
-An agent that is killed between the two tells nobody.
+Whom to tell is written down before anything is dropped, for the agent that
+comes after one that is killed between the two.
 """
 
 import collections.abc as cabc
+import contextlib
 import functools
+import os
+import pathlib
 import select
 import socket
 import struct
@@ -40,6 +44,8 @@ from nova_pycontainer.runtime import cgroup
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime.migration import sockets
 from nova_pycontainer.runtime import namespaces
+from nova_pycontainer.runtime import process
+from nova_pycontainer.runtime import state
 
 LOG = logging.getLogger(__name__)
 
@@ -65,13 +71,23 @@ _ADDRESS = '127.255.255.253'
 Dropped = list[tuple[int, int]]
 
 
-def drop(group: cgroup.Cgroup) -> Dropped:
+def drop(group: cgroup.Cgroup, init: int, note: pathlib.Path) -> Dropped:
     """Drop what is unread, in a guest that is stopped.
 
-    :returns: whom to :func:`tell`
+    :param note: file for :func:`tell_noted`, should it go on here
+    :returns: whom to :func:`tell`, should it go on elsewhere
     """
-    return [(inner, number) for inner, number, item in sockets.netlink(group)
-            if _has_events(item) and _listens(item) and _read_all(item)]
+    found = [(inner, number) for inner, number, item in sockets.netlink(group)
+             if _has_events(item) and _listens(item)]
+    if found:
+        state.write_json(note, {
+            'format': state.FORMAT,
+            'init': process.ProcessId.of(init).to_dict(),
+            'dropped': found})
+    for inner, number, item in sockets.netlink(group):
+        if (inner, number) in found:
+            _read_all(item)
+    return found
 
 
 def _has_events(item: socket.socket) -> int:
@@ -91,7 +107,7 @@ def _listens(item: socket.socket) -> bool:
     return bool(groups & _GROUPS)
 
 
-def _read_all(item: socket.socket) -> bool:
+def _read_all(item: socket.socket) -> None:
     for _ in range(_MOST_MESSAGES):
         try:
             item.recv(1, socket.MSG_DONTWAIT)
@@ -101,7 +117,25 @@ def _read_all(item: socket.socket) -> bool:
             # It has been told already, and now we have been.
             continue
     # Where more has come meanwhile, CRIU says so.
-    return True
+
+
+def tell_noted(group: cgroup.Cgroup, note: pathlib.Path) -> None:
+    """Like :func:`tell`, of what was dropped for a dump that is of no use.
+    """
+    try:
+        noted = state.read_json(note)
+        init = process.ProcessId.from_dict(noted['init']).open()
+        # What was restored instead was told then.
+        if init is not None:
+            os.close(init)
+            tell(group, noted['dropped'])
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, LookupError, errors.ContainerError) as e:
+        LOG.warning('%s: whom to tell of messages that it has missed is not '
+                    'known: %s', note, e)
+    with contextlib.suppress(OSError):
+        note.unlink()
 
 
 def tell(group: cgroup.Cgroup, dropped: cabc.Iterable[ty.Any]) -> None:

@@ -32,6 +32,7 @@ from nova_pycontainer.runtime.migration import announce
 from nova_pycontainer.runtime.migration import channel
 from nova_pycontainer.runtime.migration import keys
 from nova_pycontainer.runtime.migration import network_lock
+from nova_pycontainer.runtime.migration import overruns
 from nova_pycontainer.runtime.migration import protocol
 from nova_pycontainer.runtime import network
 from nova_pycontainer.runtime import process
@@ -323,6 +324,7 @@ def thaw(item: container.Container, paused: bool) -> None:
     if run is not None:
         network_lock.remove(int(run['process']['pid']), item.cgroup)
     item.hold_network(paused, lenient=True)
+    overruns.tell_noted(item.cgroup, item.unread)
     with contextlib.suppress(FileNotFoundError):
         pathlib.Path(item.cgroup.v2, 'cgroup.freeze').write_text(
             '1' if paused else '0')

@@ -133,7 +133,8 @@ class Source:
         self._paused = item.status() == 'paused'
         self._control: protocol.Control | None = None
         self._journal = protocol.Journal(item.directory)
-        self.moment = moment.Moment(item.cgroup, item.root)
+        self.moment = moment.Moment(
+            item.cgroup, item.root, item.unread)
         self._stack = contextlib.ExitStack()
         self.progress = progress
         #: From here on only the peer can say who runs.
