@@ -20,20 +20,29 @@ import time
 
 from nova_pycontainer.runtime import cgroup
 from nova_pycontainer.runtime import netlink
+from nova_pycontainer.runtime import unix_sockets
 
 #: Seconds to wait for such a moment.
 _PATIENCE = 2.0
 #: Seconds in which a new process executes its program.
 _EXEC = 0.005
+#: Seconds for a guest to get over what it is in the middle of.
+_STEP = 0.02
 
 
-def freeze(group: cgroup.Cgroup, pid: int | None) -> None:
+def freeze(group: cgroup.Cgroup, pid: int | None, again: bool = False) -> None:
     """Freeze a guest when it can be dumped; after two seconds, whenever.
 
     :param pid: of its init; None: it has ended
+    :param again: it could not be dumped as it is. It is let run in any case,
+        and frozen when it has read what its processes have said to each
+        other: CRIU does not dump the control messages of unix(7) sockets
     :raises ContainerError: ``timeout``, as :meth:`.cgroup.Cgroup.freeze`
     """
     deadline = time.monotonic() + _PATIENCE
+    if again:
+        group.freeze(False)
+        time.sleep(_STEP)
     group.freeze(True)
     while time.monotonic() < deadline:
         if netlink.unread(pid):
@@ -42,6 +51,9 @@ def freeze(group: cgroup.Cgroup, pid: int | None) -> None:
         elif _in_vfork(group):
             group.freeze(False)
             time.sleep(_EXEC)
+        elif again and unix_sockets.unread(pid):
+            group.freeze(False)
+            unix_sockets.wait(pid)
         else:
             break
         group.freeze(True)

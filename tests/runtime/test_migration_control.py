@@ -23,6 +23,7 @@ import threading
 
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import netlink
+from nova_pycontainer.runtime import unix_sockets
 from tests import cases
 from tests.runtime import base
 from tests.runtime import test_migration_faults as faults
@@ -93,6 +94,17 @@ while True:
     except BlockingIOError:
         pass
     time.sleep(0.005)
+'''
+_SENDS = '''
+import socket, time
+ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+theirs.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+open("/run/sends", "w").close()
+while True:
+    ours.send(b"READY=1")
+    time.sleep(0.1)
+    theirs.recv(100)
+    time.sleep(0.05)
 '''
 _FORKS = """
 import subprocess
@@ -315,6 +327,23 @@ class ControlTestCase(faults.Helpers):
         base.wait_for(lambda: netlink.unread(pid), 'an unread message')
         self.migrate(uuid, self.a, self.b)
         self.assertEqual('paused', self.b.info(uuid)['state'])
+
+    def test_paused_with_a_message(self):
+        """Nor can CRIU dump who has sent a message that nobody has read."""
+        uuid = self.run_container('debian13', memory=256, init={
+            'argv': ['/usr/bin/python3', '-c', _SENDS]})
+        base.wait_for(lambda: self.sh(
+            self.a, uuid, 'ls /run/sends || :'), 'the first message')
+        source, destination = self.a, self.b
+        for _ in range(3):
+            while True:
+                source.pause(uuid)
+                if unix_sockets.unread(source.info(uuid)['pid']):
+                    break
+                source.unpause(uuid)
+            self.migrate(uuid, source, destination)
+            source, destination = destination, source
+            self.assertEqual('paused', source.info(uuid)['state'])
 
     def test_paused_while_it_forks(self):
         """Nothing can trace a process that waits for its child in vfork(2).

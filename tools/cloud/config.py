@@ -291,6 +291,9 @@ def uwsgi(module: str, port: int, processes: int) -> str:
         'die-on-term': 'true', 'thunder-lock': 'true',
         'buffer-size': 65535, 'add-header': 'Connection: close',
         'http-chunked-input': 'true', 'worker-reload-mercy': 5,
+        # Seconds. Who uploads a snapshot on a busy host pauses longer than
+        # the four that are the default.
+        'chunked-input-timeout': 60,
         # Neutron's workers agree by it on who is new.
         'start-time': '%t',
         # The services log their requests themselves.

@@ -66,7 +66,7 @@ class Moment:
         # The last one: the next message may come at any time.
         if paused:
             # The kernel tells it of its network while it cannot read.
-            pausing.freeze(self._group, init)
+            pausing.freeze(self._group, init, self._attempts > 1)
         else:
             netlink.wait(init)
 
