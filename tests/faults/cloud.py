@@ -109,7 +109,7 @@ def verbs():
                         if s.startswith('resume.')], []),
         'resize': Verb(_points('runtime/migration/cold.py'),
                        _driver('resize', 'resize.py', _RESIZE) +
-                       _driver('finish_migration', 'resize.py', _FINISH),
+                       _driver('finish_migration', 'arrival.py', _FINISH),
                        True),
     }
 
