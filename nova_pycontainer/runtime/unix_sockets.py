@@ -16,7 +16,6 @@
 By sock_diag(7) in its network namespace, which unix(7) sockets belong to.
 """
 
-import functools
 import socket
 import time
 import typing as ty

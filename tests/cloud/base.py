@@ -257,14 +257,20 @@ class CloudTestCase(cases.TestCase):
 
     # Images
 
+    @staticmethod
+    def image_file(name: str) -> str:
+        """The path of one out of tools/images, built when needed."""
+        return run([str(REPO / 'tools/images/build.sh'), name],
+                   timeout=600).split()[-1]
+
     def image(self, name: str) -> typing.Any:
         """A public image out of tools/images, uploaded when needed."""
-        path = pathlib.Path(run([str(REPO / 'tools/images/build.sh'), name],
-                                timeout=600).split()[-1])
-        found = self.admin.image.find_image(path.name)
+        path = self.image_file(name)
+        name = pathlib.Path(path).name
+        found = self.admin.image.find_image(name)
         if found is None:
             found = self.admin.image.create_image(
-                path.name, filename=str(path), disk_format='raw',
+                name, filename=path, disk_format='raw',
                 container_format='bare', visibility='public',
                 allow_duplicates=True)
         return self.admin.image.wait_for_status(found, 'active')

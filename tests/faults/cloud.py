@@ -149,7 +149,31 @@ def _table(results):
         plain, matrix())
 
 
-class Rig(migration_base.MigrationTestCase):
+class Counting(migration_base.MigrationTestCase):
+    """With servers that write down one number after the other."""
+
+    def counting(self, **kwargs):
+        server = self.create_server(
+            'busybox', 'pyc.tiny', host='host1', **kwargs)
+        self.inside(server, witness.COUNT)
+        return server
+
+    def copies(self, server):
+        """Pids of the inits that the kernel has of it, wherever."""
+        return kernel.inits_of(server.id)
+
+    def check_count(self, server):
+        """Each number once: no line was lost, and none written twice.
+
+        :returns: how many there are
+        """
+        numbers = [int(line.split()[0]) for line in self.inside(
+            server, 'cat /ticks 2>/dev/null || :').splitlines() if line]
+        self.assertEqual([*range(1, len(numbers) + 1)], numbers)
+        return len(numbers)
+
+
+class Rig(Counting):
     """``self.row(verb, step, fault)`` tries one.
 
     The services run with files that say what is to go wrong in them, from
@@ -201,12 +225,11 @@ class Rig(migration_base.MigrationTestCase):
         killed, action = FAULTS[fault]
         server = None
         if verb != 'spawn':
-            server = self.counting()
+            server = (self._of_a_gone_image() if step.startswith('layer.')
+                      else self.counting())
             if verb == 'resume':
                 self.demo.compute.suspend_server(server.id)
                 self.wait_server(server.id, 'SUSPENDED')
-        if verb == 'migrate' and step.startswith('layer.'):
-            self._forget_layer(server)
         self.arm(services, f'{step}=' + (
             f'wait:{self.go}' if action == 'wait' else action))
         server = getattr(self, f'_{verb}')(server)
@@ -227,14 +250,19 @@ class Rig(migration_base.MigrationTestCase):
         self._check(server)
         return f'{outcome} ({took:.0f} s)'
 
-    def counting(self):
-        server = self.create_server('busybox', 'pyc.tiny', host='host1')
-        self.inside(server, witness.COUNT)
-        return server
-
-    def _forget_layer(self, server):
+    def _of_a_gone_image(self):
+        """A server whose layer only its own host has still."""
+        image = self.admin.image.create_image(
+            'gone', filename=self.image_file('busybox'), disk_format='raw',
+            container_format='bare', visibility='public',
+            allow_duplicates=True)
+        server = self.counting(image_id=image.id)
+        self.admin.image.delete_image(image.id)
         layer = self.containers('host1')[server.id]['layer']
-        self.on_host('host2', 'pycontainer', 'layer', 'delete', layer)
+        if layer in {found['key'] for found in json.loads(self.on_host(
+                'host2', 'pycontainer', 'layers', '-f', 'json'))}:
+            self.on_host('host2', 'pycontainer', 'layers', '--delete', layer)
+        return server
 
     # The verbs
 
@@ -353,17 +381,7 @@ class Rig(migration_base.MigrationTestCase):
         self.assertNotEqual(before, now.compute_host)
         self.assert_at(server, now.compute_host)
         self.assertEqual(1, len(self.copies(server)))
-        self._check_count(server)
-
-    def copies(self, server):
-        """Pids of the inits that the kernel has of it, wherever."""
-        return kernel.inits_of(server.id)
-
-    def _check_count(self, server):
-        """Each number once: no line was lost, and none written twice."""
-        numbers = [int(line.split()[0]) for line in self.inside(
-            server, 'cat /ticks 2>/dev/null || :').splitlines() if line]
-        self.assertEqual([*range(1, len(numbers) + 1)], numbers)
+        self.check_count(server)
 
 
 class Run(Rig):

@@ -31,6 +31,9 @@ from cloud import layout
 RECORDS = layout.RUN / 'processes'
 #: A directory of files that tests let services fail by, one a service.
 FAULTS = os.environ.get('PYCONTAINER_CLOUD_FAULTS')
+#: A directory with one that has the package ``nova_pycontainer`` for each
+#: host whose services tests want to be of another release.
+RELEASES = os.environ.get('PYCONTAINER_CLOUD_RELEASES')
 TAIL_LINES = 20
 
 
@@ -149,6 +152,8 @@ def spawn(name: str, argv: list[str], host: str,
         # What is to go wrong in whom, see nova_pycontainer.runtime.faults.
         environ['PYCONTAINER_FAULTS'] = f'@{FAULTS}/{name}'
         environ['PYCONTAINER_FAULT_POINTS'] = f'{FAULTS}/{name}.points'
+    if RELEASES and os.path.exists(f'{RELEASES}/{host}'):
+        environ['PYTHONPATH'] = f'{RELEASES}/{host}'
     environ.update(env or {})
     with open(log_path(name), 'ab', buffering=0) as log:
         log.write(f'=== {time.strftime("%F %T")} {" ".join(argv)}\n'.encode())
