@@ -45,21 +45,21 @@ class Load:
 
     def _run(self):
         while not self._stop.is_set():
-            server = self._test.create_server(
-                'busybox', 'pyc.tiny', wait=False)
-            base.wait_for(
-                lambda: self._status(server) in ('ACTIVE', 'ERROR'),
-                PATIENCE, 'a server of the load')
-            self.found.append(self._status(server))
-            self._test.admin.compute.delete_server(server.id)
-            base.wait_for(lambda: not self._status(server), PATIENCE,
-                          'its end')
+            try:
+                self.found.append(self._one())
+            except (AssertionError, exceptions.SDKException) as e:
+                self.found.append(str(e))
+
+    def _one(self):
+        server = self._test.create_server('busybox', 'pyc.tiny', wait=False)
+        status = base.wait_for(
+            lambda: self._status(server) in ('ACTIVE', 'ERROR') and
+            self._status(server), PATIENCE, 'a server of the load')
+        self._test.delete_server(server.id)
+        return status
 
     def _status(self, server):
-        try:
-            return self._test.admin.compute.get_server(server.id).status
-        except exceptions.NotFoundException:
-            return ''
+        return self._test.admin.compute.get_server(server.id).status
 
     def finish(self):
         self._stop.set()
