@@ -19,6 +19,7 @@ was the last one that came to that, so that the source may remove its files
 (:meth:`.resize.Resizer.forget`).
 """
 
+from nova.compute import vm_states
 from nova import exception
 from nova.i18n import _
 from nova import objects
@@ -33,8 +34,6 @@ from nova_pycontainer import steps as driver_steps
 from nova_pycontainer import transfer
 
 LOG = logging.getLogger(__name__)
-
-_ALIVE = ('created', 'running', 'paused')
 
 
 def record_of(context, instance):
@@ -83,8 +82,7 @@ class Arrivals:
                     instance.uuid, record.uuid, spec, facts,
                     migration_destination.options(self._conf))
                 transfer.wait(self._client, self._conf, instance, record.uuid)
-            instance.system_metadata[spawn.BASE_ID] = str(facts['base_id'])
-            _came(instance, record)
+            self.note(instance, self._client.info(instance.uuid))
             steps.success()
 
     def go_on(self, context, instance, record):
@@ -94,24 +92,18 @@ class Arrivals:
         :raises nova.exception.MigrationError, ContainerError: as for
             :meth:`take`
         """
-        uuid = instance.uuid
-        if came(instance) >= record.id:
-            return
-        info = self._info(uuid)
-        if self._is_coming(record):
-            transfer.wait(self._client, self._conf, instance, record.uuid)
-        elif info is not None and info['incoming'] == record.uuid:
-            self.rest(context, instance)
-            return
-        elif info is None or info['incoming'] or (
-                info['state'] not in ('defined', *_ALIVE)):
-            # Nothing has come. What is here is of an earlier stay: it has
-            # run, or had not come either.
+        info = self._info(instance.uuid)
+        if info is None or record.uuid not in (
+                info['incoming'], info['arrived']):
+            # What is here is of an earlier stay.
             self._ask_and_take(context, instance, record)
-            return
-        instance.system_metadata[spawn.BASE_ID] = str(
-            self._client.info(uuid)['base_id'])
-        _came(instance, record)
+        elif info['incoming'] is None:
+            self.note(instance, info)
+        elif self._is_coming(record):
+            transfer.wait(self._client, self._conf, instance, record.uuid)
+            self.note(instance, self._client.info(instance.uuid))
+        else:
+            self.rest(instance)
 
     def _ask_and_take(self, context, instance, record):
         source = migration_data.recorded_identity(
@@ -119,7 +111,7 @@ class Arrivals:
         self.take(context, instance, record, self._client.transfer_describe(
             instance.uuid, record.uuid, source))
 
-    def rest(self, context, instance):
+    def rest(self, instance):
         """Copy the rest of a server whose copy has failed.
 
         :raises nova.exception.MigrationError, ContainerError: as for
@@ -129,11 +121,7 @@ class Arrivals:
                     'that again', instance=instance)
         migration = self._client.transfer_resume(instance.uuid)['migration']
         transfer.wait(self._client, self._conf, instance, migration)
-        instance.system_metadata[spawn.BASE_ID] = str(
-            self._client.info(instance.uuid)['base_id'])
-        record = record_of(context, instance)
-        if record is not None and record.uuid == migration:
-            _came(instance, record)
+        self.note(instance, self._client.info(instance.uuid))
 
     def missing(self, context, instance):
         """Have a server here that Nova says is here.
@@ -144,7 +132,7 @@ class Arrivals:
             :meth:`take`
         """
         record = record_of(context, instance)
-        if record is None or came(instance) >= record.id or (
+        if record is None or came(instance) == record.uuid or (
                 record.dest_compute != self._host or
                 record.source_compute == self._host):
             raise exception.InstancePowerOnFailure(
@@ -153,6 +141,19 @@ class Arrivals:
         LOG.warning('It has not come from host %s; trying that again',
                     record.source_compute, instance=instance)
         self.go_on(context, instance, record)
+
+    @staticmethod
+    def note(instance, info):
+        """Let the source know that all of a server has come.
+
+        :param info: what the agent says of it
+        """
+        if info.get('arrived') in (None, came(instance)):
+            return
+        instance.system_metadata[spawn.BASE_ID] = str(info['base_id'])
+        instance.system_metadata[CAME] = info['arrived']
+        # Now: it is what the files of the source wait for.
+        instance.save()
 
     def _info(self, uuid):
         try:
@@ -173,17 +174,42 @@ class Arrivals:
         return phase not in ('failed', 'aborted')
 
 
-#: In ``system_metadata``: number of the last migration by which all of the
-#: server has come to another host.
+#: In ``system_metadata``: the last migration by which all of the server has
+#: come to the host that it is on.
 CAME = 'pycontainer_came'
 
 
 def came(instance):
-    """The number of the last migration that has brought all of a server."""
-    return int(instance.system_metadata.get(CAME) or 0)
+    """The uuid of the last migration that has brought all of a server."""
+    return instance.system_metadata.get(CAME)
 
 
-def _came(instance, record):
-    instance.system_metadata[CAME] = str(record.id)
-    # Now: if nova-compute ends here, this is how it will know.
-    instance.save()
+def goes_back(instance):
+    """What has come is about to be removed: the source has the server."""
+    if instance.system_metadata.pop(CAME, None) is not None:
+        instance.save()
+
+
+def is_made_anew(context, instance):
+    """It has the files of an image now, wherever others are left."""
+    if instance.vm_state == vm_states.BUILDING:
+        return
+    record = record_of(context, instance)
+    if record is not None:
+        # The compute manager saves it with the instance.
+        instance.system_metadata[CAME] = record.uuid
+
+
+def has_come(context, instance, migration):
+    """Whether all of a server has come by a migration, or by a later one.
+
+    :param migration: its uuid
+    """
+    last = came(instance)
+    if last in (None, migration):
+        return last is not None
+    try:
+        return (objects.Migration.get_by_uuid(context, last).id >
+                objects.Migration.get_by_uuid(context, migration).id)
+    except exception.MigrationNotFound:
+        return False

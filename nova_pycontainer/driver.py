@@ -301,16 +301,19 @@ class PyContainerDriver(driver.ComputeDriver):
             self._spawner.spawn(
                 context, instance, image_meta, injected_files,
                 admin_password, network_info, block_device_info, power_on)
+            arrival.is_made_anew(context, instance)
 
     def destroy(self, context, instance, network_info, block_device_info=None,
                 destroy_disks=True, destroy_secrets=True):
-        if instance.task_state == task_states.RESIZE_REVERTING and (
-                self._resizer.stays(context, instance)):
-            with driver_errors.translated(
-                    instance, failure=exception.InstanceTerminationFailure):
-                self._resizer.shut_down(
-                    instance, network_info, block_device_info)
-            return
+        if instance.task_state == task_states.RESIZE_REVERTING:
+            if self._resizer.stays(context, instance):
+                with driver_errors.translated(
+                        instance,
+                        failure=exception.InstanceTerminationFailure):
+                    self._resizer.shut_down(
+                        instance, network_info, block_device_info)
+                return
+            arrival.goes_back(instance)
         if destroy_disks:
             self._migration_source.deleted(instance)
         self.cleanup(context, instance, network_info, block_device_info,

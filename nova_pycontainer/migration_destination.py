@@ -12,6 +12,7 @@
 
 """Live migration: the destination's side."""
 
+from keystoneauth1 import exceptions as keystone_exceptions
 from nova import exception
 from nova.i18n import _
 from nova import objects
@@ -35,6 +36,8 @@ _ENDED = ('aborted', 'failed')
 #: Glance does not have the image any more, or not for this user, or is not
 #: there itself.
 _NOT_FROM_GLANCE = (
+    # Nobody's token, where no user asks: there is no catalog.
+    keystone_exceptions.ClientException,
     exception.ImageNotFound, exception.ImageNotAuthorized,
     exception.CouldNotFetchImage, exception.GlanceConnectionFailed)
 
@@ -153,7 +156,7 @@ class Destination:
                 return
             reason = 'it has other data than the server was made of'
         except _NOT_FROM_GLANCE as e:
-            reason = e.format_message()
+            reason = str(e)
         if present:
             # It was made of what had that name on this host.
             raise exception.MigrationError(

@@ -106,7 +106,10 @@ class Power:
         uuid = instance.uuid
         info = self._client.info(uuid)
         if info.get('incoming'):
-            self._arrivals.rest(context, instance)
+            self._arrivals.rest(instance)
+        else:
+            # It may have come while nobody looked.
+            self._arrivals.note(instance, info)
         if info.get('offered'):
             # Only the host that Nova says the server is on is asked to start
             # it: a resize ended before it was another's.

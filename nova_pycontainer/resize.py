@@ -231,8 +231,4 @@ class Resizer:
             return False
         # What its state is said to be anybody can have changed who may.
         # These files are the only ones until all of them have come.
-        try:
-            record = objects.Migration.get_by_uuid(context, migration)
-        except exception.MigrationNotFound:
-            return False
-        return arrival.came(instance) >= record.id
+        return arrival.has_come(context, instance, migration)

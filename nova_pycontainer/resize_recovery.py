@@ -26,6 +26,7 @@ import time
 from nova.compute import task_states
 from nova.compute import vm_states
 from nova import context as nova_context
+from nova import exception
 from nova import objects
 from nova import utils
 from oslo_log import log as logging
@@ -93,10 +94,15 @@ class Recovery:
                 if instance.task_state != task_states.RESIZE_MIGRATED:
                     return
             self._finish(context, instance)
+        except (exception.InstanceNotFound,
+                exception.UnexpectedTaskStateError) as e:
+            LOG.info('It has gone on: %s', e, instance=instance)
         except Exception:
-            # The manager has written it down.
+            # The manager has written it down, but for what comes before.
             LOG.exception('The migration that was interrupted has failed',
                           instance=instance)
+            self._virtapi._compute._set_instance_obj_error_state(
+                instance, clean_task_state=True)
 
     def _finish(self, context, instance):
         record = arrival.record_of(context, instance)

@@ -210,6 +210,8 @@ class Container:
             'kept': self.st.kept,
             # Its files are not all here yet; the same.
             'incoming': (self.st.incoming or {}).get('migration'),
+            # By which all of it has come.
+            'arrived': (self.st.arrived or {}).get('migration'),
             'rescue': self.st.rescue is not None,
             'started_at': run['started_at'] if run and live else None,
             'spec': {k: v for k, v in self.st.spec.items()

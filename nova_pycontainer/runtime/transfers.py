@@ -178,7 +178,7 @@ class Transfers:
         versions.check(source_host, 'source')
         return cold.ask(self._host.migrations.connect(
             source.Endpoint.from_dict(source_host),
-            channel.Hello(migration, uuid, 'control', _number()),
+            channel.Hello(migration, uuid, 'facts', _number()),
             _CONNECT_TIMEOUT)) | {'source': source_host}
 
     def take(self, uuid: str, migration: str, spec: Info, facts: Info,
@@ -260,6 +260,12 @@ class Transfers:
             with entry.lock:
                 taking.run()
                 item = entry.container
+                assert item.st.incoming is not None
+                item.st.arrived = {
+                    'migration': progress.migration,
+                    'peer': item.st.incoming['facts']['source'],
+                    # Nobody asks: the source runs nothing.
+                    'at': 0}
                 item.st.incoming = None
                 item.st.save(item.directory)
             phase = protocol.Phase.COMPLETED

@@ -23,6 +23,7 @@ import typing as ty
 import pyroute2
 from pyroute2.netlink import diag
 
+from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import namespaces
 
 #: Seconds to wait for a guest to read.
@@ -41,7 +42,7 @@ def unread(pid: int | None) -> bool:
         return False
     try:
         return namespaces.within('net', pid, _unread)
-    except (OSError, pyroute2.NetlinkError):
+    except (OSError, errors.ContainerError, pyroute2.NetlinkError):
         return False
 
 

@@ -225,7 +225,7 @@ class Rig(Counting):
         killed, action = FAULTS[fault]
         server = None
         if verb != 'spawn':
-            server = (self._of_a_gone_image() if step.startswith('layer.')
+            server = (self._of_a_gone_image() if 'layer' in step.split('.')
                       else self.counting())
             if verb == 'resume':
                 self.demo.compute.suspend_server(server.id)

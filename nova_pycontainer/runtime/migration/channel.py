@@ -42,6 +42,8 @@ from nova_pycontainer.runtime.migration import versions
 #: Of the hello frame.
 VERSION: ty.Final = 1
 ROLES: ty.Final = frozenset([
+    # What there is to know of a container that is down.
+    'facts',
     'control', 'upper', 'memory', 'images', 'pages', 'layer'])
 Bandwidth = bandwidth.Bandwidth
 #: Bytes of a frame.

@@ -17,8 +17,8 @@ The source *offers* them (:class:`Offer`) and the destination *takes* them
 the other way: here the destination connects, because Nova tells it last.
 
 On the control connection it says ``files`` with the number of the connection
-at which it wants to read them, or ``log`` or ``facts``, which are answered,
-and at last ``end``. The source answers an error with ``failed`` at any time.
+at which it wants to read them, or ``log``, which is answered, and at last
+``end``. The source answers an error with ``failed`` at any time.
 """
 
 import collections.abc as cabc
@@ -49,7 +49,7 @@ LOG = logging.getLogger(__name__)
 Phase = protocol.Phase
 
 #: Connections that an offer takes.
-ROLES: ty.Final = ('control', 'upper', 'layer')
+ROLES: ty.Final = ('control', 'upper', 'layer', 'facts')
 
 _DATA_TIMEOUT = 60.0
 _ANSWER_TIMEOUT = 60.0
@@ -94,6 +94,11 @@ class Offer:
     def connected(self, connection: channel.Connection) -> None:
         """A connection has come in, authenticated and for this container."""
         role, seq = connection.hello.role, connection.hello.seq
+        if role == 'facts':
+            threading.Thread(
+                target=self._tell, args=(connection,), daemon=True,
+                name=f'facts-{self._item.uuid[:8]}').start()
+            return
         with self._arrived:
             if role == 'control':
                 self._readers += 1
@@ -108,6 +113,17 @@ class Offer:
         threading.Thread(
             target=self._run, args=(connection,), daemon=True,
             name=f'offer-{self._item.uuid[:8]}').start()
+
+    def _tell(self, connection: channel.Connection) -> None:
+        control = protocol.Control(connection)
+        try:
+            control.send('facts', facts=self._facts)
+            # It hangs up when it has them.
+            control.receive(_ANSWER_TIMEOUT)
+        except errors.ContainerError as e:
+            LOG.debug('%s', e)
+        finally:
+            control.close()
 
     def _reader_ends(self) -> None:
         with self._arrived:
@@ -177,8 +193,6 @@ class Offer:
                 elif frame['type'] == 'log':
                     control.send('log', data=console_log.pack(
                         item.log, item.log_bytes))
-                elif frame['type'] == 'facts':
-                    control.send('facts', facts=self._facts)
                 elif frame['type'] == 'end':
                     return
                 else:
@@ -228,12 +242,13 @@ class Offer:
 
 
 def ask(connection: channel.Connection) -> dict[str, ty.Any]:
-    """What the source of an offer has told whoever asked for the offer."""
+    """What the source of an offer has told whoever asked for the offer.
+
+    :param connection: of the role ``facts``
+    """
     control = protocol.Control(connection)
     try:
-        control.send('facts')
         found = control.expect('facts', _ANSWER_TIMEOUT).get('facts')
-        control.send('end')
     finally:
         control.close()
     if not isinstance(found, dict):

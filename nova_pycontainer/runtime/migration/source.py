@@ -368,7 +368,12 @@ class Source:
                 stack.callback(config.unlink, missing_ok=True)
                 options.config_file = str(config)
             dump.start()
-            self.moment.before(pid, self._paused)
+            try:
+                self.moment.before(pid, self._paused)
+            except BaseException:
+                # A guest that is paused may have been let run meanwhile.
+                self._thaw()
+                raise
             began = time.monotonic()
             try:
                 response = dump.session.request(

@@ -187,7 +187,7 @@ class FakeAgent(fake_migration.Migrations):
             'nics': spec['nics'],
             'resources': dict(spec['resources']), 'spec': spec,
             'exit': None, 'moved': None, 'root': spec.get('root'),
-            'offered': None, 'incoming': None,
+            'offered': None, 'incoming': None, 'arrived': None,
             'volumes': [{**volume, 'statistics': None}
                         for volume in spec.get('volumes', ())],
             'console': b'', 'rescue': None,
@@ -223,15 +223,14 @@ class FakeAgent(fake_migration.Migrations):
     def transfer_take(self, uuid, migration, spec, facts, options=None):
         self._enter('transfer_take')
         self.define(uuid, {**spec, 'base_id': facts['base_id']})
-        return self._taken(migration)
+        return self._taken(uuid, migration)
 
     def transfer_resume(self, uuid):
         self._enter('transfer_resume')
-        migration = self._get(uuid)['incoming']
-        self._get(uuid)['incoming'] = None
-        return self._taken(migration)
+        return self._taken(uuid, self._get(uuid)['incoming'])
 
-    def _taken(self, migration):
+    def _taken(self, uuid, migration):
+        self._get(uuid).update(incoming=None, arrived=migration)
         self._progress[migration] = {
             'phase': 'completed', 'migration': migration}
         return self._progress[migration]

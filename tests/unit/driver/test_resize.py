@@ -107,7 +107,7 @@ class LeaveTestCase(TestCase):
             offered=None, incoming=uuids.migration)
         self.driver.power_on(self.context, self.instance, self.network_info)
         self.assertIn('transfer_resume', self.agent.calls)
-        self.assertEqual(5, arrival.came(self.instance))
+        self.assertEqual(uuids.migration, arrival.came(self.instance))
         self.assertEqual(power_state.RUNNING, self.state())
 
     def test_flavor_that_containers_cannot_have(self):
@@ -200,7 +200,7 @@ class GoOnTestCase(TestCase):
         self.assertEqual(
             [*calls], [c for c in self.agent.calls if 'transfer' in c])
         self.assertEqual(power_state.RUNNING, self.state())
-        self.assertEqual(5, arrival.came(self.instance))
+        self.assertEqual(uuids.migration, arrival.came(self.instance))
 
     def test_nothing_has_come(self):
         del self.agent.containers[uuids.instance]
@@ -213,25 +213,55 @@ class GoOnTestCase(TestCase):
         self.item['incoming'] = uuids.other
         self.go_on('transfer_describe', 'transfer_take')
 
+    def test_one_that_waits_for_another_host(self):
+        self.item.update(state='defined', offered=uuids.other)
+        self.go_on('transfer_describe', 'transfer_take')
+
+    def test_one_that_runs_here(self):
+        self.item.update(state='running')
+        error = self.assertRaises(exception.MigrationError, self.go_on)
+        self.assertIn('running on the destination already', str(error))
+
     def test_a_part_has_come(self):
         self.item['incoming'] = uuids.migration
         self.go_on('transfer_resume')
 
-    def test_the_agent_has_copied_it(self):
-        self.agent._taken(uuids.migration)
+    def test_the_agent_copies(self):
+        self.item['incoming'] = uuids.migration
+        phases = ['copying', 'copying', 'completed']
+
+        def status(migration, wait_s=0.0):
+            if phases[1:] == ['completed']:
+                self.agent._taken(uuids.instance, migration)
+            return {'phase': phases.pop(0)}
+
+        self.agent.migration_status = status
         self.go_on()
+        self.assertEqual([], phases)
 
     def test_all_has_come(self):
-        self.item['state'] = 'defined'
-        self.go_on()
+        self.item['arrived'] = uuids.migration
+        for state in ('defined', 'stopped', 'running'):
+            self.item['state'] = state
+            self.instance.system_metadata.pop(arrival.CAME, None)
+            self.go_on()
 
-    def test_it_was_started(self):
-        self.item['state'] = 'running'
-        self.go_on()
+    def test_it_came_while_nobody_looked(self):
+        self.item['arrived'] = uuids.migration
+        self.driver.reboot(
+            self.context, self.instance, self.network_info, 'HARD')
+        self.assertEqual(uuids.migration, arrival.came(self.instance))
 
-    def test_it_was_started_and_has_ended(self):
-        self.instance.system_metadata[arrival.CAME] = '5'
-        self.go_on()
+    def test_it_goes_back(self):
+        self.instance.system_metadata[arrival.CAME] = uuids.migration
+        self.instance.task_state = 'resize_reverting'
+        self.driver.destroy(self.context, self.instance, self.network_info)
+        self.assertIsNone(arrival.came(self.instance))
+
+    def test_it_is_made_anew(self):
+        self.driver.destroy(self.context, self.instance, self.network_info)
+        self.spawn()
+        self.assertEqual(uuids.migration, arrival.came(self.instance))
 
     def test_started_where_it_has_not_come(self):
         del self.agent.containers[uuids.instance]
@@ -242,7 +272,8 @@ class GoOnTestCase(TestCase):
 
     def test_started_where_it_is_lost(self):
         del self.agent.containers[uuids.instance]
-        for lost in ({'came': '5'}, {'dest': 'host2'}, {'source': 'host1'}):
+        for lost in ({'came': uuids.migration}, {'dest': 'host2'},
+                     {'source': 'host1'}):
             self.instance.system_metadata[arrival.CAME] = lost.get('came', '')
             self.record.dest_compute = lost.get('dest', 'host1')
             self.record.source_compute = lost.get('source', 'host0')
@@ -261,25 +292,28 @@ class ForgetTestCase(TestCase):
         self.agent.transfer_offer(uuids.instance, uuids.migration, {})
         self.instance.host = 'host2'
         self.instance.task_state = None
-        for name, found in (('Instance', lambda *a, **k: self.instance),
-                            ('Migration', lambda *a: self.record)):
+        records = {uuids.former: 4, uuids.migration: 5, uuids.later: 6}
+        for name, found in (
+                ('Instance', lambda *a, **k: self.instance),
+                ('Migration', lambda context, uuid: objects.Migration(
+                    id=records[uuid]))):
             self.useFixture(fixtures.MonkeyPatch(
                 f'nova.objects.{name}.get_by_uuid', staticmethod(found)))
 
     def kept(self, came, state='active'):
         self.instance.vm_state = state
-        self.instance.system_metadata[arrival.CAME] = came
+        self.instance.system_metadata = {arrival.CAME: came} if came else {}
         self.driver._resizer.forget(self.context)
         return uuids.instance in self.agent.containers
 
     def test_it_has_come(self):
-        self.assertTrue(self.kept('5', 'resized'))
-        self.assertTrue(self.kept('5', 'error'))
-        self.assertFalse(self.kept('5'))
+        self.assertTrue(self.kept(uuids.migration, 'resized'))
+        self.assertTrue(self.kept(uuids.migration, 'error'))
+        self.assertFalse(self.kept(uuids.migration))
 
     def test_it_has_come_and_moved_on(self):
-        self.assertFalse(self.kept('6'))
+        self.assertFalse(self.kept(uuids.later))
 
     def test_its_state_was_reset_before_it_has_come(self):
-        self.assertTrue(self.kept(''))
-        self.assertTrue(self.kept('4'))
+        self.assertTrue(self.kept(None))
+        self.assertTrue(self.kept(uuids.former))
