@@ -162,10 +162,11 @@ class UpgradeTest(cloud.Counting):
         self.move(talks)
         self.assert_at(talks, 'host2')
         for server in (talks, moves):
-            self.admin.compute.live_migrate_server(
-                server.id, block_migration='auto')
-            self.wait_migration(server, 'failed', 'error')
-            self.assertIn('Upgrade nova-pycontainer on', self.reasons(server))
+            error = self.assertRaises(
+                exceptions.BadRequestException,
+                self.admin.compute.live_migrate_server, server.id,
+                host='host1', block_migration='auto')
+            self.assertIn('Upgrade nova-pycontainer on', str(error))
             self.wait_server(server.id, 'ACTIVE')
             self.assertEqual('host2', self.host_of(server))
 
