@@ -24,6 +24,7 @@ import threading
 
 from openstack import exceptions
 
+from tests import cases
 from tests.cloud import base
 from tests.cloud import sessions
 from tests.faults import cloud
@@ -129,6 +130,7 @@ class UpgradeTest(cloud.Counting):
             server.id, block_migration='auto')
         self.wait_migration(server, status)
 
+    @cases.more
     def test_host_by_host(self):
         compute = self.demo.compute
         talks = self.create_server('debian13', host='host1', name='talks')
