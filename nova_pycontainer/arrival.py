@@ -10,7 +10,6 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
-
 """Servers that come from another host while they are down.
 
 What has come of one that fails stays, and so does what its source offers:
@@ -34,6 +33,10 @@ from nova_pycontainer import steps as driver_steps
 from nova_pycontainer import transfer
 
 LOG = logging.getLogger(__name__)
+
+#: In ``system_metadata``: the last migration by which all of the server has
+#: come to the host that it is on.
+CAME = 'pycontainer_came'
 
 
 def record_of(context, instance):
@@ -172,11 +175,6 @@ class Arrivals:
                 raise
             return False
         return phase not in ('failed', 'aborted')
-
-
-#: In ``system_metadata``: the last migration by which all of the server has
-#: come to the host that it is on.
-CAME = 'pycontainer_came'
 
 
 def came(instance):

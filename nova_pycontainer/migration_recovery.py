@@ -24,7 +24,6 @@ have done then.
 """
 
 import functools
-import threading
 
 from nova.compute import task_states
 from nova import context as nova_context
@@ -33,6 +32,7 @@ from nova import objects
 from nova.objects import fields
 from oslo_log import log as logging
 
+from nova_pycontainer import kept_back
 from nova_pycontainer import migration
 from nova_pycontainer import migration_data
 
@@ -44,7 +44,7 @@ _BEGUN = ('queued', 'preparing', 'running', 'post-migrating',
           migration.POST_COPY)
 
 
-class Recovery:
+class Recovery(kept_back.KeptBack):
     """Finds migrations that this service had begun before its restart.
 
     :param source: a nova_pycontainer.migration.Source
@@ -52,31 +52,18 @@ class Recovery:
     """
 
     def __init__(self, source, virtapi):
+        super().__init__('migration')
         self._source = source
         self._virtapi = virtapi
-        self._found = []
-        self._lock = threading.Lock()
 
-    def keep_back(self, context, instances):
-        """Return the instances of which the manager may know all.
-
-        :param instances: an InstanceList
-        """
-        kept = []
-        for instance in instances:
-            if instance.task_state != task_states.MIGRATING:
-                continue
-            record = self._migration(context, instance)
-            if record is not None:
-                LOG.info('Migration %s was %s when nova-compute ended',
-                         record.uuid, record.status, instance=instance)
-                kept.append((instance, record))
-        with self._lock:
-            self._found = kept
-        uuids = {instance.uuid for instance, _record in kept}
-        return objects.InstanceList(context, objects=[
-            instance for instance in instances
-            if instance.uuid not in uuids])
+    def _begun(self, context, instance):
+        if instance.task_state != task_states.MIGRATING:
+            return None
+        record = self._migration(context, instance)
+        if record is not None:
+            LOG.info('Migration %s was %s when nova-compute ended',
+                     record.uuid, record.status, instance=instance)
+        return record
 
     @staticmethod
     def _migration(context, instance):
@@ -89,15 +76,6 @@ class Recovery:
             if found.migration_type == fields.MigrationType.LIVE_MIGRATION:
                 return found
         return None
-
-    def start(self):
-        """Follow those that were kept back. The manager is ready for it."""
-        with self._lock:
-            found, self._found = self._found, []
-        for instance, record in found:
-            threading.Thread(
-                target=self._follow, args=(instance, record),
-                name=f'migration-{instance.uuid}', daemon=True).start()
 
     def _follow(self, instance, record):
         context = nova_context.get_admin_context()

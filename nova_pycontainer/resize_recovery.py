@@ -10,7 +10,6 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
-
 """Cold migrations and resizes whose last part nova-compute did not finish.
 
 The last part is the destination's: it gets the files, and starts the server.
@@ -20,7 +19,6 @@ come to is still to be seen, so it is begun again where it was left
 (:meth:`.arrival.Arrivals.go_on`).
 """
 
-import threading
 import time
 
 from nova.compute import task_states
@@ -32,6 +30,7 @@ from nova import utils
 from oslo_log import log as logging
 
 from nova_pycontainer import arrival
+from nova_pycontainer import kept_back
 from nova_pycontainer import migration_data
 
 LOG = logging.getLogger(__name__)
@@ -41,52 +40,32 @@ _MESSAGE_S = 180.0
 _TASKS = (task_states.RESIZE_MIGRATED, task_states.RESIZE_FINISH)
 
 
-class Recovery:
+class Recovery(kept_back.KeptBack):
     """Goes on with them after a start of nova-compute.
+
+    With ``resume_guests_state_on_host_boot`` the manager would start such a
+    server before it is here.
 
     :param virtapi: the compute manager's
     :param host: name of this compute service
     """
 
     def __init__(self, virtapi, host):
+        super().__init__('resize')
         self._virtapi = virtapi
         self._host = host
-        self._found = []
-        self._lock = threading.Lock()
 
-    def keep_back(self, context, instances):
-        """Return the instances that the manager may look at.
+    def _begun(self, _context, instance):
+        if instance.host == self._host and (
+                instance.task_state in _TASKS and
+                instance.vm_state in (vm_states.ACTIVE, vm_states.STOPPED)):
+            return instance.task_state
+        return None
 
-        With ``resume_guests_state_on_host_boot`` it would start the others
-        before they are here.
-
-        :param instances: an InstanceList
-        """
-        found = [
-            instance for instance in instances
-            if instance.host == self._host and
-            instance.task_state in _TASKS and
-            instance.vm_state in (vm_states.ACTIVE, vm_states.STOPPED)]
-        with self._lock:
-            self._found = found
-        uuids = {instance.uuid for instance in found}
-        return objects.InstanceList(context, objects=[
-            instance for instance in instances
-            if instance.uuid not in uuids])
-
-    def start(self):
-        """Go on with those that were kept back. The manager is ready."""
-        with self._lock:
-            found, self._found = self._found, []
-        for instance in found:
-            threading.Thread(
-                target=self._go_on, args=(instance,),
-                name=f'resize-{instance.uuid}', daemon=True).start()
-
-    def _go_on(self, instance):
+    def _follow(self, instance, task_state):
         context = nova_context.get_admin_context()
         try:
-            if instance.task_state == task_states.RESIZE_MIGRATED:
+            if task_state == task_states.RESIZE_MIGRATED:
                 # The message is most likely on its way still. If it was
                 # taken, and this is how far it came, it does not come.
                 time.sleep(_MESSAGE_S)

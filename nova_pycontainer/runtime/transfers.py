@@ -84,7 +84,7 @@ class Transfers:
             if not item.st.offered:
                 continue
             try:
-                self._open(item)
+                self._open(item, self._facts(item))
             except (OSError, errors.ContainerError) as e:
                 # One container must not keep the others from their agent.
                 LOG.error('instance %s cannot be offered any more: %s',
@@ -123,7 +123,7 @@ class Transfers:
                 'migration': migration, 'peer': destination,
                 'bandwidth': opts.bandwidth}
             item.st.save(item.directory)
-            self._open(item)
+            self._open(item, facts)
             return facts | {'source': self._host.migrations.identity()}
 
     def _facts(self, item: container.Container) -> Info:
@@ -135,11 +135,11 @@ class Transfers:
                       if item.spec.layer else {}),
             'drive': item.config_drive.exists()}
 
-    def _open(self, item: container.Container) -> None:
+    def _open(self, item: container.Container, facts: Info) -> None:
         assert item.st.offered is not None
         migration = str(item.st.offered['migration'])
         offer = cold.Offer(
-            item, self._host.layers, self._facts(item),
+            item, self._host.layers, facts,
             protocol.Progress(migration, item.uuid, 'source'),
             item.st.offered.get('bandwidth'))
         with self._lock:

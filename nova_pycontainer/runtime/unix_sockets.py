@@ -10,7 +10,6 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
-
 """What the processes of a guest have said to each other.
 
 By sock_diag(7) in its network namespace, which unix(7) sockets belong to.

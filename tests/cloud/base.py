@@ -257,6 +257,14 @@ class CloudTestCase(cases.TestCase):
 
     # Images
 
+    def layers(self, host: str) -> list[dict[str, typing.Any]]:
+        """What ``pycontainer layers`` shows."""
+        return json.loads(self.on_host(
+            host, 'pycontainer', 'layers', '-f', 'json'))
+
+    def delete_layer(self, host: str, key: str) -> None:
+        self.on_host(host, 'pycontainer', 'layers', '--delete', key)
+
     @staticmethod
     def image_file(name: str) -> str:
         """The path of one out of tools/images, built when needed."""

@@ -129,8 +129,7 @@ class BadImagesTest(base.CloudTestCase):
         """What both hosts hold when all builds have failed."""
         for _image, _digest, server_id in self.servers.values():
             self.wait_server(server_id, 'ERROR')
-        return [(json.loads(self.on_host(host, 'pycontainer', 'layers', '-f',
-                                         'json')),
+        return [(self.layers(host),
                  # Names in the store are made of the image's hash.
                  self.on_host(host, 'find', str(_STORE), '-maxdepth', '2'),
                  self.on_host(host, 'find', '/var/lib/pycontainer/instances',
@@ -201,9 +200,6 @@ class NewImageTest(base.CloudTestCase):
         self.addCleanup(self.demo.image.delete_image, image.id)
         return self.demo.image.get_image(image.id)
 
-    def _delete_layer(self, host, key):
-        self.on_host(host, 'pycontainer', 'layers', '--delete', key)
-
     def _building(self, server_id):
         """When the host began to build a server, as Nova writes it."""
         action, = self.admin.compute.server_actions(server_id)
@@ -240,9 +236,8 @@ class NewImageTest(base.CloudTestCase):
         self.addCleanup(self._delete_servers_and_layer, servers, host, key)
         # Each unpacking has a directory of its own.
         self.assertEqual(1, len(seen), seen)
-        layers = [layer for layer in json.loads(self.on_host(
-            host, 'pycontainer', 'layers', '-f', 'json'))
-            if layer['image'] == image.id]
+        layers = [layer for layer in self.layers(host)
+                  if layer['image'] == image.id]
         self.assertEqual([key], [layer['key'] for layer in layers])
         # Both wanted it before it was there; else this would prove nothing.
         created = time.strftime('%Y-%m-%dT%H:%M:%S',
@@ -254,4 +249,4 @@ class NewImageTest(base.CloudTestCase):
     def _delete_servers_and_layer(self, servers, host, key):
         for server in servers:
             self.delete_server(server.id)
-        self._delete_layer(host, key)
+        self.delete_layer(host, key)

@@ -10,14 +10,12 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
-
 """Hosts upgraded one after the other, under servers that are in use.
 
 The former release is really the former one, out of the repository's history:
 its agents and its driver. The rest of Nova is the same.
 """
 
-import json
 import os
 import shutil
 import threading
@@ -71,10 +69,7 @@ class Load:
 class UpgradeTest(cloud.Counting):
 
     def setUp(self):
-        reason = releases.missing(releases.LAST)
-        if reason is not None:
-            print(f'skipped: {reason}', flush=True)
-            self.skipTest(reason)
+        releases.skip_without(self, releases.LAST)
         super().setUp()
         self.releases = base.CLOUD / 'releases'
         self.addCleanup(self._normal)
@@ -90,10 +85,8 @@ class UpgradeTest(cloud.Counting):
 
     def _forget_format(self, host):
         """What the former release could not read: none goes back to it."""
-        for layer in json.loads(self.on_host(
-                host, 'pycontainer', 'layers', '-f', 'json')):
-            self.on_host(
-                host, 'pycontainer', 'layers', '--delete', layer['key'])
+        for layer in self.layers(host):
+            self.delete_layer(host, layer['key'])
         base.cloud_sh('stop', f'{host}.nova-compute', f'{host}.agent')
         self.on_host(host, 'rm', '-f', '/var/lib/pycontainer/preflight.json')
 
@@ -125,10 +118,19 @@ class UpgradeTest(cloud.Counting):
         # The former release does not say it.
         return found['cpu_info']['migration'].get('state_format', 3)
 
-    def move(self, server, status='completed'):
+    def move(self, server):
         self.admin.compute.live_migrate_server(
             server.id, block_migration='auto')
-        self.wait_migration(server, status)
+        self.wait_migration(server, 'completed')
+
+    def upgrade_under(self, server, host):
+        """Upgrade a host while a server comes to it, or leaves it."""
+        self.admin.compute.live_migrate_server(
+            server.id, block_migration='auto')
+        self.upgrade(host)
+        self.wait_migration(server, 'completed', 'failed', 'error')
+        self.wait_server(server.id, 'ACTIVE')
+        self.assertEqual(1, len(self.copies(server)))
 
     @cases.more
     def test_host_by_host(self):
@@ -152,12 +154,7 @@ class UpgradeTest(cloud.Counting):
         self.addCleanup(load.finish)
 
         # One is on its way while its destination is upgraded.
-        self.admin.compute.live_migrate_server(
-            moves.id, block_migration='auto')
-        self.upgrade('host2')
-        self.wait_migration(moves, 'completed', 'failed', 'error')
-        self.wait_server(moves.id, 'ACTIVE')
-        self.assertEqual(1, len(self.copies(moves)))
+        self.upgrade_under(moves, 'host2')
         if self.host_of(moves) == 'host1':
             self.move(moves)
         # The host that is upgraded takes all, and gives none back.
@@ -176,12 +173,7 @@ class UpgradeTest(cloud.Counting):
         # One is on its way while its source is.
         self.upgrade('host1')
         self.move(talks)
-        self.admin.compute.live_migrate_server(
-            moves.id, block_migration='auto')
-        self.upgrade('host2')
-        self.wait_migration(moves, 'completed', 'failed', 'error')
-        self.wait_server(moves.id, 'ACTIVE')
-        self.assertEqual(1, len(self.copies(moves)))
+        self.upgrade_under(moves, 'host2')
 
         session.come()
         base.wait_for(session.come, PATIENCE, 'the session talks')

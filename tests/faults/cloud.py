@@ -259,9 +259,8 @@ class Rig(Counting):
         server = self.counting(image_id=image.id)
         self.admin.image.delete_image(image.id)
         layer = self.containers('host1')[server.id]['layer']
-        if layer in {found['key'] for found in json.loads(self.on_host(
-                'host2', 'pycontainer', 'layers', '-f', 'json'))}:
-            self.on_host('host2', 'pycontainer', 'layers', '--delete', layer)
+        if layer in {found['key'] for found in self.layers('host2')}:
+            self.delete_layer('host2', layer)
         return server
 
     # The verbs

@@ -49,6 +49,14 @@ def missing(rev):
     return None
 
 
+def skip_without(test, rev):
+    """Skip a test if there is no such release here, and print why."""
+    reason = missing(rev)
+    if reason is not None:
+        print(f'skipped: {reason}', flush=True)
+        test.skipTest(reason)
+
+
 def export(rev, directory):
     """Write the package as it was in a revision."""
     directory.mkdir(mode=0o755)
@@ -68,10 +76,7 @@ class Releases:
     rev = FORMER
 
     def setUp(self):
-        reason = missing(self.rev)
-        if reason is not None:
-            print(f'skipped: {reason}', flush=True)
-            self.skipTest(reason)
+        skip_without(self, self.rev)
         super().setUp()
 
     def _host(self, name, address):

@@ -15,9 +15,9 @@
 from nova.compute import power_state
 from nova.compute import task_states
 from nova.compute import vm_states
-from nova import objects
 from nova.tests.functional.api import client
 
+from nova_pycontainer import arrival
 from nova_pycontainer.runtime import errors
 from tests import cases
 from tests.functional import agents
@@ -266,9 +266,7 @@ class ResizeTest(test_snapshots.TestCase):
         """As if nova-compute had ended where the agent has failed."""
         self.restart_agent('host2')
         instance = self.instance(server)
-        record = objects.Migration.get_by_id_and_instance(
-            instance._context, instance.migration_context.migration_id,
-            instance.uuid)
+        record = arrival.record_of(instance._context, instance)
         record.status = 'post-migrating'
         record.save()
         self.computes['host2'].manager._set_instance_info(

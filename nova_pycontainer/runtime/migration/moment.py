@@ -53,7 +53,6 @@ class Moment:
         self._sleepers = sleepers.Sleepers(group)
         self._facts: dict[str, ty.Any] = {}
         self._attempts = 0
-        self._dropped: overruns.Dropped = []
         self.drops = False
 
     def before(self, init: int, paused: bool) -> None:
@@ -73,14 +72,14 @@ class Moment:
     def frozen(self, init: int) -> None:
         """CRIU has stopped all and not yet run code of its own in it."""
         ahead = clocks.offsets(init)
+        dropped: overruns.Dropped = []
         if self.drops and self._attempts > _READS:
-            self._dropped = overruns.drop(
-                self._group, init, self._unread)
+            dropped = overruns.drop(self._group, init, self._unread)
         self._facts = {
             'asleep': self._sleepers.frozen(ahead[time.CLOCK_MONOTONIC]),
             'timers': clocks.save(ahead, self._group),
             'netlink': netlink_options.save(self._group),
-            'dropped': self._dropped,
+            'dropped': dropped,
         }
 
     def given_up(self, init: int) -> None:
@@ -91,7 +90,6 @@ class Moment:
         resume.resume(
             [resume.Sleep(*s) for s in self._sleepers.stopped], now, init)
         self._sleepers.stopped = []
-        self._dropped = []
 
     def dumped(self) -> dict[str, ty.Any]:
         """All is dumped, and stopped still.
