@@ -22,6 +22,7 @@ not run have not passed.
 
 import collections
 import pathlib
+import re
 import sys
 
 import subunit
@@ -30,6 +31,9 @@ import testtools
 
 #: Characters of a failure's reason that fit beside its name.
 _LAST_WORDS = 300
+
+#: A frame of a traceback in the tests themselves.
+_PLACE = re.compile(r'File ".*?(tests/[^"]*)", line ([0-9]+)')
 
 
 class _Totals(testtools.StreamResult):
@@ -56,10 +60,13 @@ class _Totals(testtools.StreamResult):
                 self.tracebacks.get(test_id, b'') + bytes(file_bytes))
 
     def last_words(self, test_id):
-        """The last line of its traceback, or what there is of it."""
+        """Where in the tests it failed, and what the error says."""
         text = self.tracebacks.get(test_id, b'').decode(errors='replace')
-        lines = text.strip().splitlines() or ['']
-        return lines[-1][:_LAST_WORDS]
+        places = _PLACE.findall(text)
+        place = ' '.join(f'{file}:{line}' for file, line in places[-2:])
+        # What no longer is indented as a frame of the traceback is.
+        error = ' '.join(re.split(r'\n(?=\S)', text)[-1].split())
+        return f'{place} {error[:_LAST_WORDS]}'.strip()
 
 
 def _read(path):

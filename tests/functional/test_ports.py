@@ -81,9 +81,13 @@ class Base(migration_base.TestCase):
             {*self.wanted}, {*self._get_provider_inventory(
                 self.bridge(host))})
 
-    def assert_free(self, host):
-        self.assertEqual({}, self._get_allocations_by_provider_uuid(
-            self.bridge(host)))
+    def wait_until_free(self, host):
+        """Nova says that a server is moved or deleted, and gives its
+        resources back afterwards.
+        """
+        self.wait_for(
+            lambda: not self._get_allocations_by_provider_uuid(
+                self.bridge(host)), f'the bridge of {host} to be free')
 
 
 class PortsTest(Base):
@@ -95,9 +99,9 @@ class PortsTest(Base):
         self.action(server, 'VERIFY_RESIZE', 'migrate', {'host': 'host2'})
         self.assert_claimed(server, 'host2')
         self.action(server, 'ACTIVE', 'confirmResize')
-        self.assert_free('host1')
+        self.wait_until_free('host1')
         self.delete(server)
-        self.assert_free('host2')
+        self.wait_until_free('host2')
         self.assert_nothing_left('host2')
 
     def test_no_bandwidth_is_left(self):
@@ -109,7 +113,7 @@ class PortsTest(Base):
         server = super().boot(status='ERROR')
         self.assertIn('No valid host', server['fault']['message'])
         self.delete(server)
-        self.assert_free('host1')
+        self.wait_until_free('host1')
         self.assert_nothing_left()
 
 
@@ -128,6 +132,6 @@ class LiveMigrationTest(Base):
         self.migrate(server)
         self.wait_for_migration(server, 'completed')
         self.assert_claimed(server, 'host2')
-        self.assert_free('host1')
+        self.wait_until_free('host1')
         self.delete(server)
-        self.assert_free('host2')
+        self.wait_until_free('host2')

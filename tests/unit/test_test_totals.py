@@ -79,6 +79,28 @@ class TestTotals(unittest.TestCase):
                  '2 passed, 2 failed, 0 skipped']),
             self.run_totals('unit', 'cloud'))
 
+    def test_where_and_why_it_failed(self):
+        with open(self.directory / 'unit.subunit', 'wb') as file:
+            stream = subunit.StreamResultToBytes(file)
+            stream.startTestRun()
+            stream.status(
+                test_id='a', test_status='fail', file_name='traceback',
+                mime_type='text/plain; charset="utf8"', eof=True,
+                file_bytes=b"""Traceback (most recent call last):
+  File "/root/clone/tests/functional/test_a.py", line 12, in test_a
+    self.assertEqual({}, found)
+  File "/usr/lib/python3/site-packages/testtools/x.py", line 3, in y
+    raise mismatch_error
+testtools.matchers._impl.MismatchError: !=:
+reference = {}
+actual    = {'a':
+             {'b': 1}}
+""")
+            stream.stopTestRun()
+        self.assertEqual(
+            "FAILED a (fail) tests/functional/test_a.py:12 "
+            "actual = {'a': {'b': 1}}", self.run_totals('unit')[1][0])
+
     def test_a_test_that_never_ended_has_failed(self):
         self.write('unit', a='success', b='inprogress')
         self.assertEqual(
