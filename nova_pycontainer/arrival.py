@@ -95,7 +95,7 @@ class Arrivals:
         :raises nova.exception.MigrationError, ContainerError: as for
             :meth:`take`
         """
-        info = self._info(instance.uuid)
+        info = self._client.find(instance.uuid)
         if info is None or record.uuid not in (
                 info['incoming'], info['arrived']):
             # What is here is of an earlier stay.
@@ -157,14 +157,6 @@ class Arrivals:
         instance.system_metadata[CAME] = info['arrived']
         # Now: it is what the files of the source wait for.
         instance.save()
-
-    def _info(self, uuid):
-        try:
-            return self._client.info(uuid)
-        except errors.ContainerError as e:
-            if e.code != 'not_found':
-                raise
-            return None
 
     def _is_coming(self, record):
         """Whether the agent copies it, or has copied it."""

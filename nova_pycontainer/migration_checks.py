@@ -164,13 +164,10 @@ class Checks:
         What an earlier stay has left here is removed in
         ``pre_live_migration``.
         """
-        try:
-            info = self._client.info(instance.uuid)
-        except errors.ContainerError as e:
-            if e.code != 'not_found':
-                raise
+        info = self._client.find(instance.uuid)
+        if info is None or info['state'] in ('running', 'paused'):
             return None
-        return None if info['state'] in ('running', 'paused') else 'exists'
+        return 'exists'
 
 
 def _judge(found, instance, ignored=None):

@@ -119,12 +119,10 @@ class Destination:
 
         :raises nova.exception.MigrationError: it is alive
         """
-        try:
-            state = self._client.info(instance.uuid)['state']
-        except errors.ContainerError as e:
-            if e.code != 'not_found':
-                raise
+        info = self._client.find(instance.uuid)
+        if info is None:
             return
+        state = info['state']
         if state in _ALIVE:
             raise exception.MigrationError(
                 reason=_('its container is %s on the destination already. '
@@ -223,12 +221,8 @@ class Destination:
                          '"pycontainer list"'))
 
     def _is_alive(self, instance):
-        try:
-            return self._client.info(instance.uuid)['state'] in _ALIVE
-        except errors.ContainerError as e:
-            if e.code != 'not_found':
-                raise
-            return False
+        info = self._client.find(instance.uuid)
+        return info is not None and info['state'] in _ALIVE
 
 
 def options(conf):

@@ -205,10 +205,8 @@ class Power:
 
     def _existing(self, context, instance):
         """Return what the agent knows of a container that must exist."""
-        try:
-            return self._client.info(instance.uuid)
-        except errors.ContainerError as e:
-            if e.code != 'not_found':
-                raise
+        info = self._client.find(instance.uuid)
+        if info is not None:
+            return info
         self._arrivals.missing(context, instance)
         return self._client.info(instance.uuid)

@@ -160,6 +160,16 @@ class Client:
     def info(self, uuid: str) -> Json:
         return ty.cast(Json, self._call('info', {'uuid': uuid}))
 
+    def find(self, uuid: str) -> Json | None:
+        """What :meth:`info` says of a container, or None if there is none.
+        """
+        try:
+            return self.info(uuid)
+        except errors.ContainerError as e:
+            if e.code != 'not_found':
+                raise
+            return None
+
     def events(self, after: int, timeout_s: float) -> _List:
         """Events after number ``after``; waits for one at most so long.
 

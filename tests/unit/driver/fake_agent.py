@@ -23,6 +23,7 @@ import tarfile
 import threading
 import time
 
+from nova_pycontainer.agent import client
 from nova_pycontainer.runtime import errors
 from tests.unit.driver import fake_migration
 
@@ -114,6 +115,8 @@ class FakeAgent(fake_migration.Migrations):
         return {**item, 'spec': {key: value for key, value
                                  in item['spec'].items()
                                  if key not in ('config_drive', 'files')}}
+
+    find = client.Client.find
 
     # Layers
 
