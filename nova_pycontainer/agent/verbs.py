@@ -172,7 +172,7 @@ VERBS: ty.Final[dict[str, Verb]] = {
             'type': 'integer', 'minimum': 1, 'maximum': 64 * MIB}}),
     'console_token': Verb('consoles.token', {'uuid': _UUID}),
     # Only as an upgrade: see the server.
-    'console_attach': Verb('console_connect', {'uuid': _UUID}),
+    'console_attach': Verb('consoles.connect', {'uuid': _UUID}),
 }
 
 

@@ -25,6 +25,7 @@ The secret is computed from the container's uuid and a key of this host, so
 that it is the same at each question and different after a migration.
 """
 
+import collections.abc as cabc
 import contextlib
 import hmac
 import os
@@ -111,6 +112,32 @@ class Consoles:
         self._host.entry(uuid).require('created', 'running', 'paused')
         return {'port': self.port, 'path': '/' + self._secret(uuid)}
 
+    def connect(
+        self, uuid: str, accept: cabc.Callable[[], socket.socket]
+    ) -> None:
+        """Connect a stream to the console of a container that is not down.
+
+        The keeper holds the stream from then on, so it outlives this
+        process; the caller closes its own copy.
+
+        :param accept: gives the stream, and is called only if there is a
+            console
+        """
+        self._host.entry(uuid).require('created', 'running', 'paused')
+        self._host.keeper.attach(uuid, accept().fileno())
+
+    def attach(self, uuid: str) -> socket.socket:
+        """A new stream to and from the console; see :meth:`connect`."""
+        ours, theirs = socket.socketpair()
+        try:
+            self.connect(uuid, lambda: theirs)
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        return ours
+
     def _secret(self, uuid: str) -> str:
         return hmac.digest(self._key, uuid.encode(), 'sha256').hex()
 
@@ -151,7 +178,7 @@ class Consoles:
             return client
 
         try:
-            self._host.console_connect(uuid, accept)
+            self.connect(uuid, accept)
         except errors.ContainerError as e:
             LOG.info('instance %s: its console: %s', uuid, e)
             client.sendall(b'HTTP/1.1 409 Conflict' + _END)

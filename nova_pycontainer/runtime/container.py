@@ -19,13 +19,10 @@ these methods one at a time for each container.
 import collections.abc as cabc
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import pathlib
 import shutil
-import socket
-import stat
 import time
 import typing as ty
 
@@ -49,20 +46,19 @@ from nova_pycontainer.runtime import network
 from nova_pycontainer.runtime import oci
 from nova_pycontainer.runtime import overlay
 from nova_pycontainer.runtime import process
+from nova_pycontainer.runtime import report
 from nova_pycontainer.runtime import revert
 from nova_pycontainer.runtime import spec as rspec
 from nova_pycontainer.runtime import state
 from nova_pycontainer.runtime import syscalls
+from nova_pycontainer.runtime import terminal
+from nova_pycontainer.runtime import trees
 from nova_pycontainer.runtime import volume
 
 LOG = logging.getLogger(__name__)
 
 #: Seconds for the last processes to die after SIGKILL.
 KILL_TIMEOUT = 30.0
-_CONSOLE_TIMEOUT = 10.0
-#: From its start an init has so long, in seconds, to heed signals.
-_HANDLER_TIMEOUT = 10.0
-_TIOCSPTLCK = 0x40045431
 
 
 class Container:
@@ -105,6 +101,7 @@ class Container:
             config.run_dir / 'root' / f'{st.uuid}.dev', st.base_id)
         self.lxcfs = lxcfs.Lxcfs(config.lxcfs_dir)
         self.bundle = config.run_dir / 'bundle' / st.uuid
+        self._console_socket = config.run_dir / 'console' / f'{st.uuid}.sock'
         self.disk = self._own_root()
         self.cgroup = cgroup.Cgroup(
             hierarchies,
@@ -171,59 +168,8 @@ class Container:
         return int(self.st.run['process']['pid'])
 
     def info(self) -> dict[str, ty.Any]:
-        run = self.st.run
-        current = self.status()
-        live = current in ('created', 'running', 'paused')
-        usage = (self.cgroup.usage() if live
-                 else cgroup.Usage(0, 0, 0, 0))
-        used = self.disk.usage()
-        return {
-            'uuid': self.uuid,
-            'name': self.spec.name,
-            'state': current,
-            'pid': run['process']['pid'] if run and live else None,
-            'exit': self.st.exit.to_dict() if self.st.exit else None,
-            'cpu_time_ns': usage.cpu_time_ns,
-            'cpus': sorted(self.cgroup.cpus() or ()) if live else None,
-            'memory_bytes': usage.memory_bytes,
-            'pids': usage.pids,
-            'oom_kills': usage.oom_kills,
-            'base_id': self.st.base_id,
-            'layer': self.spec.layer,
-            'image_id': self.spec.image_id,
-            'nics': [
-                nic.to_dict() | {'statistics': network.statistics(nic)}
-                for nic in self.spec.nics],
-            'volumes': [
-                v.to_dict() | {'statistics': volume.statistics(v)}
-                for v in self.spec.volumes],
-            'root': self._root_info(),
-            'resources': dict(self.st.spec.get('resources') or {}),
-            'disk': {'method': self.disk.method,
-                     'used_bytes': used[0] if used else None,
-                     'free_bytes': used[1] if used else None},
-            'created_at': self.st.created_at,
-            # It runs on another host; what is here is only left over.
-            'moved': self.st.moved,
-            # Another host may have it, by this migration.
-            'offered': (self.st.offered or {}).get('migration'),
-            'kept': self.st.kept,
-            # Its files are not all here yet; the same.
-            'incoming': (self.st.incoming or {}).get('migration'),
-            # By which all of it has come.
-            'arrived': (self.st.arrived or {}).get('migration'),
-            'rescue': self.st.rescue is not None,
-            'started_at': run['started_at'] if run and live else None,
-            'spec': {k: v for k, v in self.st.spec.items()
-                     if k != 'config_drive'},
-        }
-
-    def _root_info(self) -> dict[str, ty.Any] | None:
-        # Also while another root is in place of it.
-        if not self.st.spec.get('root'):
-            return None
-        root = volume.Volume.from_dict(self.st.spec['root'])
-        return root.to_dict() | {'statistics': volume.statistics(root)}
+        """See :func:`.report.of`."""
+        return report.of(self)
 
     # Making it
 
@@ -313,7 +259,11 @@ class Container:
             with r.step('bundle', self._remove_bundle):
                 self._write_bundle(init, self._namespaces(stack))
             with r.step('create', self._remove_from_runtime):
-                pid, master = self._create(procs)
+                pid, master = terminal.receive(
+                    self._console_socket, lambda: self._oci.create(
+                        self._keeper, self.uuid, self.bundle,
+                        self._console_socket, self.bundle / 'pid',
+                        [str(p) for p in procs]))
             try:
                 with r.step('guest-files'):
                     if init.kind is initd.Kind.SYSTEMD:
@@ -474,39 +424,6 @@ class Container:
             shares=self.lxcfs.files())
         (self.bundle / 'config.json').write_text(json.dumps(document))
 
-    @property
-    def _console_socket(self) -> pathlib.Path:
-        return self._config.run_dir / 'console' / f'{self.uuid}.sock'
-
-    def _create(self, procs: list[pathlib.Path]) -> tuple[int, int]:
-        """:returns: the init's pid, and the master of its console"""
-        path = self._console_socket
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        path.unlink(missing_ok=True)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
-            server.bind(str(path))
-            try:
-                server.listen(1)
-                server.settimeout(_CONSOLE_TIMEOUT)
-                faults.point('create.listening')
-                pid = self._oci.create(
-                    self._keeper, self.uuid, self.bundle, path,
-                    self.bundle / 'pid', [str(p) for p in procs])
-                # The runtime has sent it before it ended.
-                connection, _ = server.accept()
-            finally:
-                path.unlink(missing_ok=True)
-        with connection:
-            connection.settimeout(_CONSOLE_TIMEOUT)
-            _, fds, _, _ = socket.recv_fds(connection, 4096, 4)
-        if len(fds) != 1:
-            for fd in fds:
-                os.close(fd)
-            raise errors.ContainerError(
-                'oci_failed',
-                f'{self._oci.name} sent {len(fds)} consoles instead of one')
-        return pid, fds[0]
-
     def _write_drop_ins(self, pid: int) -> None:
         """Write into the guest's /run before its init runs."""
         # The tmpfs belongs to the guest's user namespace.
@@ -537,7 +454,7 @@ class Container:
         :param unowned: the console was the terminal of no session
         """
         if master is None:
-            master = self._open_console(pid)
+            master = terminal.make_first(pid)
         else:
             master = os.dup(master)
         try:
@@ -556,22 +473,6 @@ class Container:
         }
         self.st.exit = None
         self.st.save(self.directory)
-
-    def _open_console(self, pid: int) -> int:
-        """Make the guest's first terminal, which no process had open.
-
-        A devpts gives its lowest free number away, so that the first one is
-        /dev/pts/0 again, which /dev/console leads to.
-        """
-        root = os.open(f'/proc/{pid}/root', os.O_PATH | os.O_DIRECTORY)
-        try:
-            fd = syscalls.openat2(
-                root, 'dev/pts/ptmx', os.O_RDWR | os.O_NOCTTY,
-                syscalls.RESOLVE_IN_ROOT)
-        finally:
-            os.close(root)
-        fcntl.ioctl(fd, _TIOCSPTLCK, bytes(4))
-        return fd
 
     def _allow_ping(self, pid: int) -> None:
         """Let all users of the guest ping, as distributions do.
@@ -632,38 +533,6 @@ class Container:
                     raise
 
     # Taking it down
-
-    def ask_to_stop(
-        self, pidfd: int, timeout_s: float
-    ) -> tuple[str, ...] | None:
-        """Ask the init to shut down.
-
-        :param timeout_s: that it has for it
-        :returns: a command that has to be run in the guest instead, if its
-            init knows no signal for that
-        """
-        assert self.st.run is not None
-        init = self.st.run['init']
-        if init['stop_signal'] is not None:
-            number = int(init['stop_signal'])
-            self._wait_for_handler(pidfd, number, timeout_s)
-            process.send_signal(pidfd, number)
-            return None
-        return tuple(init['stop_argv'])
-
-    def _wait_for_handler(
-        self, pidfd: int, number: int, timeout_s: float
-    ) -> None:
-        """Give an init that was just started the time to heed a signal: sent
-        earlier, the kernel drops it, and nobody would shut down.
-        """
-        assert self.st.run is not None
-        pid = int(self.st.run['process']['pid'])
-        until = min(float(self.st.run['started_at'] or 0) + _HANDLER_TIMEOUT,
-                    time.time() + timeout_s)
-        while not process.heeds(pid, number) and time.time() < until:
-            if process.exited(pidfd, 0.05):
-                return
 
     def kill(self) -> None:
         """Kill every process and wait until the init is gone.
@@ -749,40 +618,4 @@ class Container:
         self.disk.unmount()
         self.disk.clear_limit()
         if self.directory.exists():
-            remove_tree(self.directory)
-
-
-def remove_tree(top: pathlib.Path) -> None:
-    """Delete a tree whose content a guest made.
-
-    shutil.rmtree is safe against links, and gives up at what the guest made
-    immutable; those flags are only of this tree's inodes.
-    """
-    def failed(function: ty.Any, path: str, info: ty.Any) -> None:
-        parent = os.path.dirname(path)
-        for item in (parent, path):
-            _make_mutable(item)
-        function(path)
-
-    shutil.rmtree(top, onerror=failed)
-
-
-def _make_mutable(path: str) -> None:
-    get, put = 0x80086601, 0x40086602  # FS_IOC_GETFLAGS, FS_IOC_SETFLAGS
-    try:
-        if not stat.S_ISREG(os.lstat(path).st_mode) and not stat.S_ISDIR(
-                os.lstat(path).st_mode):
-            return
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
-        return
-    try:
-        flags = int.from_bytes(fcntl.ioctl(fd, get, bytes(8)), 'little')
-        immutable = 0x10 | 0x20
-        if flags & immutable:
-            fcntl.ioctl(
-                fd, put, (flags & ~immutable).to_bytes(8, 'little'))
-    except OSError:
-        pass
-    finally:
-        os.close(fd)
+            trees.remove(self.directory)

@@ -19,9 +19,7 @@ holds; nothing that waits for a guest's good will is done under it.
 import collections.abc as cabc
 import contextlib
 import functools
-import os
 import pathlib
-import socket
 import sys
 import threading
 import time
@@ -50,6 +48,7 @@ from nova_pycontainer.runtime import imagecheck
 from nova_pycontainer.runtime import interfaces
 from nova_pycontainer.runtime import keeper_client
 from nova_pycontainer.runtime import layers
+from nova_pycontainer.runtime import loading
 from nova_pycontainer.runtime import machine
 from nova_pycontainer.runtime.migration import checks
 from nova_pycontainer.runtime.migration import preflight
@@ -57,12 +56,12 @@ from nova_pycontainer.runtime import migrations
 from nova_pycontainer.runtime import network
 from nova_pycontainer.runtime import oci
 from nova_pycontainer.runtime import pausing
-from nova_pycontainer.runtime import process
 from nova_pycontainer.runtime import quiesce
 from nova_pycontainer.runtime import rescue
 from nova_pycontainer.runtime import snapshots
 from nova_pycontainer.runtime import spec as rspec
 from nova_pycontainer.runtime import state
+from nova_pycontainer.runtime import stopping
 from nova_pycontainer.runtime import transfers
 from nova_pycontainer.runtime import volume_swap
 from nova_pycontainer.runtime import volumes
@@ -137,7 +136,9 @@ class Host:
         if missing:
             LOG.error('no cgroup hierarchy has the controllers %s: limits '
                       'of containers are NOT enforced', missing)
-        self._load()
+        for item in loading.containers(c.instances_dir, self.make):
+            self._entries[item.uuid] = Entry(item)
+            self._recover(item)
         self.snapshots.recover()
         self.rescues.recover()
         self.transfers.recover()
@@ -159,59 +160,35 @@ class Host:
 
     # View
 
-    def _load(self) -> None:
-        for directory in sorted(self._config.instances_dir.iterdir()):
-            uuid = directory.name
-            try:
-                rconfig.check_uuid(uuid)
-            except errors.ContainerError:
-                LOG.warning('%s is not of ours; leaving it alone', directory)
-                continue
-            if not (directory / 'state.json').exists():
-                LOG.warning('removing the unfinished instance %s', uuid)
-                self._remove_unfinished(uuid)
-                continue
-            try:
-                item = self.make(state.State.load(directory))
-            except errors.ContainerError as e:
-                # One damaged file must not take the others' agent away.
-                LOG.error('instance %s cannot be loaded: %s', uuid, e)
-                continue
-            self._entries[uuid] = Entry(item)
-            pidfd = None
-            try:
-                self.checkpoints.recover(item)
-                self.quiesces.recover(item)
-                pidfd = item.open()
-                if pidfd is not None:
-                    item.note_cpus()
-                    self.volumes.recover(item)
-                    self._watcher.add(uuid, pidfd)
-                    self.migrations.recover(uuid)
-                    if item.started_unnoticed():
-                        self._events.add('started', uuid)
-                else:
-                    self.migrations.recover(uuid)
-                    self._ends.exited(uuid)
-                    if uuid in self._entries and item.st.run is None:
-                        # What a kill in the middle of a verb has left.
-                        item.teardown()
-            except (OSError, errors.ContainerError) as e:
-                # One container must not keep the others from their agent.
-                # Cleaning up is tried again with the next verb.
-                LOG.error('cleaning up after instance %s failed: %s',
-                          uuid, e)
+    def _recover(self, item: container.Container) -> None:
+        try:
+            self.checkpoints.recover(item)
+            self.quiesces.recover(item)
+            pidfd = item.open()
+            if pidfd is not None:
+                item.note_cpus()
+                self.volumes.recover(item)
+                self._watcher.add(item.uuid, pidfd)
+                self.migrations.recover(item.uuid)
+                if item.started_unnoticed():
+                    self._events.add('started', item.uuid)
+            else:
+                self.migrations.recover(item.uuid)
+                self._ends.exited(item.uuid)
+                if item.uuid in self._entries and item.st.run is None:
+                    # What a kill in the middle of a verb has left.
+                    item.teardown()
+        except (OSError, errors.ContainerError) as e:
+            # One container must not keep the others from their agent.
+            # Cleaning up is tried again with the next verb.
+            LOG.error('cleaning up after instance %s failed: %s',
+                      item.uuid, e)
 
     def make(self, st: state.State) -> container.Container:
         kind = rescue.Rescued if st.rescue else container.Container
         return kind(
             self._config, self._oci, self._hierarchies, self.keeper,
             self._cpus, st)
-
-    def _remove_unfinished(self, uuid: str) -> None:
-        directory = self._config.instances_dir / uuid
-        disk.Disk(directory, 'none', 0, None).unmount()
-        container.remove_tree(directory)
 
     def entry(self, uuid: str) -> Entry:
         rconfig.check_uuid(uuid)
@@ -505,53 +482,8 @@ class Host:
             return entry.container.info()
 
     def stop(self, uuid: str, timeout_s: float) -> Info:
-        """Ask the init to shut down; after the time-out kill it.
-
-        :returns: how it ended; idempotent
-        """
-        with self.locked(uuid) as entry:
-            item = entry.container
-            current = item.status()
-            if current == 'suspended':
-                self.checkpoints.discard(item)
-            if current in ('defined', 'stopped', 'suspended'):
-                self._ends.finish(entry)
-                return (item.st.exit or state.Exit()).to_dict()
-            if current == 'paused':
-                # A frozen init cannot shut down.
-                item.hold_network(False)
-                item.cgroup.freeze(False)
-            entry.stopping += 1
-            pidfd = item.open()
-            command = None
-            deadline = time.monotonic() + timeout_s
-            if pidfd is not None and current != 'created' and timeout_s > 0:
-                command = item.ask_to_stop(pidfd, timeout_s)
-        try:
-            if command is not None:
-                self._run_stop_command(item, command, timeout_s)
-            if pidfd is None or current == 'created' or not process.exited(
-                    pidfd, max(deadline - time.monotonic(), 0)):
-                with self.locked(uuid):
-                    item.kill()
-            with self.locked(uuid):
-                self._ends.finish(entry)
-                return (item.st.exit or state.Exit()).to_dict()
-        finally:
-            entry.stopping -= 1
-            if pidfd is not None:
-                os.close(pidfd)
-
-    def _run_stop_command(
-        self, item: container.Container, command: tuple[str, ...],
-        timeout_s: float,
-    ) -> None:
-        try:
-            execute.run(item, [*command], timeout_s=timeout_s)
-        except errors.ContainerError as e:
-            # The time-out and SIGKILL are still to come.
-            LOG.warning('instance %s: asking it to shut down: %s',
-                        item.uuid, e)
+        """See :func:`.stopping.stop`."""
+        return stopping.stop(self, self._ends, uuid, timeout_s)
 
     def kill(self, uuid: str) -> Info:
         return self.stop(uuid, 0)
@@ -657,34 +589,6 @@ class Host:
     def console_log(self, uuid: str, max_bytes: int = 102400) -> bytes:
         """The end of the console's output, also of a stopped container."""
         return console_log.read(self.entry(uuid).container.log, max_bytes)
-
-    def console_connect(
-        self, uuid: str, accept: cabc.Callable[[], socket.socket]
-    ) -> None:
-        """Connect a stream to the console of a container that is not down.
-
-        The keeper holds the stream from then on, so it outlives this
-        process; the caller closes its own copy.
-
-        :param accept: gives the stream, and is called only if there is a
-            console
-        """
-        entry = self.entry(uuid)
-        entry.require('created', 'running', 'paused')
-        self.keeper.attach(uuid, accept().fileno())
-
-    def console_attach(self, uuid: str) -> socket.socket:
-        """A new stream to and from the console; see :meth:`console_connect`.
-        """
-        ours, theirs = socket.socketpair()
-        try:
-            self.console_connect(uuid, lambda: theirs)
-        except BaseException:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-        return ours
 
     def events(self, after: int, timeout_s: float) -> _Events:
         return self._events.after(after, timeout_s)

@@ -35,6 +35,7 @@ from nova_pycontainer.runtime import imagecheck
 from nova_pycontainer.runtime import overlay
 from nova_pycontainer.runtime import revert
 from nova_pycontainer.runtime import spec as rspec
+from nova_pycontainer.runtime import trees
 from nova_pycontainer.runtime import volume
 
 if ty.TYPE_CHECKING:
@@ -97,7 +98,7 @@ class Rescued(container.Container):
         self.disk.unmount()
         self.disk.clear_limit()
         if self.scratch.exists():
-            container.remove_tree(self.scratch)
+            trees.remove(self.scratch)
 
     def mount_root(self, layer: pathlib.Path) -> None:
         own = self._config.layers_dir / self._own_layer / 'root'

@@ -51,6 +51,7 @@ from nova_pycontainer.runtime import rescue
 from nova_pycontainer.runtime import revert
 from nova_pycontainer.runtime import snapshot
 from nova_pycontainer.runtime import state
+from nova_pycontainer.runtime import trees
 
 if ty.TYPE_CHECKING:
     from nova_pycontainer.runtime import host
@@ -88,7 +89,7 @@ class Snapshots:
             uuid = place.name.rpartition('.')[0]
             try:
                 self._thaw(uuid, place)
-                container.remove_tree(place)
+                trees.remove(place)
             except (OSError, errors.ContainerError) as e:
                 LOG.error('%s, left by an interrupted snapshot, cannot be '
                           'cleaned up: %s', place, e)
@@ -238,7 +239,7 @@ class Snapshots:
             yield place
         finally:
             try:
-                container.remove_tree(place)
+                trees.remove(place)
             except OSError as e:
                 # Not in place of the snapshot's own error.
                 LOG.error('%s is left behind: %s', place, e)

@@ -22,7 +22,7 @@ class Terminal:
     """What somebody at a console sees and types."""
 
     def __init__(self, host, uuid):
-        self._socket = host.console_attach(uuid)
+        self._socket = host.consoles.attach(uuid)
         self.close = self._socket.close
         self.output = b''
 

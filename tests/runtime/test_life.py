@@ -389,7 +389,7 @@ class ConsoleTestCase(base.HostTestCase):
     def test_two_way_console(self):
         uuid = self.run_container(init={'argv': [
             '/bin/sh', '-c', 'read word; echo "it was $word"; sleep 1000']})
-        with self.host.console_attach(uuid) as sock:
+        with self.host.consoles.attach(uuid) as sock:
             sock.settimeout(base.PATIENCE)
             sock.sendall(b'melon\n')
             seen = b''

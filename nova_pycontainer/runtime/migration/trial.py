@@ -40,6 +40,7 @@ from nova_pycontainer.runtime.migration import restoring
 from nova_pycontainer.runtime.migration import terminals
 from nova_pycontainer.runtime import process
 from nova_pycontainer.runtime import state
+from nova_pycontainer.runtime import trees
 
 LOG = logging.getLogger(__name__)
 
@@ -249,4 +250,4 @@ class Trial:
         images.Memory(self._images).unmount()
         for path in (self._top, self._run):
             if path.exists():
-                container.remove_tree(path)
+                trees.remove(path)

@@ -40,7 +40,7 @@ class DirectoryHost:
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Semaphore(0)
-        self.snapshots = self
+        self.snapshots = self.consoles = self
         #: A snapshot fails after that many pieces.
         self.fail_after = None
 
@@ -183,7 +183,7 @@ class DirectoryHost:
     def console_log(self, uuid, max_bytes=102400):
         return (self._path(uuid) / 'console.log').read_bytes()[-max_bytes:]
 
-    def console_connect(self, uuid, accept):
+    def connect(self, uuid, accept):
         """An echo that outlives the server, as the keeper does."""
         self._path(uuid)
         # A copy: the server closes its own.
