@@ -21,8 +21,8 @@ from tests.runtime import base
 class Terminal:
     """What somebody at a console sees and types."""
 
-    def __init__(self, host, uuid):
-        self._socket = host.consoles.attach(uuid)
+    def __init__(self, stream):
+        self._socket = stream
         self.close = self._socket.close
         self.output = b''
 

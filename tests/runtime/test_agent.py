@@ -175,7 +175,7 @@ class LifeTestCase(AgentTestCase):
         before = self.host.events(-1, 0)
         last = before[-1]['seq'] if before else -1
         uuid = self.script('read line; exit 3')
-        with self.host.consoles.attach(uuid) as stream:
+        with self.host.console_attach(uuid) as stream:
             stream.sendall(b'\n')
             found = []
             while len(found) < 2:
@@ -219,7 +219,7 @@ class EndOfAgentTestCase(AgentTestCase):
     def test_an_exit_while_there_is_no_agent_is_not_lost(self):
         uuid = self.script('echo ready; read line; echo bye; exit 42')
         self.wait_console(uuid, 'ready')
-        stream = self.host.consoles.attach(uuid)
+        stream = self.host.console_attach(uuid)
         self.addCleanup(stream.close)
         pid = self.host.info(uuid)['pid']
         self.kill_agent()

@@ -25,7 +25,8 @@ class ConsoleTestCase(base.HostTestCase):
         self.uuid = self.run_container()
         # A shell waits there, started by the image's init.
         self.wait_console(self.uuid, 'Start-up done')
-        self.terminal = terminal.Terminal(self.host, self.uuid)
+        self.terminal = terminal.Terminal(
+            self.host.consoles.attach(self.uuid))
         self.addCleanup(self.terminal.close)
 
     def test_the_shell_has_a_terminal_of_its_own(self):

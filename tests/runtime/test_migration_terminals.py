@@ -27,7 +27,7 @@ class MigrationTerminalsTestCase(hosts.TwoHostsTestCase):
         base.wait_for(lambda: self.tty_of_the_shell(self.a), 'the shell')
 
     def console(self, host):
-        found = terminal.Terminal(host, self.uuid)
+        found = terminal.Terminal(host.console_attach(self.uuid))
         self.addCleanup(found.close)
         return found
 
