@@ -18,6 +18,8 @@ was the last one that came to that, so that the source may remove its files
 (:meth:`.resize.Resizer.forget`).
 """
 
+import time
+
 from nova.compute import vm_states
 from nova import exception
 from nova.i18n import _
@@ -33,6 +35,11 @@ from nova_pycontainer import steps as driver_steps
 from nova_pycontainer import transfer
 
 LOG = logging.getLogger(__name__)
+
+#: Errors of asking a host that is still booting: its agent does not listen,
+#: or has not read yet what it offers.
+_NOT_YET = ('network', 'timeout', 'forbidden', 'not_found')
+_RETRY_S = 2.0
 
 #: In ``system_metadata``: the last migration by which all of the server has
 #: come to the host that it is on.
@@ -109,10 +116,35 @@ class Arrivals:
             self.rest(instance)
 
     def _ask_and_take(self, context, instance, record):
-        source = migration_data.recorded_identity(
-            context, record.source_compute)
-        self.take(context, instance, record, self._client.transfer_describe(
-            instance.uuid, record.uuid, source))
+        self.take(context, instance, record,
+                  self._ask(context, instance, record))
+
+    def _ask(self, context, instance, record):
+        return self._client.transfer_describe(
+            instance.uuid, record.uuid, migration_data.recorded_identity(
+                context, record.source_compute))
+
+    def wait_for_source(self, context, instance, record, limit_s):
+        """Wait until :meth:`go_on` can have what it needs from the source.
+
+        :param limit_s: seconds; after them it is for go_on to fail
+        """
+        deadline = time.monotonic() + limit_s
+        while not self._is_here(instance, record):
+            try:
+                self._ask(context, instance, record)
+                return
+            except errors.ContainerError as e:
+                if e.code not in _NOT_YET or time.monotonic() > deadline:
+                    return
+                LOG.warning('Waiting for host %s, which it comes from: %s',
+                            record.source_compute, e, instance=instance)
+            time.sleep(_RETRY_S)
+
+    def _is_here(self, instance, record):
+        info = self._client.find(instance.uuid)
+        return info is not None and info['incoming'] is None and (
+            info['arrived'] == record.uuid)
 
     def rest(self, instance):
         """Copy the rest of a server whose copy has failed.

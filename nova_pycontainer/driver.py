@@ -158,7 +158,8 @@ class PyContainerDriver(driver.ComputeDriver):
         self._resizer = resize.Resizer(
             self._client, self._spawner, self._power, arrivals,
             self._volumes, options, host)
-        self._resize_recovery = resize_recovery.Recovery(self.virtapi, host)
+        self._resize_recovery = resize_recovery.Recovery(
+            self.virtapi, arrivals, host)
         self._watcher = events.Watcher(
             self._client, self.emit_event, self._agent_up, self._agent_down,
             patience=options.agent_lost_timeout)

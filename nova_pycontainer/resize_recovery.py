@@ -37,6 +37,8 @@ LOG = logging.getLogger(__name__)
 
 #: For a message that has not come yet to come, in seconds.
 _MESSAGE_S = 180.0
+#: For the source to boot: it may have lost its power when this host did.
+_BOOT_S = 600.0
 _TASKS = (task_states.RESIZE_MIGRATED, task_states.RESIZE_FINISH)
 
 
@@ -47,12 +49,14 @@ class Recovery(kept_back.KeptBack):
     server before it is here.
 
     :param virtapi: the compute manager's
+    :param arrivals: a nova_pycontainer.arrival.Arrivals
     :param host: name of this compute service
     """
 
-    def __init__(self, virtapi, host):
+    def __init__(self, virtapi, arrivals, host):
         super().__init__('resize')
         self._virtapi = virtapi
+        self._arrivals = arrivals
         self._host = host
 
     def _begun(self, _context, instance):
@@ -88,6 +92,10 @@ class Recovery(kept_back.KeptBack):
         LOG.warning('It was %s by migration %s when nova-compute ended; '
                     'going on', instance.task_state, record.uuid,
                     instance=instance)
+        here = record.source_compute == record.dest_compute
+        if not here:
+            self._arrivals.wait_for_source(
+                context, instance, record, _BOOT_S)
         manager = self._virtapi._compute
         if instance.task_state == task_states.RESIZE_FINISH:
             if record.old_instance_type_id != record.new_instance_type_id:
@@ -98,8 +106,7 @@ class Recovery(kept_back.KeptBack):
         # As the source's message would have called it.
         manager.finish_resize(
             context, migration_data.dump_disk_info(
-                facts=None, migration=record.uuid,
-                here=record.source_compute == record.dest_compute),
+                facts=None, migration=record.uuid, here=here),
             utils.get_image_from_system_metadata(instance.system_metadata),
             instance, record, _request_spec(context, instance))
 

@@ -12,6 +12,7 @@
 
 """Cold migration and resize, with real containers on two hosts."""
 
+import fixtures
 from nova.compute import power_state
 from nova.compute import task_states
 from nova.compute import vm_states
@@ -262,8 +263,11 @@ class ResizeTest(test_snapshots.TestCase):
         self.periodic('_run_image_cache_manager_pass')
         self.assert_only_at(server, 'host2')
 
-    def interrupted(self, server):
-        """As if nova-compute had ended where the agent has failed."""
+    def interrupted(self, server, source_is_down=False):
+        """As if nova-compute had ended where the agent has failed.
+
+        :param source_is_down: the source boots after it has started again
+        """
         self.restart_agent('host2')
         instance = self.instance(server)
         record = arrival.record_of(instance._context, instance)
@@ -274,7 +278,14 @@ class ResizeTest(test_snapshots.TestCase):
         instance.vm_state = vm_states.ACTIVE
         instance.task_state = task_states.RESIZE_FINISH
         instance.save()
+        if source_is_down:
+            self.agents.stop('host1')
+        log = self.useFixture(fixtures.FakeLogger('nova_pycontainer.arrival'))
         self.restart('host2')
+        if source_is_down:
+            self.wait_for(lambda: 'Waiting for host host1' in log.output,
+                          'the destination to ask')
+            self.agents.start('host1')
         self.wait_for(lambda: self._settled(server, 'VERIFY_RESIZE'),
                       'the rest of the resize')
 
@@ -289,10 +300,18 @@ class ResizeTest(test_snapshots.TestCase):
         self.assert_only_at(server, 'host1')
 
     @cases.more
+    def test_both_hosts_boot_while_it_comes(self):
+        server = self.break_at('taking.files')
+        self.interrupted(server, source_is_down=True)
+        self.confirm(server)
+        self.assert_changed(server, 'host2')
+        self.assert_only_at(server, 'host2')
+
+    @cases.more
     def test_nova_compute_dies_before_it_comes(self):
         server = self.break_at('taking.connected', self.large)
         self.agents.client('host2').delete(server['id'])
-        self.interrupted(server)
+        self.interrupted(server, source_is_down=True)
         self.assert_size(server, 'host2', 384, 2)
         self.confirm(server)
         self.assert_changed(server, 'host2')
