@@ -323,8 +323,9 @@ class PyContainerDriver(driver.ComputeDriver):
     def cleanup(self, context, instance, network_info, block_device_info=None,
                 destroy_disks=True, migrate_data=None, destroy_vifs=True,
                 destroy_secrets=True):
-        with driver_errors.translated(
-                instance, failure=exception.InstanceTerminationFailure):
+        with driver_errors.after_the_move(instance) if migrate_data else (
+                driver_errors.translated(
+                    instance, failure=exception.InstanceTerminationFailure)):
             self._spawner.remove(
                 instance, network_info, block_device_info,
                 keep_disk=not destroy_disks,
@@ -625,7 +626,8 @@ class PyContainerDriver(driver.ComputeDriver):
 
     def post_live_migration_at_source(  # S
             self, context, instance, network_info):
-        self.unplug_vifs(instance, network_info)
+        with driver_errors.after_the_move(instance):
+            self.unplug_vifs(instance, network_info)
 
     def post_live_migration_at_destination(  # D
             self, context, instance, network_info, block_migration=False,

@@ -171,6 +171,26 @@ def rolled_back(instance, failure):
         if isinstance(e, errors.AgentUnavailable) or e.code == 'timeout':
             raise error from e
         raise exception.InstanceFaultRollback(error) from e
+    except (exception.HypervisorUnavailable,
+            exception.InstanceFaultRollback):
+        raise
+    except exception.NovaException as e:
+        # Of a port or a volume.
+        raise exception.InstanceFaultRollback(e) from e
+
+
+@contextlib.contextmanager
+def after_the_move(instance):
+    """What cannot be cleaned up on the source is only told.
+
+    The server runs elsewhere; the manager would not finish that, and put it
+    into ERROR. :meth:`.resize.Resizer.forget` tries again.
+    """
+    try:
+        yield
+    except (errors.ContainerError, exception.NovaException) as e:
+        LOG.error('It has moved, and cannot be cleaned up here: %s', e,
+                  instance=instance)
 
 
 def unavailable(error):

@@ -16,11 +16,13 @@ import threading
 import time
 
 from nova.compute import utils as compute_utils
+from nova import context as nova_context
 from nova import exception
 from nova.i18n import _
 from nova import objects
 from oslo_log import log as logging
 
+from nova_pycontainer import attachments
 from nova_pycontainer import errors as driver_errors
 from nova_pycontainer import flavor
 from nova_pycontainer import migration_data
@@ -92,6 +94,7 @@ class Source:
         changed since, and the guest goes on as it began.
         """
         info = self._client.info(instance.uuid)
+        attachments.remember(nova_context.get_admin_context(), instance)
         return migration_data.dump_disk_info(
             spec=info['spec'], base_id=info['base_id'])
 
@@ -275,6 +278,8 @@ class Source:
         self._record(context, instance, error)
         try:
             recover_method(context, instance, dest, data, **status)
+            if attachments.forget(instance):
+                instance.save()
         except exception.InstanceNotFound:
             # It was deleted meanwhile, which ended the migration.
             LOG.info('The server was deleted while it migrated',

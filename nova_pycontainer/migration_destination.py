@@ -12,12 +12,15 @@
 
 """Live migration: the destination's side."""
 
+import time
+
 from keystoneauth1 import exceptions as keystone_exceptions
 from nova import exception
 from nova.i18n import _
 from nova import objects
 from oslo_log import log as logging
 
+from nova_pycontainer import attachments
 from nova_pycontainer import cpus
 from nova_pycontainer import migration_data
 from nova_pycontainer.runtime import errors
@@ -32,6 +35,9 @@ LOG = logging.getLogger(__name__)
 _HERE = ('committed', 'running', 'completed')
 
 _ENDED = ('aborted', 'failed')
+
+#: Seconds for the processes of one that has ended to be gone.
+_DYING_S = 5
 
 #: Glance does not have the image any more, or not for this user, or is not
 #: there itself.
@@ -58,6 +64,8 @@ class Destination:
         self._volumes = volumes
         self._images = images
         self._conf = conf
+        #: Migrations that were rolled back, maybe while they were prepared.
+        self._over = set()
 
     def prepare(self, context, instance, network_info, block_device_info,
                 disk_info, data):
@@ -107,6 +115,11 @@ class Destination:
                         'nics': nics, 'volumes': volumes,
                         'resources': resources},
                     source, options(self._conf))
+            with steps.step('rollback'):
+                # The source's service was restarted, and waits no more.
+                if migration in self._over:
+                    raise exception.MigrationError(
+                        reason=_('it was rolled back meanwhile'))
             steps.success()
         data.target_connect_addr = f'{endpoint["address"]}:{endpoint["port"]}'
         migration_data.put(data, migration=migration, endpoint={
@@ -177,6 +190,7 @@ class Destination:
                 info['state'])
         # The compute manager saves it with the instance.
         instance.system_metadata[spawn.BASE_ID] = str(info['base_id'])
+        attachments.forget(instance)
 
     def rollback(self, instance, network_info, data):
         """Remove what :meth:`prepare` has made; idempotent.
@@ -185,44 +199,70 @@ class Destination:
             the source may think
         """
         uuid = instance.uuid
-        self._give_up(instance, data)
+        try:
+            migration = migration_data.get(data)['migration']
+        except (exception.MigrationError, KeyError):
+            # It failed before it had a name.
+            migration = None
+        else:
+            self._over.add(migration)
+        self._give_up(instance, migration)
+        other = self._of_another(instance, migration)
+        if other is not None:
+            LOG.warning('Migration %s is being rolled back late: what is here '
+                        'is of %s', migration, other, instance=instance)
+            return
         self._client.delete(uuid)
         vifs = migration_data.destination_vifs(data, network_info)
         vif.unplug(instance, vifs)
         self._client.unplug(uuid, [vif.name(port) for port in vifs or ()])
 
-    def _give_up(self, instance, data):
+    def _give_up(self, instance, migration):
         """Have the agent end the migration, unless it cannot be ended.
 
-        :raises nova.exception.MigrationError: it has ended well
+        :param migration: its uuid, or None
+        :raises nova.exception.MigrationError: it has ended well, or a later
+            one has
         """
+        here = False
         try:
-            migration = migration_data.get(data)['migration']
-            status = self._client.migration_status(migration)
-            if status['phase'] not in (*_ENDED, *_HERE):
-                self._client.migration_abort(
-                    migration, 'the source has rolled back')
+            if migration is not None:
                 status = self._client.migration_status(migration)
-            here = status['phase'] in _HERE
-        except (exception.MigrationError, KeyError):
-            # It failed before it had a name.
-            here = self._is_alive(instance)
+                if status['phase'] not in (*_ENDED, *_HERE):
+                    self._client.migration_abort(
+                        migration, 'the source has rolled back')
+                    status = self._client.migration_status(migration)
+                here = status['phase'] in _HERE
         except errors.ContainerError as e:
-            if e.code == 'not_found':
-                here = self._is_alive(instance)
-            elif e.code == 'bad_state':
+            if e.code == 'bad_state':
                 here = True
-            else:
+            elif e.code != 'not_found':
                 raise
         if here:
-            raise exception.MigrationError(
-                reason=_('the server runs on the destination, which is '
-                         'therefore not cleaned up. Look at both hosts with '
-                         '"pycontainer list"'))
+            raise _runs_here()
 
-    def _is_alive(self, instance):
-        info = self._client.find(instance.uuid)
-        return info is not None and info['state'] in _ALIVE
+    def _of_another(self, instance, migration):
+        """The later migration whose container is here, or None.
+
+        :raises nova.exception.MigrationError: it has brought the server
+        """
+        for _attempt in range(_DYING_S):
+            info = self._client.find(instance.uuid)
+            if info is None:
+                return None
+            if info['migration'] not in (None, migration):
+                return info['migration']
+            if info['state'] not in _ALIVE:
+                return None
+            # Or this one has just been killed.
+            time.sleep(1)
+        raise _runs_here()
+
+
+def _runs_here():
+    return exception.MigrationError(
+        reason=_('the server runs on the destination, which is therefore not '
+                 'cleaned up. Look at both hosts with "pycontainer list"'))
 
 
 def options(conf):

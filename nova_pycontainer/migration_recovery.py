@@ -32,6 +32,7 @@ from nova import objects
 from nova.objects import fields
 from oslo_log import log as logging
 
+from nova_pycontainer import attachments
 from nova_pycontainer import kept_back
 from nova_pycontainer import migration
 from nova_pycontainer import migration_data
@@ -88,8 +89,7 @@ class Recovery(kept_back.KeptBack):
             data.src_supports_numa_live_migration = True
         # What the manager would have given to live_migration().
         manager = self._virtapi._compute
-        bdms = objects.BlockDeviceMappingList.get_by_instance_uuid(
-            context, instance.uuid)
+        bdms = attachments.of_source(context, manager.volume_api, instance)
         post_method = functools.partial(
             manager._post_live_migration_update_host, source_bdms=bdms)
         recover_method = functools.partial(

@@ -213,11 +213,24 @@ class Resizer:
         its end, and that were deleted since or have got over it elsewhere.
         """
         for info in self._client.list():
-            if info.get('offered') and self._is_over(
+            if info.get('moved') and self._is_elsewhere(
+                    context, info['uuid']):
+                LOG.warning('Removing what is left of server %s, which has '
+                            'moved to another host', info['uuid'])
+                self._client.delete(info['uuid'])
+            elif info.get('offered') and self._is_over(
                     context, info['uuid'], info['offered']):
                 LOG.warning('Removing what is left of server %s, which was '
                             'to move to another host', info['uuid'])
                 self._client.delete(info['uuid'])
+
+    def _is_elsewhere(self, context, uuid):
+        try:
+            instance = objects.Instance.get_by_uuid(context, uuid)
+        except exception.InstanceNotFound:
+            return True
+        return instance.task_state is None and (
+            instance.host not in (None, self._host))
 
     def _is_over(self, context, uuid, migration):
         try:

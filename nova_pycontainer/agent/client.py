@@ -34,6 +34,10 @@ _List = list[Json]
 _PIECE: ty.Final = 1 << 17
 #: Seconds for the agent to take a connection.
 _CONNECT_TIMEOUT: ty.Final = 10.0
+#: Seconds more than for others: a disk may have millions of files.
+_DELETE_S: ty.Final = 240.0
+#: Seconds in which the agent asks another host, and ends a migration.
+_RESOLVE_S: ty.Final = 150.0
 
 
 class _Connection(http.client.HTTPConnection):
@@ -357,7 +361,8 @@ class Client:
             'resume', {'uuid': uuid, 'changes': changes}, 1740.0))
 
     def delete(self, uuid: str, keep_disk: bool = False) -> None:
-        self._call('delete', {'uuid': uuid, 'keep_disk': keep_disk})
+        self._call(
+            'delete', {'uuid': uuid, 'keep_disk': keep_disk}, _DELETE_S)
 
     def quiesce(self, uuid: str, limit_s: float) -> Json:
         """Let a container stand still, for that many seconds at most."""
@@ -376,7 +381,8 @@ class Client:
 
     def unrescue(self, uuid: str) -> Json:
         """Kill it, and give it its own root again."""
-        return ty.cast(Json, self._call('unrescue', {'uuid': uuid}))
+        return ty.cast(
+            Json, self._call('unrescue', {'uuid': uuid}, _DELETE_S))
 
     # Migration
 
@@ -411,6 +417,16 @@ class Client:
         """End it before its commit; returns when it has ended."""
         self._call('migration_abort', {
             'migration': migration, 'reason': reason}, 60.0)
+
+    def migration_resolve(self, uuid: str, runs: str) -> Json:
+        """Settle a migration whose other host will never answer again.
+
+        :param runs: ``here`` or ``elsewhere``, as for
+            :meth:`.migrations.Migrations.resolve`
+        """
+        return ty.cast(Json, self._call(
+            'migration_resolve', {'uuid': uuid, 'runs': runs},
+            _RESOLVE_S))
 
     def transfer_offer(
         self, uuid: str, migration: str, destination: Json,

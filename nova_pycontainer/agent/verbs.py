@@ -138,6 +138,10 @@ VERBS: ty.Final[dict[str, Verb]] = {
         'migrations.force_complete', {'migration': _UUID}),
     'migration_abort': Verb('migrations.abort', {
         'migration': _UUID, 'reason': _TEXT}, limit_s=120.0),
+    # It asks the other host once, and waits for the end.
+    'migration_resolve': Verb('migrations.resolve', {
+        'uuid': _UUID, 'runs': {'enum': ['here', 'elsewhere']}},
+        limit_s=180.0),
     # Cold migration. As above, of a container that is down.
     'transfer_offer': Verb('transfers.offer', {
         'uuid': _UUID, 'migration': _UUID, 'destination': _OBJECT,

@@ -313,15 +313,28 @@ class Command:
 
     def delete(self) -> None:
         uuid = self._uuid()
-        if not self._args.yes:
-            if not sys.stdin.isatty():
-                raise Failure('delete needs --yes if nobody can be asked')
-            print(f'Delete container {uuid} and all of its files? [y/N] ',
-                  end='', file=sys.stderr, flush=True)
-            if sys.stdin.readline().strip().lower() not in ('y', 'yes'):
-                raise Failure('nothing was deleted')
+        self._confirm(f'Delete container {uuid} and all of its files?')
         self._client.delete(uuid)
         self._out.done({'deleted': uuid})
+
+    def migration(self) -> None:
+        uuid = self._uuid()
+        self._confirm(
+            f'Run {uuid} here? The other host must be off, or be seen not to '
+            'run it.' if self._args.runs == 'here' else
+            f'Give up what is here of {uuid}? What the other host has of it '
+            'is all that is left then.')
+        self._out.done(self._client.migration_resolve(uuid, self._args.runs))
+
+    def _confirm(self, question: str) -> None:
+        if self._args.yes:
+            return
+        if not sys.stdin.isatty():
+            raise Failure(
+                f'{self._args.verb} needs --yes if nobody can be asked')
+        print(f'{question} [y/N] ', end='', file=sys.stderr, flush=True)
+        if sys.stdin.readline().strip().lower() not in ('y', 'yes'):
+            raise Failure('nothing was done')
 
 
 def _can(value: bool) -> str:
@@ -365,8 +378,7 @@ def _parser() -> argparse.ArgumentParser:
         sub = verbs.add_parser(
             name, help=text, description=text, parents=[common])
         if container:
-            sub.add_argument(
-                'container', help='uuid, beginning of a uuid, or name')
+            _container(sub)
         return sub
 
     verb('list', 'List the containers', container=False)
@@ -397,8 +409,7 @@ def _parser() -> argparse.ArgumentParser:
     _timeout(sub)
     sub.add_argument('--hard', action='store_true', help='kill it instead')
     sub = verb('delete', 'Kill a container and delete all of its files')
-    sub.add_argument('-y', '--yes', action='store_true',
-                     help='do not ask')
+    _yes(sub)
     verb('preflight', 'Check what this host can do: run containers, and '
          'live-migrate them', container=False)
     sub = verb('migrate', 'Check whether a container can be live-migrated')
@@ -406,10 +417,31 @@ def _parser() -> argparse.ArgumentParser:
                      help='only check; the container does not notice')
     sub.add_argument('--to', metavar='SOCKET', help='check too whether the '
                      'host of this agent\'s socket could take it')
+    sub = verb('migration', 'Settle a live migration whose other host will '
+               'never answer again', container=False)
+    sub.add_argument('action', choices=['resolve'])
+    _container(sub)
+    runs = sub.add_mutually_exclusive_group(required=True)
+    runs.add_argument(
+        '--here', dest='runs', action='store_const', const='here',
+        help='let what is here of it run. The other host must be off for '
+        'good, or be seen not to have it')
+    runs.add_argument(
+        '--elsewhere', dest='runs', action='store_const', const='elsewhere',
+        help='give up what is here of it: the other host has it')
+    _yes(sub)
     sub = verb('layers', 'List the unpacked images', container=False)
     sub.add_argument('--delete', metavar='KEY',
                      help='delete one that no container uses')
     return parser
+
+
+def _container(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument('container', help='uuid, beginning of a uuid, or name')
+
+
+def _yes(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument('-y', '--yes', action='store_true', help='do not ask')
 
 
 def _timeout(sub: argparse.ArgumentParser) -> None:

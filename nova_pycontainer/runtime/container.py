@@ -500,6 +500,27 @@ class Container:
         finally:
             self._note_start()
 
+    def check_here(self) -> None:
+        """Whether all of it is here, and only this host may have it.
+
+        :raises ContainerError: ``bad_state``
+        """
+        if self.st.moved:
+            raise errors.ContainerError(
+                'bad_state', 'the instance has moved to another host and '
+                'runs there', uuid=self.uuid,
+                remedy='Delete what is left of it here')
+        if self.st.incoming:
+            raise errors.ContainerError(
+                'bad_state', 'the files of the instance have not all come '
+                'from the host that it is moved from', uuid=self.uuid,
+                remedy='Reboot the server hard, which tries it again')
+        if self.st.offered:
+            raise errors.ContainerError(
+                'bad_state', 'the instance is being moved to another host',
+                uuid=self.uuid,
+                remedy='Confirm or revert its migration first')
+
     def started_unnoticed(self) -> bool:
         """Note a start that nobody lived to write down.
 

@@ -12,6 +12,7 @@
 
 """Containers whose init has ended."""
 
+import contextlib
 import os
 import signal
 import time
@@ -45,12 +46,25 @@ class Ends:
     def exited(self, uuid: str) -> None:
         """The watcher has seen the end of an init."""
         try:
+            self._end_migration(self._host.entry(uuid))
             with self._host.locked(uuid) as entry:
                 if self.finish(entry):
                     self._reboot_by_guest(entry)
         except errors.ContainerError as e:
             if e.code not in ('bad_state', 'not_found'):
                 raise
+
+    @staticmethod
+    def _end_migration(entry: entries.Entry) -> None:
+        """There is nothing left to be moved, and a reboot does not wait for
+        the end of a copy.
+        """
+        migration = entry.migration
+        if migration is None or migration.progress.role != 'source' or (
+                migration.committed):
+            return
+        with contextlib.suppress(errors.ContainerError):
+            migration.abort('its init has ended')
 
     def finish(self, entry: entries.Entry) -> bool:
         """Clean up after an ended container; idempotent.

@@ -80,6 +80,10 @@ Entry = rentries.Entry
 _Entries = list[Entry]
 
 
+#: Seconds to wait for the end of a container that has ended to be dealt with.
+_END_S = 10.0
+
+
 class Host:
     """The containers of this host."""
 
@@ -230,16 +234,35 @@ class Host:
 
     def _info(self, entry: Entry) -> Info:
         item = entry.container
+        known = True
         if entry.rebooting or (
                 item.st.run is not None and item.status() == 'stopped'):
             # It has just ended. Whether it is down or reboots is not known
             # before the end has been dealt with, and "stopped" would make
             # Nova stop a healthy machine.
-            self._ends.exited(item.uuid)
+            known = self._deal_with_end(entry)
         migration = entry.migration
-        return entry.container.info() | {
+        info = entry.container.info() | {
             'migration': migration.progress.migration if migration else None,
             'quiesced': self.quiesces.holds(item.uuid)}
+        return info if known else info | {'state': 'ending'}
+
+    def _deal_with_end(self, entry: Entry) -> bool:
+        """Whoever holds one container must not hold those who look at all.
+
+        :returns: whether it is over
+        """
+        if not entry.lock.acquire(timeout=_END_S):
+            return False
+        try:
+            self._ends.exited(entry.container.uuid)
+        except (OSError, errors.ContainerError) as e:
+            LOG.error('instance %s: it has ended, and cannot be cleaned up: '
+                      '%s', entry.container.uuid, e)
+            return False
+        finally:
+            entry.lock.release()
+        return True
 
     def host_info(self) -> Info:
         """What this host has. Sizes are bytes."""
@@ -422,12 +445,7 @@ class Host:
     def prepare_again(self, entry: Entry) -> None:
         item = entry.container
         self.snapshots.check_startable(item.uuid)
-        if item.st.moved:
-            raise errors.ContainerError(
-                'bad_state', 'the instance has moved to another host and '
-                'runs there', uuid=item.uuid,
-                remedy='Delete what is left of it here')
-        transfers.check_not(item)
+        item.check_here()
         self.volumes.check_alone(item)
         # It is about to open the old volume again.
         self.swaps.end(item.uuid, 'the instance was started anew')

@@ -37,6 +37,7 @@ from nova_pycontainer.runtime.migration import images
 from nova_pycontainer.runtime.migration import lazy
 from nova_pycontainer.runtime.migration import listener
 from nova_pycontainer.runtime.migration import protocol
+from nova_pycontainer.runtime.migration import question
 from nova_pycontainer.runtime.migration import recovery
 from nova_pycontainer.runtime.migration import room
 from nova_pycontainer.runtime.migration import source as src
@@ -50,6 +51,8 @@ LOG = logging.getLogger(__name__)
 
 _KEEP = 200
 _END_TIMEOUT = 60.0
+#: A day, for a host that was given up to come back.
+_RESOLVED_S = 86400.0
 #: A source that was cut off may ask for so long whether its instance runs.
 _ANSWER_FOR = 7 * 86400.0
 
@@ -171,7 +174,7 @@ class Migrations:
             self._host.delete(uuid)
 
     def _call_off(self, item: container.Container, facts: Info) -> None:
-        recovery.call_off(
+        question.call_off(
             self._identity, facts['endpoint'], str(facts['migration']),
             item.uuid)
         # The copy there has sent again what was not acknowledged, maybe after
@@ -281,7 +284,7 @@ class Migrations:
                 roles: cabc.Iterable[str] = dst.ROLES) -> None:
         assert self._listener is not None
         self._listener.expect(
-            migration, uuid, recovery.peer(source), roles, _ANSWER_FOR)
+            migration, uuid, question.peer(source), roles, _ANSWER_FOR)
 
     # For cold migrations
 
@@ -310,7 +313,7 @@ class Migrations:
         """Connect to another host."""
         return channel.connect(
             endpoint.address, endpoint.port, self._identity,
-            recovery.peer(dataclasses.asdict(endpoint)), hello, timeout)
+            question.peer(dataclasses.asdict(endpoint)), hello, timeout)
 
     def ended(self, progress: protocol.Progress) -> None:
         progress.ended_at = time.time()
@@ -421,7 +424,13 @@ class Migrations:
             # Who wants to change the container meanwhile waits for the end,
             # or aborts first.
             with entry.lock:
-                outgoing.run()
+                try:
+                    outgoing.run()
+                except Exception:
+                    if progress.phase != protocol.Phase.RUNNING:
+                        raise
+                    # Of the cleaning up: the destination runs it.
+                    LOG.exception('instance %s: it has moved', uuid)
                 self._gone(uuid, migration)
             progress.phase = protocol.Phase.COMPLETED
         except BaseException as e:
@@ -448,16 +457,22 @@ class Migrations:
         item = self._host.entry(uuid).container
         # Its connections live on elsewhere: no reset may be sent.
         item.hold_network(True, lenient=True)
-        item.kill()
-        item.st.run = None
+        # First, so that whatever fails after it cannot have it started here.
         item.st.moved = {'migration': migration, 'at': time.time()}
+        with contextlib.suppress(OSError):
+            item.st.save(item.directory)
         try:
+            item.kill()
+            item.st.run = None
             item.st.save(item.directory)
             protocol.Journal(item.directory).remove()
         except OSError as e:
             # The journal stays: it says that only the destination knows.
             LOG.error('instance %s: it has moved, which cannot be written '
                       'down: %s', uuid, e)
+        except errors.ContainerError as e:
+            LOG.error('instance %s: it has moved, and not all of its frozen '
+                      'processes end here: %s', uuid, e)
         try:
             item.teardown()
         except (OSError, errors.ContainerError) as e:
@@ -465,7 +480,51 @@ class Migrations:
             LOG.error('instance %s: it has moved, and cannot be cleaned up '
                       'here: %s', uuid, e)
 
+    def resolve(self, uuid: str, runs: str) -> Info:
+        """Settle a migration whose other host will never answer again.
+
+        :param runs: ``here``: it has not run on the other host, and never
+            will; ``elsewhere``: what there is of it here is to go
+        :returns: its progress, at its end
+        :raises ContainerError: ``bad_state``: there is nothing to settle, or
+            the agents do it by themselves; ``invalid``
+        """
+        if runs not in ('here', 'elsewhere'):
+            raise errors.ContainerError(
+                'invalid', f'it cannot run {runs!r}')
+        entry = self._host.entry(uuid)
+        job = entry.migration
+        phase = job.progress.phase if job is not None else None
+        if isinstance(job, src.Source | recovery.SourceQuestion) and (
+                phase == protocol.Phase.COMMITTED):
+            here = runs == 'here'
+            job.verdict.say(there=not here)
+            self._wait_for_end(job.progress.migration)
+            # It may come back, and wait to hear it.
+            threading.Thread(
+                target=question.tell, name='resolved', daemon=True,
+                args=(self._identity, job.verdict.endpoint,
+                      job.progress.migration, uuid, protocol.Phase.ABORTED
+                      if here else protocol.Phase.COMMITTED,
+                      _RESOLVED_S)).start()
+        elif isinstance(job, dst.Destination | recovery.DestinationQuestion
+                        ) and phase == protocol.Phase.READY:
+            if runs == 'here':
+                job.settle(self._identity)
+            else:
+                job.abort('an administrator has said that it runs elsewhere')
+            self._wait_for_end(job.progress.migration)
+        else:
+            raise errors.ContainerError(
+                'bad_state', 'it does not wait for another host', uuid=uuid)
+        return self.status(job.progress.migration)
+
     # Both
+
+    def _wait_for_end(self, migration: str) -> None:
+        with self._changed:
+            self._changed.wait_for(
+                lambda: migration in self._ended, _END_TIMEOUT)
 
     def status(self, migration: str, wait_s: float = 0.0) -> Info:
         """How far it is, waiting at most ``wait_s`` seconds for its end.
@@ -515,6 +574,4 @@ class Migrations:
             raise errors.ContainerError(
                 'not_found', f'there is no migration {migration} here')
         job.abort(reason)
-        with self._changed:
-            self._changed.wait_for(
-                lambda: migration in self._ended, _END_TIMEOUT)
+        self._wait_for_end(migration)

@@ -190,6 +190,8 @@ class Rescues:
         with self._host.layers.locked(key), self._host.locked(uuid) as entry:
             item = entry.container
             entry.require('defined', 'stopped')
+            # What is still to come would come into the other root.
+            item.check_here()
             self._host.snapshots.check_startable(uuid)
             layer = self._host.layers.require(key)
             made = self._rescued(item, own)

@@ -260,6 +260,8 @@ class Snapshots:
                 raise errors.ContainerError(
                     'bad_state', 'the instance is being migrated, or has '
                     'moved to another host', uuid=item.uuid)
+            if item.st.incoming:
+                item.check_here()
             rescue.check_not(item)
             if item.spec.root:
                 raise errors.ContainerError(

@@ -31,7 +31,7 @@ from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime.migration import channel
 from nova_pycontainer.runtime.migration import cold
 from nova_pycontainer.runtime.migration import protocol
-from nova_pycontainer.runtime.migration import recovery
+from nova_pycontainer.runtime.migration import question
 from nova_pycontainer.runtime.migration import room
 from nova_pycontainer.runtime.migration import source
 from nova_pycontainer.runtime.migration import versions
@@ -45,22 +45,6 @@ LOG = logging.getLogger(__name__)
 _CONNECT_TIMEOUT = 20.0
 
 Info = dict[str, ty.Any]
-
-
-def check_not(item: container.Container) -> None:
-    """:raises ContainerError: ``bad_state``: it was offered, or is not all
-        here
-    """
-    if item.st.incoming:
-        raise errors.ContainerError(
-            'bad_state', 'the files of the instance have not all come from '
-            'the host that it is moved from', uuid=item.uuid,
-            remedy='Reboot the server hard, which tries it again')
-    if item.st.offered:
-        raise errors.ContainerError(
-            'bad_state', 'the instance is being moved to another host',
-            uuid=item.uuid,
-            remedy='Confirm or revert its migration first')
 
 
 def _number() -> int:
@@ -105,18 +89,14 @@ class Transfers:
         versions.check(destination, 'destination')
         opts = protocol.Options.from_dict(options or {})
         # Before it is written down, and read at each start.
-        recovery.peer(destination).pin()
+        question.peer(destination).pin()
         with self._host.locked(uuid) as entry:
             item = entry.container
             entry.require('defined', 'stopped')
-            check_not(item)
+            item.check_here()
             entry.check_stays()
             self._host.snapshots.check_movable(uuid)
             rescue.check_not(item)
-            if item.st.moved:
-                raise errors.ContainerError(
-                    'bad_state', 'the instance has moved to another host',
-                    uuid=uuid)
             facts = self._facts(item)
             self.end(uuid)
             item.st.offered = {
@@ -244,6 +224,8 @@ class Transfers:
             return self._host.entry(uuid)
         with entry.lock:
             entry.check_stays()
+            # What comes is its own, and not the other root's.
+            rescue.check_not(entry.container)
             if (entry.container.st.incoming or {}).get('migration') != (
                     mark['migration']):
                 raise errors.ContainerError(

@@ -12,6 +12,8 @@
 
 """What tests of live migration do, with agents of either kind."""
 
+import sys
+
 from nova import context as nova_context
 from nova import objects
 
@@ -83,6 +85,14 @@ class TestCase(base.TestCase):
         topology = objects.NUMATopology.obj_from_db_obj(node.numa_topology)
         return sorted(cpu for cell in topology.cells
                       for cpu in cell.pinned_cpus)
+
+    def lose(self, host):
+        """End the threads that follow migrations, as the end of their process
+        would: without another word to anybody.
+        """
+        source = self.computes[host].driver._migration_source
+        source._status = lambda job: sys.exit()
+        self.wait_for(lambda: not source._jobs, 'the end of the thread')
 
     def host(self, server):
         return self.api.get_server(server['id'])['OS-EXT-SRV-ATTR:host']

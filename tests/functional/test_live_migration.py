@@ -16,8 +16,6 @@ The agents are in memory: two real ones in one network namespace cannot both
 have the interfaces of a server. With real ones see tests/cloud.
 """
 
-import sys
-
 import fixtures
 from nova.compute import power_state
 from nova import exception
@@ -602,14 +600,6 @@ class LiveMigrationTest(migration_base.TestCase):
         self.assertEqual(
             ('host1', 0, [0], [0]), self.restart_with_claimed_cpus(
                 errors.ContainerError('criu_failed', 'it fails'), 'failed'))
-
-    def lose(self, host):
-        """End the threads that follow migrations, as the end of their process
-        would: without another word to anybody.
-        """
-        source = self.computes[host].driver._migration_source
-        source._status = lambda job: sys.exit()
-        self.wait_for(lambda: not source._jobs, 'the end of the thread')
 
     def test_agent_restarts(self):
         server = self.boot()

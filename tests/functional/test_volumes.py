@@ -27,6 +27,8 @@ from nova.tests.fixtures import os_brick
 from os_brick import privileged
 from oslo_utils import uuidutils
 
+from nova_pycontainer import attachments
+from tests import cases
 from tests.functional import agents
 from tests.functional import migration_base
 from tests.functional import test_snapshots
@@ -37,6 +39,7 @@ class TestCase(test_snapshots.TestCase, migration_base.TestCase):
 
     def setUp(self):
         super().setUp()
+        self.cinder = self.useFixture(cinder.CinderFixture(self))
         # These tests are root themselves.
         privileged.default.set_client_mode(False)
         self.addCleanup(privileged.default.set_client_mode, True)
@@ -280,6 +283,50 @@ class VolumesTest(TestCase):
         self.wait_for_migration(server, 'completed')
         self.assertEqual({two: 'vdc'}, self.had(server))
         self.delete(server)
+
+    def restarted(self, status, **faults):
+        """A server that migrated while the source's nova-compute restarted.
+
+        :returns: it, its volume and device, and the attachment that it had
+        """
+        server = self.boot()
+        ident, device = self.volume()
+        self.attach(server, ident)
+        [before] = self.cinder.volume_to_attachment[ident]
+        self.restart_agent('host1', PYCONTAINER_FAULTS='source.pass=sleep:8')
+        if faults:
+            self.restart_agent('host2', **faults)
+        self.migrate(server)
+        self.wait_for(
+            lambda: getattr(self.record(server), 'status', '') == 'running',
+            'the migration')
+        self.lose('host1')
+        self.assertEqual(2, len(self.cinder.volume_to_attachment[ident]))
+        self.restart('host1')
+        self.wait_for_migration(server, status)
+        return server, ident, device, before
+
+    def test_nova_compute_restarts_while_it_migrates(self):
+        server, ident, device, before = self.restarted('completed')
+        self.assertEqual('host2', self.host(server))
+        [now] = self.cinder.volume_to_attachment[ident]
+        self.assertNotEqual(before, now)
+        self.assert_wrote(server, device, 'there')
+        self.assertFalse(attachments.forget(self.instance(server, 'host2')))
+        self.detach(server, ident)
+        self.assertEqual({}, self.cinder.volume_to_attachment[ident])
+
+    @cases.more
+    def test_nova_compute_restarts_and_it_has_failed(self):
+        server, ident, device, before = self.restarted(
+            'failed', PYCONTAINER_FAULTS='destination.restored=raise')
+        self.assertEqual('host1', self.host(server))
+        self.assertEqual(
+            [before], [*self.cinder.volume_to_attachment[ident]])
+        self.assert_wrote(server, device, 'here')
+        self.assertFalse(attachments.forget(self.instance(server)))
+        self.detach(server, ident)
+        self.assertEqual({}, self.cinder.volume_to_attachment[ident])
 
     def test_live_migration_rolled_back(self):
         """A process has it open: the volume stays where it is."""

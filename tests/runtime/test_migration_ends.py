@@ -14,6 +14,7 @@
 
 import json
 import sys
+import time
 
 from tests.runtime import base
 from tests.runtime import test_migration_faults as faults
@@ -24,14 +25,14 @@ import json, sys
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime.migration import channel
 from nova_pycontainer.runtime.migration import keys
-from nova_pycontainer.runtime.migration import recovery
+from nova_pycontainer.runtime.migration import question
 directory, there, migration, uuid, role = sys.argv[1:]
 there = json.loads(there)
 try:
     with channel.connect(
             there["address"], there["port"],
             keys.Identity.load_or_create(directory, "x"),
-            recovery.peer(there), channel.Hello(migration, uuid, role, 77),
+            question.peer(there), channel.Hello(migration, uuid, role, 77),
             20):
         print("accepted")
 except errors.ContainerError as e:
@@ -71,6 +72,29 @@ class EndsTestCase(faults.Helpers):
         endless = self.run_container()
         self.b.migration_abort(self._prepared(endless), 'rolled back')
         self.assertEqual([], self.b.list())
+
+    def test_its_guest_ends(self):
+        """A reboot does not wait for the end of the copy, nor do those who
+        look at other containers.
+        """
+        self.a.restart_agent('source.pass=sleep:20')
+        uuid = self._boot()
+        migration = self.prepare_migration(uuid, self.a, self.b)
+        pid = self.a.info(uuid)['pid']
+        self.sh(self.a, uuid, 'setsid sh -c "sleep 0.2; reboot -f" '
+                '</dev/null >/dev/null 2>&1 &')
+        base.wait_for(lambda: self.a.info(uuid)['pid'] != pid, 'the end')
+        began = time.monotonic()
+        while self.a.info(uuid)['state'] == 'ending':
+            self.assertEqual([uuid], [i['uuid'] for i in self.a.list()])
+        status = base.wait_for(
+            lambda: self._ended(self.a, migration), 'the end')
+        print('ended after', time.monotonic() - began)
+        self.assertEqual('aborted', status['phase'])
+        self.assertIn('its init has ended', str(status['error']))
+        base.wait_for(lambda: self.a.info(uuid)['pid'] not in (pid, None),
+                      'the reboot')
+        self._check_clean(self.b, uuid)
 
     def _prepared(self, uuid):
         migration = '11111111-2222-3333-4444-555555555555'

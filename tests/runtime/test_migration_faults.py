@@ -77,6 +77,14 @@ class Helpers(hosts.TwoHostsTestCase):
         except errors.ContainerError:
             return None
 
+    def _died(self, host):
+        try:
+            code = host.process.wait(base.PATIENCE)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(
+                f'{host.name} lives: {self.outcome}\n{self.logs()}') from None
+        self.assertEqual(-signal.SIGKILL, code)
+
     def _settled(self, uuid, expected):
         base.wait_for(lambda: self._where(uuid) == expected,
                       f'{uuid} to run on {expected} only')
@@ -105,14 +113,6 @@ class Helpers(hosts.TwoHostsTestCase):
 class FaultsTestCase(Helpers):
 
     # One agent dies; it comes back.
-
-    def _died(self, host):
-        try:
-            code = host.process.wait(base.PATIENCE)
-        except subprocess.TimeoutExpired:
-            raise AssertionError(
-                f'{host.name} lives: {self.outcome}\n{self.logs()}') from None
-        self.assertEqual(-signal.SIGKILL, code)
 
     def _kill_source(self, point):
         self.a.restart_agent(f'{point}=kill')

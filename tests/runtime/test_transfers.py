@@ -98,6 +98,15 @@ class TransferTestCase(hosts.TwoHostsTestCase):
         self.a.transfer_withdraw(self.uuid)
         self.assertEqual('failed', self.take(facts)['phase'])
         self.refused(self.b, 'not all come')
+        # Another root would get what is still to come; an image of what is
+        # here would pass for one of the server.
+        spec = facts['spec']
+        for use in (lambda: self.b.rescue(self.uuid, {
+                        name: spec[name] for name in
+                        ('layer', 'image_id', 'init') if name in spec}),
+                    lambda: self.b.snapshot(self.uuid).read()):
+            error = self.assertRaises(errors.ContainerError, use)
+            self.assertIn('not all come', str(error))
         self.b.delete(self.uuid)
         self.assert_nothing(self.b)
         self.a.transfer_withdraw(self.uuid)

@@ -35,10 +35,12 @@ from nova_pycontainer.runtime.migration import channel
 from nova_pycontainer.runtime.migration import clocks
 from nova_pycontainer.runtime.migration import guest
 from nova_pycontainer.runtime.migration import images
+from nova_pycontainer.runtime.migration import keys
 from nova_pycontainer.runtime.migration import layer_transfer
 from nova_pycontainer.runtime.migration import lazy
 from nova_pycontainer.runtime.migration import precopy
 from nova_pycontainer.runtime.migration import protocol
+from nova_pycontainer.runtime.migration import question
 from nova_pycontainer.runtime.migration import recovery
 from nova_pycontainer.runtime.migration import relay
 from nova_pycontainer.runtime.migration import restoring
@@ -260,6 +262,21 @@ class Destination:
             self._finish(errors.ContainerError(
                 'aborted', 'the migration was aborted', cause=reason))
             self._on_over(self._phase)
+
+    def settle(self, identity: keys.Identity) -> None:
+        """Let it run, since its source will never say so.
+
+        :raises ContainerError: ``bad_state``: the source's agent is there
+        """
+        question.check_silent(
+            identity, self._peer, self.progress.migration, self._item.uuid)
+        self._hear_go()
+
+    def _hear_go(self) -> None:
+        """On another connection than where it was expected."""
+        self._go.set()
+        if self._control is not None:
+            self._control.put('go')
 
     # The phases
 
@@ -661,10 +678,7 @@ class Destination:
                 self._abort.set()
             elif theirs == Phase.COMMITTED and (
                     self.progress.phase == Phase.READY):
-                self._go.set()
-                if self._control is not None:
-                    # As if it had come where it was expected.
-                    self._control.put('go')
+                self._hear_go()
             control.send('phase', phase=self._phase)
         except errors.ContainerError as e:
             LOG.warning('instance %s: %s', self._item.uuid, e)

@@ -34,6 +34,8 @@ from nova_pycontainer.runtime.migration import keys
 from nova_pycontainer.runtime.migration import network_lock
 from nova_pycontainer.runtime.migration import overruns
 from nova_pycontainer.runtime.migration import protocol
+from nova_pycontainer.runtime.migration import question
+from nova_pycontainer.runtime.migration import verdict
 from nova_pycontainer.runtime import network
 from nova_pycontainer.runtime import process
 
@@ -41,68 +43,8 @@ LOG = logging.getLogger(__name__)
 
 Phase = protocol.Phase
 
-_CONNECT_TIMEOUT = 20.0
 _ANSWER_TIMEOUT = 60.0
-_RETRY = 2.0
 _KILL_TIMEOUT = 10.0
-#: Ten minutes.
-_CALL_OFF_TRIES = 300
-
-#: Sequence numbers of questions: above all of a migration's own connections.
-QUESTION = 1 << 20
-
-
-def peer(facts: ty.Mapping[str, ty.Any]) -> keys.Peer:
-    """Whom to expect, by what was announced of a host."""
-    return keys.Peer(str(facts['certificate']), tuple(
-        str(facts[name]) for name in ('address', 'hostname')
-        if facts.get(name)))
-
-
-def ask(
-    identity: keys.Identity, endpoint: ty.Mapping[str, ty.Any],
-    migration: str, uuid: str, phase: Phase,
-) -> Phase:
-    """Ask a destination how far it is, and tell how far the source is.
-
-    A destination that waits for "go" takes :attr:`Phase.COMMITTED` for it,
-    and gives up for :attr:`Phase.ABORTED`.
-
-    :raises ContainerError: it cannot be reached
-    """
-    connection = channel.connect(
-        str(endpoint['address']), int(endpoint['port']), identity,
-        peer(endpoint),
-        # Never used twice, over restarts too.
-        channel.Hello(migration, uuid, 'control', QUESTION + int(
-            time.time() * 100) % (1 << 29)), _CONNECT_TIMEOUT)
-    control = protocol.Control(connection)
-    try:
-        control.send('query', phase=phase)
-        return Phase(control.expect('phase', _ANSWER_TIMEOUT)['phase'])
-    finally:
-        control.close()
-
-
-def call_off(
-    identity: keys.Identity, endpoint: ty.Mapping[str, ty.Any],
-    migration: str, uuid: str,
-) -> None:
-    """Tell a destination until it has heard it that nothing will come."""
-    for _ in range(_CALL_OFF_TRIES):
-        try:
-            if ask(identity, endpoint, migration, uuid,
-                   Phase.ABORTED) != Phase.READY:
-                return
-        except errors.ContainerError as e:
-            if e.code == 'forbidden':
-                # It does not know of this migration any more.
-                return
-        except OSError:
-            pass
-        time.sleep(_RETRY)
-    LOG.error('instance %s: the destination could not be told that migration '
-              '%s is off; roll it back there', uuid, migration)
 
 
 class SourceQuestion:
@@ -114,17 +56,16 @@ class SourceQuestion:
         moved: ty.Callable[[], None], stays: ty.Callable[[], None],
     ) -> None:
         self._item = item
-        self._identity = identity
-        self._endpoint = journal['endpoint']
         self._paused = bool(journal.get('paused'))
         self._lazy = bool(journal.get('lazy'))
         self._moved, self._stays = moved, stays
-        self._stop = threading.Event()
+        self.verdict = verdict.Verdict(
+            identity, journal['endpoint'], progress)
         self.progress = progress
         self.committed = True
         progress.phase = Phase.COMMITTED
         threading.Thread(
-            target=self._run, name=f'question-{item.uuid[:8]}',
+            target=self._run, name=f'verdict-{item.uuid[:8]}',
             daemon=True).start()
 
     def abort(self, reason: str) -> None:
@@ -138,37 +79,26 @@ class SourceQuestion:
         self.abort('')
 
     def close(self) -> None:
-        self._stop.set()
+        self.verdict.close()
 
     def _run(self) -> None:
-        while not self._stop.is_set():
-            try:
-                phase = ask(
-                    self._identity, self._endpoint, self.progress.migration,
-                    self._item.uuid, Phase.COMMITTED)
-            except (OSError, errors.ContainerError) as e:
-                self.progress.error = unknown(self._item.uuid, e).to_dict()
-                self._stop.wait(_RETRY)
-                continue
-            # "Committed" is not there yet, and may still fail.
-            if phase in (Phase.RUNNING, Phase.COMPLETED):
-                self.progress.error = None
-                self._moved()
-                return
-            if phase in (Phase.ABORTED, Phase.FAILED):
-                if self._lazy:
-                    # See Source._stays.
-                    self.progress.error = errors.ContainerError(
-                        'lost', 'the instance was lost: the destination '
-                        'failed after the commit', uuid=self._item.uuid,
-                        remedy='Start it again: its disk is as it was then',
-                    ).to_dict()
-                    self._item.cgroup.kill()
-                else:
-                    thaw(self._item, self._paused)
-                self._stays()
-                return
-            self._stop.wait(_RETRY)
+        there = self.verdict.wait()
+        if there is None:
+            return
+        if there:
+            self._moved()
+            return
+        if self._lazy:
+            # See Source._stays.
+            self.progress.error = errors.ContainerError(
+                'lost', 'the instance was lost: the destination failed after '
+                'the commit', uuid=self._item.uuid,
+                remedy='Start it again: its disk is as it was then',
+            ).to_dict()
+            self._item.cgroup.kill()
+        else:
+            thaw(self._item, self._paused)
+        self._stays()
 
 
 class DestinationQuestion:
@@ -210,6 +140,22 @@ class DestinationQuestion:
             LOG.warning('instance %s: %s', self._item.uuid, e)
         finally:
             control.close()
+
+    def settle(self, identity: keys.Identity) -> None:
+        """Let it run, since its source will never say so.
+
+        :raises ContainerError: ``bad_state``: the source's agent is there;
+            ``lost``
+        """
+        question.check_silent(
+            identity, self._facts['peer'], self.progress.migration,
+            self._item.uuid)
+        with self._lock:
+            phase = self._decide(Phase.COMMITTED)
+        if phase != Phase.RUNNING:
+            raise errors.ContainerError(
+                'lost', 'its processes have died here before they ran',
+                uuid=self._item.uuid, remedy='Evacuate the server')
 
     def _decide(self, theirs: Phase) -> Phase:
         if self.progress.phase != Phase.READY:
@@ -285,13 +231,6 @@ class Answer:
             raise errors.ContainerError(
                 'bad_state', 'the instance runs here already',
                 uuid=self.progress.uuid)
-
-
-def unknown(uuid: str, cause: BaseException) -> errors.ContainerError:
-    return errors.ContainerError(
-        'network', 'whether the destination runs the instance is not known, '
-        'so it stays frozen here', uuid=uuid, cause=str(cause),
-        remedy='Bring the agent of the destination back')
 
 
 def end_restore(facts: ty.Mapping[str, ty.Any]) -> None:

@@ -42,10 +42,12 @@ from nova_pycontainer.runtime.migration import neighbours
 from nova_pycontainer.runtime.migration import network_lock
 from nova_pycontainer.runtime.migration import precopy
 from nova_pycontainer.runtime.migration import protocol
+from nova_pycontainer.runtime.migration import question
 from nova_pycontainer.runtime.migration import recovery
 from nova_pycontainer.runtime.migration import relay
 from nova_pycontainer.runtime.migration import sync
 from nova_pycontainer.runtime.migration import sync_links
+from nova_pycontainer.runtime.migration import verdict
 
 LOG = logging.getLogger(__name__)
 
@@ -133,6 +135,8 @@ class Source:
         self._paused = item.status() == 'paused'
         self._control: protocol.Control | None = None
         self._journal = protocol.Journal(item.directory)
+        self.verdict = verdict.Verdict(
+            identity, dataclasses.asdict(endpoint), progress)
         self.moment = moment.Moment(
             item.cgroup, item.root, item.unread)
         self._stack = contextlib.ExitStack()
@@ -218,7 +222,7 @@ class Source:
                 # sent last may be lost with its connection, so we ask until
                 # it has answered.
                 threading.Thread(
-                    target=recovery.call_off, name='call-off', daemon=True,
+                    target=question.call_off, name='call-off', daemon=True,
                     args=(self._identity,
                           dataclasses.asdict(self._endpoint),
                           self.progress.migration, self._item.uuid),
@@ -230,7 +234,7 @@ class Source:
         self._seq += 1
         return channel.connect(
             self._endpoint.address, self._endpoint.port, self._identity,
-            recovery.peer(dataclasses.asdict(self._endpoint)),
+            question.peer(dataclasses.asdict(self._endpoint)),
             channel.Hello(
                 self.progress.migration, self._item.uuid, role, self._seq),
             _CONNECT_TIMEOUT)
@@ -525,29 +529,12 @@ class Source:
         :raises ContainerError: the destination will never run it; it may run
             here again
         """
-        while True:
-            try:
-                phase = self._ask()
-            except (OSError, errors.ContainerError) as e:
-                self.progress.error = recovery.unknown(
-                    self._item.uuid, e).to_dict()
-                time.sleep(_RETRY)
-                continue
-            self.progress.error = None
-            if phase in (Phase.RUNNING, Phase.COMPLETED):
-                return
-            if phase in (Phase.ABORTED, Phase.FAILED):
-                self._journal.remove()
-                self.committed = False
-                raise errors.ContainerError(
-                    'aborted', 'the destination has given the instance up '
-                    'before it ran', uuid=self._item.uuid)
-            time.sleep(_RETRY)
-
-    def _ask(self, phase: Phase = Phase.COMMITTED) -> Phase:
-        return recovery.ask(
-            self._identity, dataclasses.asdict(self._endpoint),
-            self.progress.migration, self._item.uuid, phase)
+        if not self.verdict.wait():
+            self._journal.remove()
+            self.committed = False
+            raise errors.ContainerError(
+                'aborted', 'the destination has given the instance up '
+                'before it ran', uuid=self._item.uuid)
 
     # For the rounds
 

@@ -112,9 +112,9 @@ class FakeAgent(fake_migration.Migrations):
         self._enter('info')
         item = self._get(uuid)
         # The config drive is not read back.
-        return {**item, 'spec': {key: value for key, value
-                                 in item['spec'].items()
-                                 if key not in ('config_drive', 'files')}}
+        return {'migration': None, **item, 'spec': {
+            key: value for key, value in item['spec'].items()
+            if key not in ('config_drive', 'files')}}
 
     find = client.Client.find
 

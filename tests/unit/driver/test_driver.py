@@ -12,13 +12,17 @@
 
 """The driver as the compute manager sees it, over an agent in memory."""
 
+from unittest import mock
+
 import ddt
 import fixtures
 from nova.compute import power_state
 from nova import exception
 from oslo_utils.fixture import uuidsentinel as uuids
 
+from nova_pycontainer import migration_data
 from nova_pycontainer.runtime import errors
+from nova_pycontainer import vif
 from tests.unit.driver import base
 from tests.unit.driver import driver_base
 
@@ -51,6 +55,21 @@ class RemoveTestCase(driver_base.Base):
         self.driver.cleanup(self.context, self.instance, self.network_info,
                             destroy_vifs=False)
         self.assertEqual(2, len(self.plugged))
+
+    def test_cleanup_after_a_migration(self):
+        """It runs elsewhere, whatever becomes of what is here."""
+        self.spawn()
+        self.agent.failures['delete'] = errors.ContainerError(
+            'timeout', 'it has too many files')
+        data = migration_data.create(None, None, None)
+        self.driver.cleanup(self.context, self.instance, self.network_info,
+                            migrate_data=data)
+        self.assertRaises(
+            exception.InstanceTerminationFailure, self.driver.cleanup,
+            self.context, self.instance, self.network_info)
+        self.agent.down = True
+        self.driver.post_live_migration_at_source(
+            self.context, self.instance, self.network_info)
 
     def test_agent_absent(self):
         self.spawn()
@@ -189,6 +208,16 @@ class PowerTestCase(driver_base.Base):
             self.driver.resume(
                 self.context, self.instance, self.network_info, None, None)
             self.assertEqual(power_state.RUNNING, self.state())
+        # A port that fails is no reason to lose its memory.
+        self.driver.suspend(self.context, self.instance)
+        with mock.patch.object(vif, 'plug', autospec=True, side_effect=(
+                exception.VirtualInterfacePlugException)):
+            error = self.assertRaises(
+                exception.InstanceFaultRollback, self.driver.resume,
+                self.context, self.instance, self.network_info)
+        self.assertIsInstance(
+            error.inner_exception, exception.VirtualInterfacePlugException)
+        self.assertEqual(power_state.SUSPENDED, self.state())
         self.driver.power_off(self.instance)
         error = self.assertRaises(
             exception.InstanceFaultRollback, self.driver.resume,

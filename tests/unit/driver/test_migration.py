@@ -135,9 +135,9 @@ class DestinationTest(driver_base.Base):
             'nova_pycontainer.migration_data.recorded_identity',
             lambda context, host: {'certificate': 'PEM', 'of': host}))
 
-    def prepare(self, vifs=None, **spec):
+    def prepare(self, vifs=None, uuid=uuids.migration, **spec):
         data = migration_data.create(None, None, None)
-        migration_data.put(data, migration=uuids.migration)
+        migration_data.put(data, migration=uuid)
         return self.driver.pre_live_migration(
             self.context, self.instance, {},
             self.network_info if vifs is None else vifs,
@@ -267,6 +267,36 @@ class DestinationTest(driver_base.Base):
         self.agent.containers[self.instance.uuid]['state'] = 'running'
         self.assertRaises(exception.MigrationError, self.rollback, data)
         self.assertIn(self.instance.uuid, self.agent.containers)
+
+    def test_no_rollback_of_a_later_one(self):
+        """What the later one has brought, or is about to bring, stays."""
+        data = self.prepare()
+        self.agent.migration_abort(uuids.migration, 'it was rolled back')
+        self.prepare(uuid=uuids.other)
+        item = self.agent.containers[self.instance.uuid]
+        item['migration'] = uuids.other
+        self.agent.calls.clear()
+        self.rollback(data)
+        self.assertNotIn('unplug', self.agent.calls)
+        self.assertNotIn('delete', self.agent.calls)
+        item.update(state='running', migration=None)
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova_pycontainer.migration_destination._DYING_S', 1))
+        self.assertRaises(exception.MigrationError, self.rollback, data)
+        self.assertIn(self.instance.uuid, self.agent.containers)
+
+    def test_rolled_back_while_it_is_prepared(self):
+        prepare = self.agent.migration_prepare
+
+        def late(*args):
+            # The source's service was restarted, and has given up.
+            self.driver._migration_destination._over.add(uuids.migration)
+            return prepare(*args)
+
+        self.agent.migration_prepare = late
+        error = self.assertRaises(exception.MigrationError, self.prepare)
+        self.assertIn('rolled back meanwhile', str(error))
+        self.assert_clean()
 
     def test_options(self):
         self.flags(live_migration_bandwidth=0, group='pycontainer')

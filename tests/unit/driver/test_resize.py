@@ -311,6 +311,14 @@ class ForgetTestCase(TestCase):
         self.assertTrue(self.kept(uuids.migration, 'error'))
         self.assertFalse(self.kept(uuids.migration))
 
+    def test_it_has_moved_alive(self):
+        item = self.agent.containers[uuids.instance]
+        item.update(offered=None, moved={'migration': uuids.migration})
+        self.instance.task_state = 'migrating'
+        self.assertTrue(self.kept(None))
+        self.instance.task_state = None
+        self.assertFalse(self.kept(None))
+
     def test_it_has_come_and_moved_on(self):
         self.assertFalse(self.kept(uuids.later))
 
