@@ -38,12 +38,13 @@ _QUOTA_MIN_US = 1_000
 #: cgroup v1's bounds, which ``quota:cpu_shares`` is given in.
 _SHARES_RANGE = (2, 262_144)
 
-_PIDS_MIN = 64
+#: Enough for an init system and a login.
+PIDS_MIN = 64
 
 _SIGNAL = re.compile(r'^(SIG)?[A-Z][A-Z0-9]*([+-][0-9]{1,2})?$')
 
 #: Values of the flavor's ``pycontainer:nesting``.
-_NESTING = ('disabled', 'allowed', 'enabled')
+NESTING = ('disabled', 'allowed', 'enabled')
 
 
 def _invalid(what, value, must):
@@ -119,6 +120,16 @@ def _disk_io(flavor):
             ('read_iops', 'read_iops'), ('write_iops', 'write_iops'))}
 
 
+def _check_network(flavor):
+    """:raises nova.exception.InvalidInput: it limits interfaces"""
+    for name in flavor.extra_specs:
+        if name.startswith('quota:vif_'):
+            raise exception.InvalidInput(
+                reason=_('flavor extra spec %s: the ports of containers are '
+                         'limited by Neutron. Use a QoS policy with a '
+                         'bandwidth limit') % name)
+
+
 def resources(flavor, pids_max, on_volume=False):
     """Return the ``resources`` of a container's specification.
 
@@ -134,7 +145,8 @@ def resources(flavor, pids_max, on_volume=False):
                      'container\'s root disk, and this one\'s root is a '
                      'volume. Use a flavor without it') % flavor.name)
     cpus.check_flavor(flavor)
-    pids = _int_spec(flavor.extra_specs, 'pycontainer:pids_max', _PIDS_MIN)
+    _check_network(flavor)
+    pids = _int_spec(flavor.extra_specs, 'pycontainer:pids_max', PIDS_MIN)
     return {
         'memory_bytes': flavor.memory_mb * units.Mi,
         # As much of the host's, which pages are swapped to.
@@ -221,9 +233,9 @@ def nesting(instance):
     """
     level = instance.flavor.extra_specs.get(
         'pycontainer:nesting', 'disabled').lower()
-    if level not in _NESTING:
+    if level not in NESTING:
         raise _invalid('flavor extra spec pycontainer:nesting', level,
-                       'one of ' + ', '.join(_NESTING))
+                       'one of ' + ', '.join(NESTING))
     text = _image_property(instance, 'nesting')
     try:
         wanted = bool(text) and strutils.bool_from_string(text, strict=True)

@@ -51,6 +51,9 @@ _MASKED = (
     '/proc/acpi', '/proc/asound', '/proc/interrupts', '/proc/kcore',
     '/proc/keys', '/proc/latency_stats', '/proc/sched_debug', '/proc/scsi',
     '/proc/timer_list', '/sys/firmware', '/sys/devices/virtual/powercap',
+    # sysfs has no namespaces for block devices: lsblk(8) would list those of
+    # the host and of all containers.
+    '/sys/block', '/sys/class/block', '/sys/dev/block',
 )
 _READ_ONLY = (
     '/proc/bus', '/proc/fs', '/proc/irq', '/proc/sysrq-trigger',

@@ -343,6 +343,9 @@ class SystemsTestCase(base.HostTestCase):
             'container-other', self.sh(uuid, 'systemd-detect-virt'))
         self.assertIn('DefaultMemoryPressureWatch=off', self.sh(
             uuid, 'cat /run/systemd/system.conf.d/50-pycontainer.conf'))
+        # The disks of the host are not its own.
+        self.assertEqual('', self.sh(
+            uuid, 'lsblk --noheadings --all; ls /sys/dev/block'))
         # Nothing that CRIU could not dump: only pid 1's own namespaces.
         self.assertEqual('', self.sh(uuid, '''
             for ns in uts ipc user pid mnt net; do
