@@ -58,17 +58,26 @@ FAULTS: dict[str, tuple[tuple[str, ...], str]] = {
 }
 #: Those of a first start, and of either host in a resize.
 _SPAWN = ('check', 'image', 'volumes', 'network', 'plug', 'plug_vifs',
-          'define', 'prepare', 'vif_wait', 'start')
+          'config_drive', 'define', 'prepare', 'vif_wait', 'start')
 _RESIZE = ('stop', 'offer', 'unplug_vifs')
 _FINISH = ('leftovers', 'layer', 'take')
+_RESUME = ('network', 'volumes', 'unplug_vifs', 'plug', 'plug_vifs',
+           'restore')
+#: Whose steps those in nova-compute are.
+MODULES = {
+    'spawn.py': 'spawn', 'migration_destination.py': 'pre_live_migration',
+    'power.py': 'resume', 'resize.py': 'resize',
+    'arrival.py': 'finish_migration',
+}
 
 
-def _driver(verb, module, names=None):
+def _driver(module, names=None):
     """Steps in nova-compute, as :class:`nova_pycontainer.steps.Steps` calls
     them.
 
     :param names: those of a verb that has its module not alone
     """
+    verb = MODULES[module]
     return list(dict.fromkeys(
         f'{verb}.{s.name}' for s in points.listed('driver')
         if s.module == module and (names is None or s.name in names)))
@@ -97,19 +106,19 @@ def verbs():
     return {
         'spawn': Verb([s for s in points.names('life')
                        if not s.startswith('delete.')],
-                      _driver('spawn', 'spawn.py', _SPAWN)),
+                      _driver('spawn.py', _SPAWN)),
         'delete': Verb([s for s in points.names('life')
                         if s.startswith('delete.')], []),
         'migrate': Verb(points.names('migration'),
-                        _driver('pre_live_migration',
-                                'migration_destination.py'), True),
+                        _driver('migration_destination.py'), True),
         'suspend': Verb([s for s in _points('runtime/checkpoint.py')
                          if s.startswith('suspend.')], []),
         'resume': Verb([s for s in _points('runtime/checkpoint.py')
-                        if s.startswith('resume.')], []),
+                        if s.startswith('resume.')],
+                       _driver('power.py', _RESUME)),
         'resize': Verb(_points('runtime/migration/cold.py'),
-                       _driver('resize', 'resize.py', _RESIZE) +
-                       _driver('finish_migration', 'arrival.py', _FINISH),
+                       _driver('resize.py', _RESIZE) +
+                       _driver('arrival.py', _FINISH),
                        True),
     }
 
