@@ -221,6 +221,10 @@ if [ ${#failed[@]} -gt 0 ]; then
     say "FAILED: ${failed[*]}; results and logs: $LOGS"
     rc=1
 fi
+totals=("$results" "${groups[@]}")
+if [ "${groups[*]}" = "${ALL[*]}" ] && [ ${#arguments[@]} -eq 0 ]; then
+    totals+=(--matrix "$REPO/doc/source/support-matrix.ini")
+fi
 # The totals are the last line.
-python3 "$REPO/tools/test_totals.py" "$results" "${groups[@]}" || rc=1
+python3 "$REPO/tools/test_totals.py" "${totals[@]}" || rc=1
 exit $rc

@@ -12,15 +12,18 @@
 
 """Adds up the results of a run of tools/run_tests.sh.
 
-    test_totals.py DIRECTORY GROUP...
+    test_totals.py DIRECTORY GROUP... [--matrix FILE]
 
 Reads DIRECTORY/<group>.subunit and DIRECTORY/checks, names each failed and
 each skipped test with its reason, and prints as the last line the totals.
 Fails if a test failed, or if a group has no results at all: tests that did
-not run have not passed.
+not run have not passed. With a support matrix: also if a test that it names
+did not run; of those that were skipped it says so.
 """
 
+import argparse
 import collections
+import configparser
 import pathlib
 import re
 import sys
@@ -79,15 +82,45 @@ def _read(path):
     return totals
 
 
+def _check_matrix(path, status_of, counts):
+    """What the matrix calls complete, and what of it this run has shown.
+
+    :param status_of: test → its status
+    :returns: lines to print
+    """
+    matrix = configparser.ConfigParser(interpolation=None)
+    matrix.read_string(path.read_text())
+    named = {name: row['test'] for name, row in matrix.items()
+             if 'test' in row}
+    shown = [name for name, test in named.items()
+             if status_of.get(test) == 'success']
+    lines = []
+    for name, test in named.items():
+        if test not in status_of:
+            counts['failed'] += 1
+            lines.append(f'FAILED support matrix: {name}: {test} did not run')
+        elif status_of[test] == 'skip':
+            lines.append(f'NOT SHOWN HERE {name}: {test} was skipped')
+    return [*lines, f'support matrix: {len(named)} complete, {len(shown)} '
+            'of them shown in this run']
+
+
 def main(argv):
-    directory = pathlib.Path(argv[1])
+    parser = argparse.ArgumentParser()
+    parser.add_argument('directory', type=pathlib.Path)
+    parser.add_argument('groups', nargs='*')
+    parser.add_argument('--matrix', type=pathlib.Path)
+    args = parser.parse_args(argv[1:])
+    directory = args.directory
     counts = collections.Counter()
     lines = []
-    for group in argv[2:]:
+    statuses = {}
+    for group in args.groups:
         if group == 'pep8':
             continue
         path = directory / f'{group}.subunit'
         totals = _read(path) if path.exists() else _Totals()
+        statuses.update(totals.status_of)
         ran = 0
         for test, status in sorted(totals.status_of.items()):
             if status == 'exists':
@@ -115,6 +148,8 @@ def main(argv):
             counts[status] += 1
             if status == 'failed':
                 lines.append(f'FAILED {name}')
+    if args.matrix:
+        lines += _check_matrix(args.matrix, statuses, counts)
     for line in lines:
         print(line)
     print(f'{counts["passed"]} passed, {counts["failed"]} failed, '

@@ -205,6 +205,14 @@ class VerbsTest(base.CloudTestCase):
             for log in logs:
                 self.assertNotIn(b'a secret: with', log.read_bytes())
 
+    def test_password_of_the_guests_own(self):
+        """What cloudbase-init gives to the metadata service."""
+        self.ssh_in('curl -sf --data-binary c2VjcmV0 '
+                    'http://169.254.169.254/openstack/latest/password')
+        found = self.demo.compute.get(
+            f'/servers/{self.server.id}/os-server-password').json()
+        self.assertEqual('c2VjcmV0', found['password'])
+
     def test_diagnostics(self):
         figures = json.loads(self.cli(
             '--os-compute-api-version', '2.48', 'server', 'show',

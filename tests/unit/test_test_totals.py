@@ -101,6 +101,19 @@ actual    = {'a':
             "FAILED a (fail) tests/functional/test_a.py:12 "
             "actual = {'a': {'b': 1}}", self.run_totals('unit')[1][0])
 
+    def test_support_matrix(self):
+        matrix = self.directory / 'matrix.ini'
+        matrix.write_text(
+            '[one]\ntest = a\n[two]\ntest = b\n[three]\nnotes = none\n')
+        self.write('unit', a='success', b='skip')
+        code, lines = self.run_totals('unit', '--matrix', str(matrix))
+        self.assertEqual((0, 'support matrix: 2 complete, 1 of them shown in '
+                          'this run'), (code, lines[-2]))
+        self.write('unit', a='success')
+        code, lines = self.run_totals('unit', '--matrix', str(matrix))
+        self.assertEqual(1, code)
+        self.assertIn('FAILED support matrix: two: b did not run', lines)
+
     def test_a_test_that_never_ended_has_failed(self):
         self.write('unit', a='success', b='inprogress')
         self.assertEqual(

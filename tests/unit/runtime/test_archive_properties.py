@@ -94,7 +94,7 @@ def _unpack(data):
 class TestProperties(testtools.TestCase):
 
     @hypothesis.settings(
-        max_examples=400, deadline=None, database=None,
+        max_examples=400, deadline=None, database=None, print_blob=True,
         suppress_health_check=list(hypothesis.HealthCheck))
     @hypothesis.given(st.lists(_ENTRIES, min_size=1, max_size=12))
     def test_nothing_outside_of_the_root_changes(self, entries):
@@ -107,7 +107,7 @@ class TestProperties(testtools.TestCase):
                              'image_too_many_entries'})
 
     @hypothesis.settings(
-        max_examples=300, deadline=None, database=None,
+        max_examples=300, deadline=None, database=None, print_blob=True,
         suppress_health_check=list(hypothesis.HealthCheck))
     @hypothesis.given(
         st.sampled_from(sorted(tarballs.PACKERS)),
@@ -124,7 +124,7 @@ class TestProperties(testtools.TestCase):
             del data[cut % len(data):]
         self.assertIn(_unpack(data), CODES | {None})
 
-    @hypothesis.settings(deadline=None, database=None)
+    @hypothesis.settings(deadline=None, database=None, print_blob=True)
     @hypothesis.given(st.text(st.characters(
         codec=None, categories=None), max_size=300))
     def test_components_of_a_name(self, name):
