@@ -48,6 +48,7 @@ def matrix(steps, faults):
 _TITLES = {
     'move': 'Stop and copy',
     'post-copy': 'Post-copy',
+    'cold': 'Cold migration and resize: the files',
     'life': 'One host: define, prepare, start, delete',
     'suspend': 'One host: suspend, resume',
 }

@@ -289,6 +289,9 @@ MIGRATION = {
     'power-b': PowerLoss("destination's power lost", 'b'),
     'power': PowerLoss("both hosts' power lost", 'a', 'b'),
 }
+#: Of a cold migration from a to b: nothing of it runs.
+COLD = {name: fault for name, fault in MIGRATION.items()
+        if name not in ('criu-a', 'criu-b', 'pages', 'memory-b')}
 #: Of define, prepare, start and delete on a.
 LIFE = {
     'fails': Raise('the step fails'),

@@ -20,6 +20,7 @@ import time
 
 from nova_pycontainer.runtime import errors
 from tests import echo
+from tests.faults import cold
 from tests.faults import inject
 from tests.faults import kernel
 from tests.faults import one_host
@@ -40,7 +41,10 @@ _END = 150.0
 #: Longer than what a dead link is noticed in.
 _CUT_OFF = 75.0
 
-MODES = ('move', 'post-copy', 'life', 'suspend')
+MODES = ('move', 'post-copy', 'cold', 'life', 'suspend')
+#: Modes that have modules of their own.
+_MODULES = {'cold': 'runtime/migration/cold.py',
+            'suspend': 'runtime/checkpoint.py'}
 #: Some seconds for the pages that follow the guest.
 _OPTIONS = {'move': {}, 'post-copy': {
     'strategy': 'post-copy', 'permit_post_copy': True,
@@ -58,20 +62,20 @@ class Broken(AssertionError):
 
 
 def steps(mode):
-    if mode == 'suspend':
+    if mode in _MODULES:
         return [s.name for s in points.listed('verbs')
-                if s.module == 'runtime/checkpoint.py']
+                if s.module == _MODULES[mode]]
     return points.names('life' if mode == 'life' else 'migration')
 
 
 def faults(mode):
-    found = {'life': inject.LIFE, 'suspend': inject.SUSPEND}.get(
-        mode, inject.MIGRATION)
+    found = {'life': inject.LIFE, 'suspend': inject.SUSPEND,
+             'cold': inject.COLD}.get(mode, inject.MIGRATION)
     return {name: fault for name, fault in found.items()
             if mode == 'post-copy' or name != 'pages'}
 
 
-class Rig(one_host.OneHost, hosts.TwoHostsTestCase):
+class Rig(cold.Cold, one_host.OneHost, hosts.TwoHostsTestCase):
     """``self.row(mode, step, fault)`` tries one."""
 
     #: Whether the kernel's settings are these hosts' alone.
@@ -178,8 +182,8 @@ class Rig(one_host.OneHost, hosts.TwoHostsTestCase):
                   else fault.action)
         self._before = {
             h.name: kernel.traces(h, self.alone) for h in (self.a, self.b)}
-        runner = {'life': self._life, 'suspend': self._suspend}.get(
-            mode, self._migration)
+        runner = {'life': self._life, 'suspend': self._suspend,
+                  'cold': self._cold}.get(mode, self._migration)
         try:
             return runner(mode, step, fault, f'{step}={action}')
         except (AssertionError, errors.ContainerError) as e:

@@ -63,6 +63,13 @@ class FaultsTestCase(rig.Rig):
             ('destination.resumed', 'pages', 'lost'),
             ('destination.resumed', 'agent-b', 'lost'))
 
+    def test_cold(self):
+        self.try_all(
+            'cold',
+            ('offer.serving', 'power-a', 'came with the second try'),
+            ('taking.files', 'agent-b', 'came with the second try'),
+            ('taking.written', 'link-1s', 'came'))
+
     def test_life(self):
         self.try_all(
             'life',
