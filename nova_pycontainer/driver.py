@@ -158,6 +158,7 @@ class PyContainerDriver(driver.ComputeDriver):
         self._resizer = resize.Resizer(
             self._client, self._spawner, self._power, arrivals,
             self._volumes, options, host)
+        self._suspend_recovery = suspend_recovery.Recovery(self._client)
         self._resize_recovery = resize_recovery.Recovery(
             self.virtapi, arrivals, host)
         self._watcher = events.Watcher(
@@ -165,7 +166,7 @@ class PyContainerDriver(driver.ComputeDriver):
             patience=options.agent_lost_timeout)
 
     def process_instances_at_startup(self, context, instances):
-        suspend_recovery.settle(self._client, instances)
+        self._suspend_recovery.settle(instances)
         instances = self._migration_recovery.keep_back(context, instances)
         return self._resize_recovery.keep_back(context, instances)
 
@@ -240,6 +241,7 @@ class PyContainerDriver(driver.ComputeDriver):
         self._watcher.start()
         self._migration_recovery.start()
         self._resize_recovery.start()
+        self._suspend_recovery.start()
         self._remove_leftovers()
         return self._host.resources(self.get_host_uptime())
 
@@ -399,6 +401,7 @@ class PyContainerDriver(driver.ComputeDriver):
 
     def resume(self, context, instance, network_info,
                block_device_info=None, share_info=None):
+        self._suspend_recovery.asked(instance)
         with driver_errors.rolled_back(
                 instance, exception.InstanceResumeFailure):
             self._power.restore(

@@ -18,15 +18,20 @@ for ever; and since it does not run, with ``resume_guests_state_on_host_boot``
 it boots it anew, without what was saved.
 """
 
+import threading
+
 from nova.compute import power_state
 from nova.compute import task_states
 from nova.compute import vm_states
+from nova import exception
 from oslo_log import log as logging
 
 from nova_pycontainer.runtime import errors
 
 LOG = logging.getLogger(__name__)
 
+#: For a request that was sent before the start to come, in seconds.
+_MESSAGE_S = 60.0
 #: What the manager would have written down at the end.
 _ENDS = {
     'suspended': (vm_states.SUSPENDED, power_state.SUSPENDED),
@@ -34,39 +39,79 @@ _ENDS = {
 }
 
 
-def settle(client, instances):
-    """Finish what the manager would have finished, before it looks at them.
+class Recovery:
+    """Those of one compute service.
 
     :param client: of the agent
-    :param instances: those of this host
     """
-    # Both wait for what the agent is about to do. A suspend that it has not
-    # heard of is done now.
-    verbs = {task_states.SUSPENDING: client.suspend,
-             task_states.RESUMING: client.unpause}
-    for instance in instances:
-        verb = verbs.get(instance.task_state)
-        if verb is None:
-            continue
-        try:
-            verb(instance.uuid)
-        except errors.ContainerError as e:
-            # Most likely: it is suspended.
-            LOG.debug('%s', e, instance=instance)
-        try:
-            found = _ENDS.get(client.info(instance.uuid)['state'])
-        except errors.ContainerError as e:
-            LOG.warning('Whether it is suspended is not known: %s', e,
-                        instance=instance)
-            continue
+
+    def __init__(self, client):
+        self._client = client
+        #: That were to be resumed, and are not; and who was asked for since.
+        self._waiting, self._asked = [], set()
+
+    def settle(self, instances):
+        """Finish what the manager would have finished, before it looks at
+        them.
+
+        :param instances: those of this host
+        """
+        # Both wait for what the agent is about to do. A suspend that it has
+        # not heard of is done now.
+        verbs = {task_states.SUSPENDING: self._client.suspend,
+                 task_states.RESUMING: self._client.unpause}
+        for instance in instances:
+            verb = verbs.get(instance.task_state)
+            if verb is None:
+                continue
+            try:
+                verb(instance.uuid)
+            except errors.ContainerError as e:
+                # Most likely: it is suspended.
+                LOG.debug('%s', e, instance=instance)
+            try:
+                state = self._client.info(instance.uuid)['state']
+            except errors.ContainerError as e:
+                LOG.warning('Whether it is suspended is not known: %s', e,
+                            instance=instance)
+                continue
+            self._note(instance, _ENDS.get(state))
+
+    def _note(self, instance, found):
         if (instance.task_state == task_states.RESUMING and
                 found == _ENDS['suspended']):
-            LOG.warning('It is to be resumed, and the agent does not do that. '
-                        'If the request does not come again, reset the state '
-                        'of the server to suspended', instance=instance)
+            self._waiting.append(instance)
         elif found is not None:
             LOG.info('It was %s when nova-compute ended, and is %s now',
                      instance.task_state, found[0], instance=instance)
             instance.vm_state, instance.power_state = found
             instance.task_state = None
             instance.save()
+
+    def start(self):
+        """Wait for the requests that may still come. The manager is ready."""
+        waiting, self._waiting = self._waiting, []
+        for instance in waiting:
+            timer = threading.Timer(_MESSAGE_S, self.give_up, (instance,))
+            timer.daemon = True
+            timer.start()
+
+    def asked(self, instance):
+        """The request to resume it has come."""
+        self._asked.add(instance.uuid)
+
+    def give_up(self, instance):
+        """It came before this process began, and ended with the other."""
+        if instance.uuid in self._asked:
+            return
+        try:
+            instance.refresh()
+            if instance.task_state != task_states.RESUMING:
+                return
+            LOG.warning('It was to be resumed when nova-compute ended, which '
+                        'did not come to its end: it is suspended as before',
+                        instance=instance)
+            instance.task_state = None
+            instance.save(expected_task_state=task_states.RESUMING)
+        except exception.NovaException as e:
+            LOG.info('It has gone on: %s', e, instance=instance)

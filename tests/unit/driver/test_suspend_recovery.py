@@ -12,6 +12,9 @@
 
 """A nova-compute that ends while its agent suspends or resumes."""
 
+import time
+
+import fixtures
 from nova.compute import power_state
 from nova.compute import task_states
 from nova.compute import vm_states
@@ -28,14 +31,16 @@ class SettleTestCase(driver_base.Base):
         self.spawn()
         self.item = self.agent.containers[uuids.instance]
         self.saved = []
-        self.instance.save = lambda: self.saved.append(
+        self.instance.save = lambda **expected: self.saved.append(
             (self.instance.vm_state, self.instance.power_state,
              self.instance.task_state))
+        self.instance.refresh = lambda: None
+        self.recovery = suspend_recovery.Recovery(self.agent)
 
     def settle(self, task, state):
         self.instance.task_state = task
         self.item['state'] = state
-        suspend_recovery.settle(self.agent, [self.instance])
+        self.recovery.settle([self.instance])
         return self.saved
 
     def test_suspended_meanwhile(self):
@@ -56,6 +61,19 @@ class SettleTestCase(driver_base.Base):
 
     def test_request_to_resume_is_on_its_way(self):
         self.assertEqual([], self.settle(task_states.RESUMING, 'suspended'))
+        self.recovery.asked(self.instance)
+        self.recovery.give_up(self.instance)
+        self.assertEqual([], self.saved)
+
+    def test_request_to_resume_has_ended_with_the_process(self):
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova_pycontainer.suspend_recovery._MESSAGE_S', 0.01))
+        self.settle(task_states.RESUMING, 'suspended')
+        self.instance.vm_state = vm_states.SUSPENDED
+        self.recovery.start()
+        while not self.saved:
+            time.sleep(0.01)
+        self.assertEqual((vm_states.SUSPENDED, None), self.saved[0][::2])
 
     def test_others_are_left_alone(self):
         self.assertEqual([], self.settle(task_states.PAUSING, 'running'))
