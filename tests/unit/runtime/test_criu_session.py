@@ -19,6 +19,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 from unittest import mock
 
 import fixtures
@@ -43,8 +44,11 @@ class SessionTestCase(cases.TestCase):
             start_new_session=True, stdout=subprocess.PIPE, text=True)
         self.addCleanup(self.leader.stdout.close)
         self.children = []
-        for _ in range(2):
+        for name in (self.program.name, 'sleep'):
             pid = int(self.leader.stdout.readline())
+            # The shell tells it before the child executes its program.
+            while pathlib.Path(f'/proc/{pid}/comm').read_text() != f'{name}\n':
+                time.sleep(0.01)
             pidfd = process.pidfd_open(pid)
             self.addCleanup(os.close, pidfd)
             self.addCleanup(process.send_signal, pidfd, signal.SIGKILL)
