@@ -122,7 +122,7 @@ class FormerStateTestCase(base.HostTestCase):
         file = self._file(uuid)
         data = json.loads(file.read_text())
         file.write_text(json.dumps(data | {'format': state.FORMAT + 1}))
-        with self.assertLogs('nova_pycontainer.runtime.host') as logs:
+        with self.assertLogs('nova_pycontainer.runtime.loading') as logs:
             self._restart()
         self.assertIn(f'has format {state.FORMAT + 1}, this release reads up '
                       f'to {state.FORMAT}', ''.join(logs.output))
