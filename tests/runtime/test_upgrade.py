@@ -115,12 +115,19 @@ class FormerStateTestCase(base.HostTestCase):
     def test_format_3(self):
         self._try(3)
 
+    def _put_back(self, file, data):
+        if json.loads(file.read_text())['format'] != data['format']:
+            file.write_text(json.dumps(data))
+            self._restart()
+
     def test_later_format(self):
         """Its container is left alone, and the others have an agent."""
         uuid, other = self.run_container(), self.run_container()
         pid = self.host.info(uuid)['pid']
         file = self._file(uuid)
         data = json.loads(file.read_text())
+        # Else nobody would know of it, and remove it.
+        self.addCleanup(self._put_back, file, data)
         file.write_text(json.dumps(data | {'format': state.FORMAT + 1}))
         with self.assertLogs('nova_pycontainer.runtime.loading') as logs:
             self._restart()
