@@ -28,7 +28,8 @@ def remember(context, instance):
     """Write down those of a server whose destination has not begun yet."""
     found = {
         _KEY + bdm.volume_id: bdm.attachment_id
-        for bdm in _volumes(context, instance) if bdm.attachment_id}
+        for bdm in _block_devices(context, instance)
+        if bdm.is_volume and bdm.attachment_id}
     if forget(instance) or found:
         instance.system_metadata.update(found)
         instance.save()
@@ -48,8 +49,7 @@ def of_source(context, volume_api, instance):
     :param volume_api: the compute manager's
     :returns: a BlockDeviceMappingList; nothing of it is to be saved
     """
-    found = objects.BlockDeviceMappingList.get_by_instance_uuid(
-        context, instance.uuid)
+    found = _block_devices(context, instance)
     for bdm in found:
         known = bdm.is_volume and instance.system_metadata.get(
             _KEY + bdm.volume_id)
@@ -62,7 +62,6 @@ def of_source(context, volume_api, instance):
     return found
 
 
-def _volumes(context, instance):
-    return [bdm for bdm in
-            objects.BlockDeviceMappingList.get_by_instance_uuid(
-                context, instance.uuid) if bdm.is_volume]
+def _block_devices(context, instance):
+    return objects.BlockDeviceMappingList.get_by_instance_uuid(
+        context, instance.uuid)

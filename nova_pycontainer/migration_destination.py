@@ -221,8 +221,7 @@ class Destination:
         """Have the agent end the migration, unless it cannot be ended.
 
         :param migration: its uuid, or None
-        :raises nova.exception.MigrationError: it has ended well, or a later
-            one has
+        :raises nova.exception.MigrationError: it has ended well
         """
         here = False
         try:

@@ -213,35 +213,26 @@ class Resizer:
         its end, and that were deleted since or have got over it elsewhere.
         """
         for info in self._client.list():
-            if info.get('moved') and self._is_elsewhere(
-                    context, info['uuid']):
+            if (info.get('moved') or info.get('offered')) and (
+                    self._is_over(context, info)):
                 LOG.warning('Removing what is left of server %s, which has '
-                            'moved to another host', info['uuid'])
-                self._client.delete(info['uuid'])
-            elif info.get('offered') and self._is_over(
-                    context, info['uuid'], info['offered']):
-                LOG.warning('Removing what is left of server %s, which was '
-                            'to move to another host', info['uuid'])
+                            'moved to another host, or was to', info['uuid'])
                 self._client.delete(info['uuid'])
 
-    def _is_elsewhere(self, context, uuid):
-        try:
-            instance = objects.Instance.get_by_uuid(context, uuid)
-        except exception.InstanceNotFound:
-            return True
-        return instance.task_state is None and (
-            instance.host not in (None, self._host))
-
-    def _is_over(self, context, uuid, migration):
+    def _is_over(self, context, info):
         try:
             instance = objects.Instance.get_by_uuid(
-                context, uuid, expected_attrs=['system_metadata'])
+                context, info['uuid'], expected_attrs=['system_metadata'])
         except exception.InstanceNotFound:
             return True
         if instance.host in (None, self._host) or (
-                instance.task_state is not None or
-                instance.vm_state in (vm_states.RESIZED, vm_states.ERROR)):
+                instance.task_state is not None):
+            return False
+        if info.get('moved'):
+            # It runs there, as the agents have settled it.
+            return True
+        if instance.vm_state in (vm_states.RESIZED, vm_states.ERROR):
             return False
         # What its state is said to be anybody can have changed who may.
         # These files are the only ones until all of them have come.
-        return arrival.has_come(context, instance, migration)
+        return arrival.has_come(context, instance, info['offered'])

@@ -60,7 +60,6 @@ _REASON_TIMEOUT = 5.0
 #: CRIU works this long between two notifications at most.
 _CRIU_TIMEOUT = 300.0
 _RESTORE_TIMEOUT = 300.0
-_RETRY = 1.0
 #: A pass that takes no longer than this will be as short while frozen.
 _SHORT_PASS = 0.25
 #: So many more if the last one was not complete: what it has left out would
