@@ -152,6 +152,13 @@ def inits_of(uuid):
             if uuid in _read(_PROC / str(pid) / 'cgroup') and _is_init(pid)]
 
 
+def hosts_of(uuid):
+    """The cgroup parents of the hosts on which a guest has an init."""
+    return {path.split('/')[1] for pid in inits_of(uuid)
+            for line in _read(_PROC / str(pid) / 'cgroup').splitlines()
+            if uuid in (path := line.split(':', 2)[2])}
+
+
 class Copy:
     """One copy of the guest on a host, as the kernel has it.
 

@@ -26,6 +26,7 @@ from cloud import down
 from cloud import graph
 from cloud import hosts
 from cloud import layout
+from cloud import power
 from cloud import process
 from cloud import up
 
@@ -114,6 +115,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         sub = commands.add_parser(name, help=f'{name} single services')
         sub.add_argument('service', nargs='+',
                          help='as status names it: host1.nova-compute')
+    for name, text in (
+            ('power-off', 'end everything on a compute host at once'),
+            ('power-on', 'boot it again')):
+        sub = commands.add_parser(name, help=text)
+        sub.add_argument('host', nargs='+', choices=layout.COMPUTES)
     sub = commands.add_parser('fake-host', help='a third compute service, '
                               'with the fake driver of Nova')
     sub.add_argument('action', choices=('up', 'down'))
@@ -145,6 +151,12 @@ def main(argv: list[str]) -> int:
             up.up(args.driver)
         elif args.command == 'down':
             down.down(args.purge)
+        elif args.command == 'power-off':
+            for host in args.host:
+                power.off(host)
+        elif args.command == 'power-on':
+            for host in args.host:
+                power.on(host, up.settings().get('driver', 'pycontainer'))
         elif args.command == 'fake-host':
             if args.action == 'up':
                 up.fake_host_up()

@@ -30,7 +30,7 @@ from cloud import process
 LAST = ('mariadb', 'rabbitmq', 'memcached')
 
 
-def _cgroup_dirs(host: str) -> list[pathlib.Path]:
+def cgroup_dirs(host: str) -> list[pathlib.Path]:
     """The host's parent cgroups in every hierarchy of this machine."""
     parent = layout.CGROUP_PARENT.format(host=host)
     found = []
@@ -43,7 +43,7 @@ def _cgroup_dirs(host: str) -> list[pathlib.Path]:
     return found
 
 
-def _cgroup_pids(top: pathlib.Path) -> list[int]:
+def cgroup_pids(top: pathlib.Path) -> list[int]:
     pids = []
     for path, _, files in os.walk(top):
         if 'cgroup.procs' in files:
@@ -55,7 +55,7 @@ def _cgroup_pids(top: pathlib.Path) -> list[int]:
     return [int(pid) for pid in pids]
 
 
-def _thaw(top: pathlib.Path) -> None:
+def thaw(top: pathlib.Path) -> None:
     """A frozen process of cgroup v1 does not die before it is thawed."""
     for path, _, files in os.walk(top):
         for name, value in (('freezer.state', 'THAWED'),
@@ -67,18 +67,18 @@ def _thaw(top: pathlib.Path) -> None:
                     pass
 
 
-def _remove_cgroups(host: str) -> list[str]:
+def remove_cgroups(host: str) -> list[str]:
     """Kills the containers that are left and removes their cgroups."""
-    tops = _cgroup_dirs(host)
+    tops = cgroup_dirs(host)
     deadline = time.monotonic() + 5
     while time.monotonic() < deadline:
-        pids = {pid for top in tops for pid in _cgroup_pids(top)}
+        pids = {pid for top in tops for pid in cgroup_pids(top)}
         if not pids:
             break
         for pid in pids:
             process.signal_quietly(pid, signal.SIGKILL)
         for top in tops:
-            _thaw(top)
+            thaw(top)
         time.sleep(0.05)
     left = []
     for top in tops:
@@ -96,8 +96,8 @@ def _remove_cgroups(host: str) -> list[str]:
     return left
 
 
-def _is_ours(backing: str, inode: int) -> bool:
-    """Whether a loop device's file lies in the state of one of our hosts.
+def _is_ours(backing: str, inode: int, names: tuple[str, ...]) -> bool:
+    """Whether a loop device's file lies in the state of one of these hosts.
 
     The path is that which the host saw, or what is left of it once the
     host's mounts are gone; and an agent of the machine itself would use the
@@ -106,12 +106,13 @@ def _is_ours(backing: str, inode: int) -> bool:
     path = pathlib.Path(backing)
     state = pathlib.Path('/var/lib/pycontainer')
     if path.is_relative_to(layout.CLOUD):
-        return True
+        return any(path.is_relative_to(layout.DATA / host)
+                   for host in names) or names == layout.COMPUTES
     if path.is_relative_to(state):
         rest = path.relative_to(state)
     else:
         rest = path.relative_to('/')
-    for host in layout.COMPUTES:
+    for host in names:
         try:
             found = (layout.DATA / host / 'pycontainer' / rest).stat()
         except OSError:
@@ -121,8 +122,8 @@ def _is_ours(backing: str, inode: int) -> bool:
     return False
 
 
-def _detach_loops() -> list[str]:
-    """Detaches loop devices of the cloud; returns what is still attached."""
+def detach_loops(names: tuple[str, ...] = layout.COMPUTES) -> list[str]:
+    """Detaches the loop devices of hosts; returns what is still attached."""
     columns = ('losetup', '--json', '--output', 'NAME,BACK-FILE,BACK-INO')
     for attempt in range(20):
         done = subprocess.run(columns, capture_output=True, text=True)
@@ -131,7 +132,7 @@ def _detach_loops() -> list[str]:
         left = [device['name']
                 for device in json.loads(done.stdout)['loopdevices']
                 if device['back-file'] and
-                _is_ours(device['back-file'], int(device['back-ino']))]
+                _is_ours(device['back-file'], int(device['back-ino']), names)]
         if not left:
             return []
         if attempt == 0:
@@ -172,11 +173,11 @@ def down(purge: bool = False) -> None:
                 process.signal_quietly(pid, number)
             pids = hosts.wait_gone(pids, grace)
         left += [f'process {pid} on {host}' for pid in pids]
-        left += _remove_cgroups(host)
+        left += remove_cgroups(host)
     # With the last process of a namespace all mounts and links in it go.
     process.stop(pauses, grace=2, number=signal.SIGKILL)
     network.unlink_controller()
-    left += _detach_loops()
+    left += detach_loops()
     for path in (layout.RUN, layout.HOSTS):
         shutil.rmtree(path, ignore_errors=True)
     if purge:
