@@ -36,7 +36,7 @@ from nova_pycontainer import migration_data
 LOG = logging.getLogger(__name__)
 
 #: For a message that has not come yet to come, in seconds.
-_MESSAGE_S = 180.0
+_MESSAGE_S = 20.0
 #: For the source to boot: it may have lost its power when this host did.
 _BOOT_S = 600.0
 _TASKS = (task_states.RESIZE_MIGRATED, task_states.RESIZE_FINISH)

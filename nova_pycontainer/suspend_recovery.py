@@ -31,7 +31,7 @@ from nova_pycontainer.runtime import errors
 LOG = logging.getLogger(__name__)
 
 #: For a request that was sent before the start to come, in seconds.
-_MESSAGE_S = 60.0
+_MESSAGE_S = 20.0
 #: What the manager would have written down at the end.
 _ENDS = {
     'suspended': (vm_states.SUSPENDED, power_state.SUSPENDED),

@@ -25,7 +25,7 @@ from openstack import exceptions
 from tests import cases
 from tests.cloud import base
 from tests.cloud import sessions
-from tests.faults import cloud
+from tests.faults import cloud_rig
 from tests.faults import releases
 
 PATIENCE = 120.0
@@ -66,7 +66,7 @@ class Load:
         return self.found
 
 
-class UpgradeTest(cloud.Counting):
+class UpgradeTest(cloud_rig.Counting):
 
     def setUp(self):
         releases.skip_without(self, releases.LAST)

@@ -133,7 +133,7 @@ class CutLink(Fault):
 
     def inject(self, rig):
         for host in (rig.a, rig.b):
-            host.run('tc', 'qdisc', 'add', 'dev', 'hostlink', 'root',
+            host.run('tc', 'qdisc', 'add', 'dev', rig.link, 'root',
                      'pfifo', 'limit', '0')
         return True
 
@@ -145,7 +145,7 @@ class CutLink(Fault):
 
     def heal(self, rig):
         for host in (rig.a, rig.b):
-            host.run('tc', 'qdisc', 'del', 'dev', 'hostlink', 'root',
+            host.run('tc', 'qdisc', 'del', 'dev', rig.link, 'root',
                      check=False)
 
 
@@ -163,13 +163,19 @@ class FillDisk(OfHost):
     """Not a byte is left where a host keeps its instances."""
 
     def _path(self, rig):
-        host = getattr(rig, self._name)
-        return pathlib.Path(f'/proc/{host.pid}/root{host.directory}',
-                            'state/instances/.filler')
+        return getattr(rig, self._name).instances / '.filler'
 
     def inject(self, rig):
         path = self._path(rig)
         with open(path, 'wb', buffering=0) as f:
+            # What is only reserved is soon there, whatever the size.
+            at = 0
+            for size in (1 << 28, 1 << 24):
+                with contextlib.suppress(OSError):
+                    while True:
+                        os.posix_fallocate(f.fileno(), at, size)
+                        at += size
+            f.seek(0, os.SEEK_END)
             for size in (1 << 20, 4096, 1):
                 try:
                     while f.write(bytes(size)) == size:
@@ -190,9 +196,7 @@ class ReadOnly(OfHost):
     """
 
     def _directories(self, rig):
-        host = getattr(rig, self._name)
-        top = pathlib.Path(f'/proc/{host.pid}/root{host.directory}',
-                           'state/instances')
+        top = getattr(rig, self._name).instances
         return [top, *(path for path in top.iterdir()
                        if path.is_dir() and path.name != 'lost+found')]
 
@@ -214,6 +218,8 @@ class Memory(OfHost):
 
     #: cgroup v1, as tools/lib/in-host.sh arranges it, and v2
     _FILES = (('/run/cgroup1/memory', 'memory.limit_in_bytes',
+               'memory.usage_in_bytes', '-1'),
+              ('/sys/fs/cgroup/memory', 'memory.limit_in_bytes',
                'memory.usage_in_bytes', '-1'),
               ('/sys/fs/cgroup', 'memory.max', 'memory.current', 'max'))
 

@@ -169,7 +169,9 @@ class Copy:
     def __init__(self, host, uuid):
         self._host = host
         self._uuid = uuid
-        self._cgroup = _V2 / host.cgroup_parent / uuid
+        # As the host sees it; nothing of it is left when its power is off.
+        self._cgroup = pathlib.Path(
+            f'/proc/{host.pid}/root{_V2}', host.cgroup_parent, uuid)
         self.pids = {pid for path in self._cgroup.rglob('cgroup.procs')
                      for pid in map(int, _read(path).split())}
         self.pids |= {int(p) for p in _read(

@@ -80,6 +80,8 @@ class Rig(cold.Cold, one_host.OneHost, hosts.TwoHostsTestCase):
 
     #: Whether the kernel's settings are these hosts' alone.
     alone = True
+    #: Between the hosts.
+    link = 'hostlink'
 
     def setUp(self):
         self._hosts = []

@@ -65,11 +65,9 @@ class Witness:
         # The upper directory, which no guest can hide. A host that has lost
         # its power has another pid then.
         host = self._hosts[name]
-        path = pathlib.Path(
-            f'/proc/{host.pid}/root{host.directory}/state/instances',
-            self._uuid, 'disk/upper/ticks')
         try:
-            data = path.read_bytes()
+            data = pathlib.Path(host.instances, self._uuid,
+                                'disk/upper/ticks').read_bytes()
         except OSError:
             return []
         # A line that is being copied or written is not one yet.

@@ -61,6 +61,12 @@ class Agent(client.Client):
     def _socket(self):
         return f'/proc/{self.pid}/root/run/pyc/agent.sock'
 
+    @property
+    def instances(self):
+        """Where it has its instances, as seen from outside of it."""
+        return pathlib.Path(
+            f'/proc/{self.pid}/root{self.directory}/state/instances')
+
     def _hold(self):
         # Keeps the namespaces; everything else enters them by its pid.
         self.holder = subprocess.Popen(

@@ -166,6 +166,10 @@ def _mounts(host: str) -> str:
     for name in ('nova', 'pycontainer'):
         lines += [f'mkdir -p /var/lib/{name}',
                   f'mount --bind {state}/{name} /var/lib/{name}']
+    # A disk of its own for the instances, of a host that has one.
+    disk = '/var/lib/pycontainer/instances'
+    lines.append(f'if [ -e {disk}.img ]; then mount -o loop {disk}.img '
+                 f'{disk}; fi')
     return '\n'.join(lines)
 
 
