@@ -67,8 +67,8 @@ scheduling.
 
 Its compute service is then disabled, with a reason that says so, and enabled
 again as soon as the agent answers. A service that the operator disabled is
-left alone. A restart of the agent takes less than this time and should not be
-noticed.
+left alone. A restart of the agent takes less than this time and is not
+noticed: requests wait for it so long.
 """),
     cfg.IntOpt(
         'soft_reboot_timeout',

@@ -118,7 +118,8 @@ class PyContainerDriver(driver.ComputeDriver):
         it and :meth:`_node_uuid`.
         """
         return agent_client.Client(
-            CONF.pycontainer.agent_socket, CONF.pycontainer.agent_timeout)
+            CONF.pycontainer.agent_socket, CONF.pycontainer.agent_timeout,
+            CONF.pycontainer.agent_lost_timeout)
 
     def _node_uuid(self, host):
         return node.get_local_node_uuid()

@@ -22,6 +22,7 @@ import socket
 import typing as ty
 import urllib.parse
 
+from nova_pycontainer.agent import connections
 from nova_pycontainer.agent import protocol
 from nova_pycontainer.agent import stream
 from nova_pycontainer.runtime import errors
@@ -32,59 +33,10 @@ _List = list[Json]
 
 #: Bytes of an image that are sent at a time.
 _PIECE: ty.Final = 1 << 17
-#: Seconds for the agent to take a connection.
-_CONNECT_TIMEOUT: ty.Final = 10.0
 #: Seconds more than for others: a disk may have millions of files.
 _DELETE_S: ty.Final = 240.0
 #: Seconds in which the agent asks another host, and ends a migration.
 _RESOLVE_S: ty.Final = 150.0
-
-
-class _Connection(http.client.HTTPConnection):
-    """HTTP over a unix socket."""
-
-    def __init__(self, path: str, timeout: float) -> None:
-        super().__init__('localhost', timeout=timeout)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(_CONNECT_TIMEOUT)
-        try:
-            self.sock.connect(self._path)
-        except OSError as e:
-            raise _unreachable(self._path, e) from e
-        self.sock.settimeout(self.timeout)
-
-
-def _unreachable(path: str, error: OSError) -> errors.AgentUnavailable:
-    remedy = 'Is pycontainer-agent running on this host? See its log'
-    if isinstance(error, PermissionError):
-        remedy = ('Let this user be a member of the group of the socket '
-                  '([pycontainer]agent_group)')
-    return errors.AgentUnavailable(
-        'agent_unavailable', f'cannot connect to the agent at {path}',
-        cause=error.strerror or str(error), remedy=remedy)
-
-
-@contextlib.contextmanager
-def _answering(connection: _Connection, verb: str) -> cabc.Iterator[None]:
-    try:
-        yield
-    except TimeoutError as e:
-        raise errors.AgentUnavailable(
-            'agent_unavailable', f'the agent did not answer {verb!r}',
-            cause=f'nothing came for {connection.timeout:g} s',
-            remedy='See the log of pycontainer-agent on that host') from e
-    except (OSError, http.client.HTTPException) as e:
-        raise _lost(verb, e) from e
-
-
-def _lost(what: str, error: Exception) -> errors.AgentUnavailable:
-    return errors.AgentUnavailable(
-        'agent_unavailable', f'the agent went away during {what!r}',
-        cause=str(error) or type(error).__name__,
-        remedy='What it had begun, it undoes or finishes when it is back')
 
 
 class Client:
@@ -101,17 +53,31 @@ class Client:
 
     :param timeout_s: seconds that the agent has for a verb, besides what the
         verb is told to wait for
+    :param patience_s: seconds that requests wait for an agent that has just
+        gone away, as it does in a restart
     """
 
-    def __init__(self, socket_path: str, timeout_s: float = 60.0) -> None:
+    def __init__(
+        self, socket_path: str, timeout_s: float = 60.0,
+        patience_s: float = 0.0,
+    ) -> None:
         self._path = socket_path
         self._timeout_s = float(timeout_s)
+        self._patience = connections.Patience(patience_s)
+
+    def _connection(
+        self, limit: float, patience: connections.Patience | None
+    ) -> connections.Connection:
+        return connections.Connection(
+            self._path, limit + protocol.GRACE, patience)
 
     def _call(
-        self, verb: str, params: Json | None = None, wait_s: float = 0.0
+        self, verb: str, params: Json | None = None, wait_s: float = 0.0,
+        patient: bool = True,
     ) -> ty.Any:
         limit = self._timeout_s + wait_s
-        connection = _Connection(self._path, limit + protocol.GRACE)
+        connection = self._connection(
+            limit, self._patience if patient else None)
         try:
             try:
                 connection.request(
@@ -132,7 +98,9 @@ class Client:
                 protocol.LIMIT_HEADER: f'{limit:g}',
                 'Connection': 'close'}
 
-    def _result(self, connection: _Connection, verb: str) -> ty.Any:
+    def _result(
+        self, connection: connections.Connection, verb: str
+    ) -> ty.Any:
         response = self._response(connection, verb)
         return _parsed(
             response.headers.get(protocol.VERSION_HEADER),
@@ -140,17 +108,17 @@ class Client:
 
     @staticmethod
     def _response(
-        connection: _Connection, verb: str
+        connection: connections.Connection, verb: str
     ) -> http.client.HTTPResponse:
-        with _answering(connection, verb):
+        with connections.answering(connection, verb):
             return connection.getresponse()
 
     @staticmethod
     def _read(
-        response: http.client.HTTPResponse, connection: _Connection,
-        verb: str,
+        response: http.client.HTTPResponse,
+        connection: connections.Connection, verb: str,
     ) -> bytes:
-        with _answering(connection, verb):
+        with connections.answering(connection, verb):
             return response.read()
 
     # View
@@ -181,7 +149,9 @@ class Client:
         """
         timeout_s = min(timeout_s, protocol.MAX_POLL)
         return ty.cast(_List, self._call(
-            'events', {'after': after, 'timeout_s': timeout_s}, timeout_s))
+            'events', {'after': after, 'timeout_s': timeout_s}, timeout_s,
+            # By them it is noticed that it has gone.
+            patient=False))
 
     # Layers
 
@@ -211,8 +181,7 @@ class Client:
             query['max_bytes'] = str(max_bytes)
         if digest is not None:
             query['digest'] = digest
-        connection = _Connection(
-            self._path, protocol.STREAM_IDLE + protocol.GRACE)
+        connection = self._connection(protocol.STREAM_IDLE, self._patience)
         try:
             connection.putrequest(
                 'PUT', protocol.LAYERS + urllib.parse.quote(key, '') + '?'
@@ -225,7 +194,7 @@ class Client:
             try:
                 connection.endheaders()
             except OSError as e:
-                raise _lost('layer_import', e) from e
+                raise connections.lost('layer_import', e) from e
             self._send_pieces(connection, stream)
             return ty.cast(Json, self._result(connection, 'layer_import'))
         finally:
@@ -233,7 +202,7 @@ class Client:
 
     @staticmethod
     def _send_pieces(
-        connection: _Connection,
+        connection: connections.Connection,
         stream: ty.BinaryIO | cabc.Iterable[bytes],
     ) -> None:
         for piece in _pieces(stream):
@@ -256,8 +225,7 @@ class Client:
         Returns when there is something to read: the files that the guest has
         written are copied before.
         """
-        connection = _Connection(
-            self._path, protocol.SNAPSHOT_LIMIT + protocol.GRACE)
+        connection = self._connection(protocol.SNAPSHOT_LIMIT, self._patience)
         try:
             with contextlib.suppress(OSError):
                 # Refused at once; the answer says why.
@@ -270,7 +238,8 @@ class Client:
             if response.headers.get_content_type() != stream.TYPE:
                 _parsed(version, self._read(response, connection, 'snapshot'),
                         'snapshot')
-                raise _lost('snapshot', ValueError('no archive came'))
+                raise connections.lost(
+                    'snapshot', ValueError('no archive came'))
             protocol.check_version(version, 'client', 'agent')
             sock.settimeout(protocol.STREAM_IDLE)
             return stream.Stream(connection, response, uuid)
@@ -521,8 +490,7 @@ class Client:
         latest that attached is the one who types.
         """
         body = protocol.dumps({'uuid': uuid})
-        connection = _Connection(
-            self._path, self._timeout_s + protocol.GRACE)
+        connection = self._connection(self._timeout_s, self._patience)
         connection.connect()
         sock = connection.sock
         try:
@@ -540,7 +508,7 @@ class Client:
             status, version = self._head(sock)
             if status != 101:
                 _parsed(version, self._rest(sock), 'console_attach')
-                raise _lost('console_attach',
+                raise connections.lost('console_attach',
                             ValueError(f'unexpected status {status}'))
             protocol.check_version(version, 'client', 'agent')
             sock.settimeout(None)
@@ -562,7 +530,7 @@ class Client:
             first, _, rest = head.partition(b'\r\n')
             status = int(first.split()[1])
         except (OSError, ValueError, IndexError) as e:
-            raise _lost('console_attach', e) from e
+            raise connections.lost('console_attach', e) from e
         for line in rest.decode('latin-1').splitlines():
             name, _, value = line.partition(':')
             if name.lower() == protocol.VERSION_HEADER.lower():
@@ -576,7 +544,7 @@ class Client:
             while more := sock.recv(65536):
                 data += more
         except OSError as e:
-            raise _lost('console_attach', e) from e
+            raise connections.lost('console_attach', e) from e
         return data
 
 
@@ -589,7 +557,7 @@ def _parsed(version: str | None, body: bytes, verb: str) -> ty.Any:
             raise errors.ContainerError.from_dict(answer['error'])
         return answer['result']
     except (ValueError, TypeError, KeyError) as e:
-        raise _lost(verb, e) from e
+        raise connections.lost(verb, e) from e
 
 
 def _pieces(

@@ -91,7 +91,13 @@ class UpgradeTest(cloud_rig.Counting):
         self.on_host(host, 'rm', '-f', '/var/lib/pycontainer/preflight.json')
 
     def _restart(self, host):
-        self.restart(f'{host}.agent', f'{host}.nova-compute')
+        """As doc/source/admin/upgrade.rst says: nova-compute ends what it
+        has begun, and needs the agent for it.
+        """
+        nova = f'{host}.nova-compute'
+        base.cloud_sh('stop', '--grace', str(PATIENCE), nova)
+        self.restart(f'{host}.agent')
+        base.cloud_sh('start', nova)
         self.wait_compute(host)
 
     def _normal(self):
@@ -195,5 +201,4 @@ class UpgradeTest(cloud_rig.Counting):
                 self.check_count(server) > before, PATIENCE, 'a number')
         found = load.finish()
         print(f'{len(found)} servers meanwhile: {found}')
-        self.assertEqual('ACTIVE', found[-1])
-        self.assertGreater(found.count('ACTIVE'), found.count('ERROR'))
+        self.assertEqual({'ACTIVE'}, set(found))

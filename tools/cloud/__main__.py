@@ -115,6 +115,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         sub = commands.add_parser(name, help=f'{name} single services')
         sub.add_argument('service', nargs='+',
                          help='as status names it: host1.nova-compute')
+        if name != 'start':
+            sub.add_argument('--grace', type=float, default=8.0,
+                             metavar='SECONDS', help='before it is killed')
     for name, text in (
             ('power-off', 'end everything on a compute host at once'),
             ('power-on', 'boot it again')):
@@ -164,7 +167,7 @@ def main(argv: list[str]) -> int:
                 up.fake_host_down()
         else:
             if args.command in ('stop', 'restart'):
-                process.stop(args.service)
+                process.stop(args.service, args.grace)
             if args.command in ('start', 'restart'):
                 for name in args.service:
                     up.start_service(name)

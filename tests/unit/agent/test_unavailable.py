@@ -15,6 +15,7 @@
 import os
 import socket
 import threading
+import time
 
 from nova_pycontainer.agent import client
 from nova_pycontainer.agent import protocol
@@ -42,6 +43,33 @@ class TestUnavailable(base.AgentTestCase):
             sock.bind(self.path)
         error = self.assertRaises(errors.AgentUnavailable, self.client.list)
         self.assertIn('refused', error.cause)
+
+    def test_with_an_agent_that_is_restarted(self):
+        """Who has a request waits, but not for ever and not once more."""
+        path = str(self.dir / 'later.sock')
+        patient = client.Client(path, patience_s=base.PATIENCE)
+        came = threading.Event()
+        thread = threading.Thread(
+            target=lambda: (patient.list(), came.set()), daemon=True)
+        thread.start()
+        # What tells whether it is there does not wait.
+        self.assertRaises(errors.AgentUnavailable, patient.events, 0, 0)
+        self.assertFalse(came.wait(0.5))
+        os.link(self.path, path)
+        self.assertTrue(came.wait(base.PATIENCE))
+
+        os.unlink(path)
+        hasty = client.Client(path, patience_s=0.6)
+        began = time.monotonic()
+        self.assertRaises(errors.AgentUnavailable, hasty.list)
+        self.assertGreater(time.monotonic() - began, 0.5)
+        tries = []
+        original = socket.socket.connect
+        socket.socket.connect = lambda *a: (
+            tries.append(a), original(*a))
+        self.addCleanup(setattr, socket.socket, 'connect', original)
+        self.assertRaises(errors.AgentUnavailable, hasty.list)
+        self.assertEqual(1, len(tries))
 
     def test_with_an_agent_that_goes_away_or_talks_nonsense(self):
         self.server.stop(base.PATIENCE)
