@@ -21,9 +21,9 @@ import time
 
 from openstack import exceptions
 
-from tests import echo
 from tests.cloud import base
 from tests.cloud import migration_base
+from tests import echo
 from tests.faults import inject
 from tests.faults import kernel
 from tests.faults import witness
