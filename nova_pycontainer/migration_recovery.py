@@ -105,3 +105,20 @@ class Recovery(kept_back.KeptBack):
             instance.refresh()
             manager._set_instance_obj_error_state(
                 instance, clean_task_state=True)
+        else:
+            self._hand_over(context, manager, instance)
+
+    @staticmethod
+    def _hand_over(context, manager, instance):
+        """One that stays is the manager's again, which looks at it as at the
+        others: if the host has lost its power, the server is started.
+        """
+        try:
+            instance.refresh()
+            if instance.host == manager.host:
+                manager._init_instance(context, instance)
+        except exception.InstanceNotFound:
+            LOG.debug('It was deleted', instance=instance)
+        except Exception:
+            # It would end the thread; the manager says as much and goes on.
+            LOG.exception('It cannot be looked at', instance=instance)

@@ -36,12 +36,14 @@ class Echo:
 
     It sends a numbered line every 5 ms and notes the longest time that none
     came back.
+
+    :param patience: seconds of silence after which it has broken
     """
 
-    def __init__(self, address, port=7):
+    def __init__(self, address, port=7, patience=PATIENCE):
         self._sock = self._connect(address, port)
         self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._sock.settimeout(PATIENCE)
+        self._sock.settimeout(patience)
         self._stop = threading.Event()
         self._sent = 0
         self.received = 0

@@ -275,7 +275,8 @@ class Rig(Counting):
                 self.demo.compute.suspend_server(server.id)
                 self.wait_server(server.id, 'SUSPENDED')
             if verb == 'migrate':
-                self.stream = echo.Echo(self.floating_ip(server))
+                self.stream = echo.Echo(
+                    self.floating_ip(server), patience=_SETTLED)
         self.arm(AGENTS if agent else NOVA, f'{step}=' + (
             f'wait:{self.go}' if fault.action == 'wait' else fault.action))
         server = self._server = getattr(self, f'_{verb}')(server)

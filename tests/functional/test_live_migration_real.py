@@ -16,14 +16,17 @@ Both agents are in one network namespace, where the interfaces of a server
 cannot be twice. So these servers have none; see tests/cloud for the others.
 """
 
+import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import tempfile
 import uuid
 
 from nova_pycontainer.runtime import errors
 from tests import cases
+from tests.faults import kernel
 from tests.functional import agents
 from tests.functional import base
 from tests.functional import migration_base
@@ -236,6 +239,32 @@ class RealLiveMigrationTest(migration_base.TestCase):
         self.migrate(server)
         self.wait_for_migration(server, 'completed')
         self.assert_at(server, 'host2')
+
+    @cases.more
+    def test_its_host_loses_its_power(self):
+        """The guest and all services of the source end; the host boots."""
+        self.flags(resume_guests_state_on_host_boot=True)
+        server = self.counting()
+        self.restart_agent('host1', PYCONTAINER_FAULTS='source.pass=sleep:60')
+        self.migrate(server)
+        self.wait_for(
+            lambda: getattr(self.record(server), 'status', '') == 'running',
+            'the migration')
+        self.lose('host1')
+        self.agents.stop('host1')
+        for pid in kernel.inits_of(server['id']):
+            os.kill(pid, signal.SIGKILL)
+        self.agents.start('host1')
+        self.restart('host1')
+        self.wait_for_migration(server, 'failed', 'error')
+        # It is started, as the other servers of that host are.
+        self.wait_for(
+            lambda: self.info(server, 'host1')['state'] == 'running',
+            'it runs again')
+        self.sh(server, 'host1', COUNT)
+        self.wait_for(
+            lambda: self.sh(server, 'host1', 'cat /count'), 'a number')
+        self.assert_at(server, 'host1')
 
     @cases.more
     def test_abort_too_late(self):
