@@ -210,8 +210,10 @@ class Run(Rig):
                 result['outcome'] = self.row(*row)
             except (AssertionError, base.CommandError,
                     exceptions.SDKException) as e:
-                result['broken'] = str(e)
+                # Without the traceback that Nova keeps of a fault.
+                result['broken'] = str(e)[:500]
                 broken.append(row)
+                self.recover()
             result['seconds'] = round(time.monotonic() - began, 1)
             self.results[row] = result
             print(f'[{number}/{len(self.rows)}] {" ".join(row)}: '

@@ -40,7 +40,7 @@ _ENDED = ('completed', 'failed', 'error', 'cancelled')
 NOVA = ('host1.nova-compute', 'host2.nova-compute')
 AGENTS = ('host1.agent', 'host2.agent')
 #: Of the file system that a host has its instances on, which a fault fills.
-_DISK_MIB = 2560
+_DISK_MIB = 4096
 #: Where services are told, in turn, what is to go wrong in them.
 _PLANS = base.CLOUD / 'faults'
 
@@ -265,10 +265,11 @@ class Rig(Counting):
         self._cut_allowed = bool(fault.ends) or fault is inject.MIGRATION[
             'criu-a']
         self.stream, self.cut = None, ''
-        self.witness = server = None
+        self.witness = self._server = server = None
         if verb != 'spawn':
             server = (self._of_a_gone_image() if 'layer' in step.split('.')
                       else self.counting())
+            self._server = server
             self.witness = witness.Witness((self.a, self.b), server.id)
             self.addCleanup(self.witness.close)
             if verb == 'resume':
@@ -306,6 +307,16 @@ class Rig(Counting):
         if not broken:
             raise Absent
         return f'{word}{outcome}{self.cut} ({took:.0f} s)'
+
+    def recover(self):
+        """After a row that has broken, for the next one."""
+        self._supervise()
+        for host in base.HOSTS:
+            self.wait_compute(host)
+        server, self._server = self._server, None
+        if server is not None and not self._gone(server):
+            self.admin.compute.reset_server_state(server.id, 'error')
+            self.delete_server(server.id)
 
     def _supervise(self):
         """What an init system does with a service that has died, and a
