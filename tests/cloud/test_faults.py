@@ -10,8 +10,8 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
-"""A selection of the faults of nova-compute; ``python -m tests.faults.cloud``
-runs all.
+"""A selection of the faults of the cloud; ``python -m tests.faults.cloud`` runs
+all.
 """
 
 from tests import cases
@@ -30,10 +30,13 @@ class FaultsTest(cloud.Rig):
     def test_nova_compute_is_killed(self):
         self.try_all(*cases.some((
             ('migrate', 'source.committed', 'novas', 'destination'),
+            ('migrate', 'destination.restored', 'power-a', 'source'),
             ('delete', 'delete.killed', 'nova-a', 'deleted')), 0))
 
     @cases.more
     def test_nova_compute_is_killed_elsewhere(self):
         self.try_all(
             ('migrate', 'source.frozen', 'nova-a', 'destination'),
+            ('migrate', 'source.committed', 'power-b', 'source'),
+            ('migrate', 'destination.restored', 'disk-b', 'source'),
             ('spawn', 'spawn.start', 'own', 'error'))

@@ -17,6 +17,7 @@ import threading
 
 from openstack import exceptions
 
+from tests import cases
 from tests.cloud import base
 from tests.cloud import migration_base
 from tests.faults import kernel
@@ -127,6 +128,7 @@ class PowerTest(migration_base.MigrationTestCase):
         found = self.containers(host).get(server.id)
         return found is not None and found['state'] == 'running'
 
+    @cases.more
     def test_both_hosts(self):
         """All that ran runs again, with its files; what did not, does not."""
         first, second, off, suspended = (
