@@ -120,6 +120,23 @@ def split_name(name: str, limits: Limits) -> list[bytes]:
     return parts
 
 
+def time_ns(member: tarfile.TarInfo) -> int:
+    """The modification time; exact, where tarfile has made it a float."""
+    text = member.pax_headers.get('mtime', '')
+    whole, _, fraction = text.partition('.')
+    try:
+        ns = int(whole) * 10**9
+        part = int((fraction + '0' * 9)[:9])
+        ns += -part if whole.startswith('-') else part
+    except ValueError:
+        try:
+            ns = int(member.mtime) * 10**9
+        except (ValueError, OverflowError):
+            ns = 0  # "nan", "inf"
+    # What time_t holds; file systems narrow it further by themselves.
+    return max(-(2**63), min(ns, 2**63 - 1))
+
+
 class Reader:
     """A forward-only file over the pieces of a decompressed stream.
 

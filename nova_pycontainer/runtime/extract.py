@@ -28,7 +28,8 @@ What becomes of each kind of entry:
 * Device nodes under ``dev/`` are left out, since the runtime makes /dev.
   Anywhere else they are refused.
 * Whiteouts of OCI layers (``.wh.*``) are plain names here. They mean
-  something between the layers of an image, and this is one root file system.
+  something between the layers of an image (see layering.py), and this is one
+  root file system.
 * An entry that occurs twice replaces the first one. What is not a directory
   never replaces a directory.
 """
@@ -54,21 +55,9 @@ _MAX_SYMLINKS: ty.Final = 40  # as the kernel's MAXSYMLINKS
 _CACHED_PARENTS: ty.Final = 8192
 
 
-def time_ns(member: tarfile.TarInfo) -> int:
-    """The modification time; exact, where tarfile has made it a float."""
-    text = member.pax_headers.get('mtime', '')
-    whole, _, fraction = text.partition('.')
-    try:
-        ns = int(whole) * 10**9
-        part = int((fraction + '0' * 9)[:9])
-        ns += -part if whole.startswith('-') else part
-    except ValueError:
-        try:
-            ns = int(member.mtime) * 10**9
-        except (ValueError, OverflowError):
-            ns = 0  # "nan", "inf"
-    # What time_t holds; file systems narrow it further by themselves.
-    return max(-(2**63), min(ns, 2**63 - 1))
+def blocks(size: int) -> int:
+    """The disk space that ``size`` bytes take."""
+    return -(-size // BLOCK) * BLOCK
 
 
 class Extractor:
@@ -85,6 +74,8 @@ class Extractor:
         self._reader = reader
         self._limits = limits
         self._max_bytes = max_bytes
+        #: What files with holes take, by inode.
+        self._sparse: dict[int, int] = {}
         self._entries = 0
         self._bytes = 0
         self._next_check = 0
@@ -103,6 +94,10 @@ class Extractor:
         :raises ContainerError: one of the ``image_*`` codes, ``no_space``,
             ``unsupported``
         """
+        self._unpack()
+        return self._finish()
+
+    def _unpack(self) -> None:
         for member, stored in archive.members(self._reader):
             self._count_entry(member.name)
             try:
@@ -115,12 +110,6 @@ class Extractor:
                     e.cause = (f'in entry {archive.show(member.name)}: '
                                f'{e.cause}')
                 raise
-        if not self._entries:
-            raise errors.ContainerError(
-                'image_not_archive', 'the archive has no entries',
-                remedy=archive.REPACK)
-        self._finish()
-        return unpack_job.Result(self._entries, self._bytes, dict(self._notes))
 
     # Limits
 
@@ -137,7 +126,7 @@ class Extractor:
             self._check_free(name, 0)
 
     def _count_bytes(self, name: str | bytes, size: int) -> None:
-        self._bytes += -(-size // BLOCK) * BLOCK
+        self._bytes += blocks(size)
         if self._bytes > self._max_bytes:
             raise archive.too_large(
                 f'the image needs more than the {self._max_bytes} bytes of '
@@ -259,21 +248,29 @@ class Extractor:
 
     def _displace(self, name: str, path: bytes) -> None:
         """Remove an earlier entry at ``path``, if there is one."""
+        self._devices.discard(path)
         status = self._lstat(path)
         if status is None:
             return
         if stat.S_ISDIR(status.st_mode):
             raise archive.unsafe(name, 'it would replace a directory')
+        self._unlink(path, status)
+
+    def _unlink(self, path: bytes, status: os.stat_result) -> None:
+        """Remove what is no directory, and give its space back."""
         os.unlink(path, dir_fd=self._root)
         # It may have been a link to a directory.
         self._parents = {b'': b''}
+        self._attributes.forget(path)
+        if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
+            size = self._sparse.pop(status.st_ino, None)
+            self._bytes -= blocks(status.st_size) if size is None else size
 
     # Entries
 
     def _entry(self, member: tarfile.TarInfo, stored: int) -> None:
         name = member.name
-        kind = member.type
-        if kind == b'V':  # GNU tar --label
+        if member.type == b'V':  # GNU tar --label
             return
         parts = archive.split_name(name, self._limits)
         for ident, what in ((member.uid, 'user'), (member.gid, 'group')):
@@ -285,7 +282,14 @@ class Extractor:
                 raise archive.unsafe(name, 'it would replace the root')
             self._directory(member, b'.')
             return
-        path = self._place(name, parts)
+        self._make(member, self._place(name, parts), stored)
+
+    def _make(
+        self, member: tarfile.TarInfo, path: bytes, stored: int
+    ) -> None:
+        """Make an entry at ``path``, whose directory is there."""
+        name = member.name
+        kind = member.type
         if member.isdir():
             self._directory(member, path)
         elif member.issym():
@@ -333,7 +337,7 @@ class Extractor:
             self._metadata(member, fd, path)
         finally:
             os.close(fd)
-        self._times[path] = time_ns(member)
+        self._times[path] = archive.time_ns(member)
 
     def _symlink(self, member: tarfile.TarInfo, path: bytes) -> None:
         # The target is data: a link may point anywhere, as long as nothing
@@ -348,7 +352,7 @@ class Extractor:
     def _finish_special(self, member: tarfile.TarInfo, path: bytes) -> None:
         os.chown(path, member.uid, member.gid, dir_fd=self._root,
                  follow_symlinks=False)
-        ns = time_ns(member)
+        ns = archive.time_ns(member)
         os.utime(path, ns=(ns, ns), dir_fd=self._root, follow_symlinks=False)
         for key in member.pax_headers:
             if key.startswith(fileattrs.KEYS):
@@ -398,7 +402,9 @@ class Extractor:
         pieces = self._pieces(member, stored)
         # Before the first byte is written: a file that cannot fit is not
         # begun.
-        self._count_bytes(name, sum(size for _, size in pieces))
+        # Of a piece between holes, all blocks that it touches.
+        taken = sum(blocks(offset % BLOCK + size) for offset, size in pieces)
+        self._count_bytes(name, taken)
         flags = (os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW |
                  os.O_CLOEXEC)
         try:
@@ -413,8 +419,9 @@ class Extractor:
                 self._copy(fd, size, name)
             if member.sparse is not None:
                 os.ftruncate(fd, member.size)
+                self._sparse[os.fstat(fd).st_ino] = taken
             self._metadata(member, fd, path)
-            ns = time_ns(member)
+            ns = archive.time_ns(member)
             os.utime(fd, ns=(ns, ns))
         finally:
             os.close(fd)
@@ -450,7 +457,11 @@ class Extractor:
             while piece:
                 piece = piece[os.write(fd, piece):]
 
-    def _finish(self) -> None:
+    def _finish(self) -> unpack_job.Result:
+        if not self._entries:
+            raise errors.ContainerError(
+                'image_not_archive', 'the archive has no entries',
+                remedy=archive.REPACK)
         try:
             self._attributes.finish()
         except OSError as e:
@@ -458,3 +469,4 @@ class Extractor:
         for path, ns in self._times.items():
             os.utime(path, ns=(ns, ns), dir_fd=self._root,
                      follow_symlinks=False)
+        return unpack_job.Result(self._entries, self._bytes, dict(self._notes))

@@ -78,7 +78,8 @@ class Attributes:
     ) -> None:
         self._root = root_fd
         self._notes = notes
-        self._acls: list[tuple[bytes, str, str]] = []
+        #: Path and attribute → the list as text.
+        self._acls: dict[tuple[bytes, str], str] = {}
         self._acl_text = 0
 
     def set(self, member: tarfile.TarInfo, fd: int, path: bytes) -> None:
@@ -94,7 +95,7 @@ class Attributes:
                     raise archive.unsafe(
                         member.name, 'the image has too many access control '
                         'lists')
-                self._acls.append((path, posixacl.XATTRS[key], text))
+                self._acls[path, posixacl.XATTRS[key]] = text
             elif key.startswith(_XATTR):
                 self._set(member, fd, key[len(_XATTR):],
                           text.encode('utf-8', 'surrogateescape'))
@@ -124,13 +125,18 @@ class Attributes:
                 member.name, f'attribute {archive.show(name)} cannot be '
                 f'set: {e.strerror}') from e
 
+    def forget(self, path: bytes) -> None:
+        """What was there is gone, and so are the lists that wait for it."""
+        for attribute in posixacl.XATTRS.values():
+            self._acls.pop((path, attribute), None)
+
     def finish(self) -> None:
         """Set the lists that named users, now that their table is there."""
         if not self._acls:
             return
         users = posixacl.names(self._table('etc/passwd'))
         groups = posixacl.names(self._table('etc/group'))
-        for path, attribute, text in self._acls:
+        for (path, attribute), text in self._acls.items():
             try:
                 value = posixacl.from_text(text, users, groups)
                 fd = self._open(path)

@@ -166,6 +166,27 @@ class TestLimits(Case):
             tar.add(f'f{i}', b'x')
         self.refuse(tar.bytes(), 'image_too_large', max_bytes=1 << 16)
 
+    def test_space_of_a_file_that_is_replaced(self):
+        tar = tarballs.Tar()
+        for _ in range(20):
+            tar.add('f', bytes(8000))
+        self.assertEqual(8192, self.unpack(tar.bytes()).bytes)
+        (self.root / 'f').unlink()
+        # It still has another name.
+        self.refuse(tar.link('g', 'f').add('f', b'x').bytes(),
+                    'image_too_large', max_bytes=8192)
+
+    def test_pieces_between_holes_cost_their_blocks(self):
+        tar = tarballs.Tar().add('f', b'x' * 1024, pax={
+            'GNU.sparse.major': '0', 'GNU.sparse.minor': '1',
+            'GNU.sparse.size': '1048576',
+            'GNU.sparse.map': '4000,512,65536,512'})
+        self.assertEqual(3 * 4096, self.unpack(tar.bytes()).bytes)
+        self.assertEqual(
+            3 * 8, (self.root / 'f').stat().st_blocks)
+        (self.root / 'f').unlink()
+        self.assertEqual(4096, self.unpack(tar.add('f', b'y').bytes()).bytes)
+
     def test_size_of_one_file(self):
         limits = archive.Limits(min_free_bytes=0, file_bytes=1000)
         self.refuse(tarballs.Tar().add('f', bytes(1001)).bytes(),

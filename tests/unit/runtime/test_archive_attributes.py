@@ -80,6 +80,12 @@ class TestAttributes(test_archive.Case):
         self.assertEqual([], os.listxattr(self.root / 'g'))
         self.assertEqual({'access control lists': 1}, result.notes)
 
+    def test_list_of_a_file_that_is_replaced(self):
+        self.unpack(tarballs.Tar().add('f', pax={
+            'SCHILY.acl.access': 'user::rw-,user:7:r--,group::r--,'
+            'mask::r--,other::---'}).add('f').bytes())
+        self.assertEqual([], os.listxattr(self.root / 'f'))
+
     def test_table_of_names_that_is_a_link_is_not_read(self):
         secret = self.outside / 'secret'
         secret.write_text('svc:x:1000:')
