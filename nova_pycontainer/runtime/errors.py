@@ -39,6 +39,7 @@ CODES: ty.Final[dict[str, int]] = {
     'image_too_many_entries': 422,
     'image_truncated': 422,
     'image_unsafe_entry': 422,
+    'image_unsupported': 422,
     'image_wrong_arch': 422,
     'in_use': 409,
     'internal': 500,

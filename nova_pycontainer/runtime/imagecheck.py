@@ -181,9 +181,9 @@ def check_init(root: pathlib.Path, argv: cabc.Sequence[str] | None) -> str:
         remedy = ('Use an image of a whole system, or name its program in '
                   'the image property pycontainer_init')
         if _head(fd, '/manifest.json', 0) or _head(fd, '/oci-layout', 0):
-            remedy = ('This looks like an archive of container layers: '
-                      'upload what "docker export" or "podman export" '
-                      'writes instead')
+            remedy = ('This looks like an archive of container layers with '
+                      'other files beside them: upload it as "docker save" '
+                      'or "skopeo copy" writes it')
     raise errors.ContainerError(
         'image_no_init', 'the image has no init', cause='; '.join(reasons) or
         f'none of {", ".join(init.CANDIDATES)} is an executable file',

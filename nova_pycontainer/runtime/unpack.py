@@ -13,12 +13,11 @@
 """The process that unpacks one image: ``python -m ...runtime.unpack JOB``.
 
 Standard input is the image. Standard output is one JSON object when it is
-over: ``{"ok": true, "entries": …, "bytes": …, "notes": {…}}`` or ``{"ok":
-false, "error": {…}}`` with a ContainerError in it. Whoever reads that must
-not trust it: by then this process has read the image.
+over: ``{"ok": true, "entries": …, "bytes": …, "notes": {…}, "nested": …}``
+or ``{"ok": false, "error": {…}}`` with a ContainerError in it. Whoever reads
+that must not trust it: by then this process has read the image.
 """
 
-import collections.abc as cabc
 import json
 import os
 import pathlib
@@ -31,43 +30,14 @@ import typing as ty
 from nova_pycontainer.runtime import archive
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import extract
-from nova_pycontainer.runtime import imageformat
+from nova_pycontainer.runtime import imagestream
+from nova_pycontainer.runtime import ociarchive
 from nova_pycontainer.runtime import sandbox
 from nova_pycontainer.runtime import unpack_job
+from nova_pycontainer.runtime import unpack_layers
 
 #: The worker opens one file at a time; the rest is room for the interpreter.
 _OPEN_FILES: ty.Final = 64
-
-
-class _Input:
-    """The image as it comes in: its pieces, and how much it was."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self.consumed = 0
-
-    def __iter__(self) -> cabc.Iterator[bytes]:
-        while piece := os.read(self._fd, archive.CHUNK):
-            self.consumed += len(piece)
-            yield piece
-
-
-def _with_head(
-    pieces: cabc.Iterator[bytes], size: int
-) -> tuple[bytes, cabc.Iterator[bytes]]:
-    """Look at the first ``size`` bytes of a stream without taking them."""
-    kept: list[bytes] = []
-    total = 0
-    while total < size and (piece := next(pieces, b'')):
-        kept.append(piece)
-        total += len(piece)
-
-    def again() -> cabc.Iterator[bytes]:
-        yield from kept
-        kept.clear()
-        yield from pieces
-
-    return b''.join(kept), again()
 
 
 def unpack(
@@ -75,22 +45,19 @@ def unpack(
 ) -> unpack_job.Result:
     """Unpack the image that ``fd`` gives into the directory ``root_fd``.
 
-    :raises ContainerError: see :class:`.extract.Extractor`
+    What it becomes depends on what it holds alone, and not on what somebody
+    calls it: images with the same data share a layer.
+
+    :raises ContainerError: see :class:`.extract.Extractor` and
+        :func:`.unpack_layers.unpack`
     """
-    source = _Input(fd)
-    head, pieces = _with_head(iter(source), 6)
-    packed = imageformat.compression(head)
-    if packed:
-        pieces = imageformat.decompress(packed, pieces)
-    head, pieces = _with_head(pieces, 512)
-    try:
-        imageformat.check_is_tar(head, packed)
-    except errors.ContainerError:
-        # What else it is takes a longer look.
-        head, pieces = _with_head(pieces, imageformat.HEAD)
-        imageformat.check_is_tar(head, packed)
-    reader = archive.Reader(pieces, limits, lambda: source.consumed)
-    return extract.Extractor(root_fd, reader, limits, max_bytes).run()
+    source = imagestream.Input(fd)
+    packed, pieces = imagestream.decompressed(source)
+    reader = imagestream.tar(pieces, packed, limits, lambda: source.consumed)
+    result = extract.Extractor(root_fd, reader, limits, max_bytes).run()
+    if ociarchive.is_one(root_fd):
+        return unpack_layers.unpack(root_fd, result, max_bytes, limits)
+    return result
 
 
 def _answer(answer: dict[str, ty.Any]) -> int:
@@ -121,7 +88,8 @@ def _work(job: unpack_job.Job) -> int:
         traceback.print_exc()
         return 2
     return _answer({'ok': True, 'entries': result.entries,
-                    'bytes': result.bytes, 'notes': result.notes})
+                    'bytes': result.bytes, 'notes': result.notes,
+                    'nested': result.nested})
 
 
 def main(arguments: list[str]) -> int:

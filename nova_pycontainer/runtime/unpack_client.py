@@ -15,6 +15,7 @@
 
 import collections.abc as cabc
 import ctypes
+import errno
 import json
 import os
 import pathlib
@@ -41,7 +42,7 @@ _MAX_ANSWER: ty.Final = 64 << 10
 _CODES: ty.Final = frozenset((
     'image_is_disk', 'image_not_archive', 'image_too_large',
     'image_too_many_entries', 'image_truncated', 'image_unsafe_entry',
-    'no_space', 'unsupported'))
+    'image_unsupported', 'image_wrong_arch', 'no_space', 'unsupported'))
 
 _libc: ty.Final = ctypes.CDLL(None, use_errno=True)
 
@@ -87,7 +88,33 @@ def run(
             'internal', 'the process that unpacks does not end') from None
     finally:
         _stop(process)
-    return _judge(job, code, answer, complaint)
+    result = _judge(job, code, answer, complaint)
+    if result.nested:
+        _lift(pathlib.Path(job.root))
+    return result
+
+
+def _lift(root: pathlib.Path) -> None:
+    """Put the one directory that is in ``root`` in its place.
+
+    Nobody writes there any more; what is there is not trusted.
+
+    :raises ContainerError: ``internal``: it is another than the process says
+    """
+    with os.scandir(root) as entries:
+        inner = next(entries, None)
+    try:
+        if inner is None or not inner.is_dir(follow_symlinks=False):
+            raise OSError(errno.ENOTDIR, 'there is no directory in it')
+        outer = root.with_name(root.name + '.archive')
+        root.rename(outer)
+        (outer / inner.name).rename(root)
+        outer.rmdir()
+    except OSError as e:
+        raise errors.ContainerError(
+            'internal', 'the process that unpacks the image has left '
+            'something else behind than it says', cause=str(e),
+            remedy='See the log of pycontainer-agent on that host') from e
 
 
 def _stop(process: 'subprocess.Popen[bytes]') -> None:
@@ -170,7 +197,8 @@ def _judge(
             if not (type(entries) is int and 0 < entries <= job.limits.entries
                     and type(size) is int and 0 <= size <= job.max_bytes):
                 raise ValueError('figures out of range')
-            return unpack_job.Result(entries, size, notes)
+            return unpack_job.Result(
+                entries, size, notes, data.get('nested') is True)
         error = errors.ContainerError.from_dict(data['error'])
         if data['ok'] is False and error.code in _CODES:
             return _refuse(error)

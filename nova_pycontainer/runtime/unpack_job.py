@@ -51,3 +51,6 @@ class Result(ty.NamedTuple):
     bytes: int
     #: What was left out, and how often.
     notes: dict[str, int]
+    #: Whether the root file system is the one directory in the root, and not
+    #: the root itself.
+    nested: bool = False

@@ -96,7 +96,7 @@ class TestCheckInit(Case):
 
     def test_archive_of_container_layers(self):
         self.program('manifest.json', b'[]', 0o644)
-        error = self.refuse('image_no_init', 'docker export')
+        error = self.refuse('image_no_init', 'docker save')
         self.assertNotIn('pycontainer_init', str(error))
 
     def test_wrong_architecture(self):
