@@ -409,5 +409,5 @@ def _check_formats(image_meta):
         return
     raise exception.ImageUnacceptable(
         image_id=image_meta.id,
-        reason=_('%s. Upload a root tarball as disk_format raw, '
-                 'container_format bare') % what)
+        reason=_('%s. Upload a root tarball (bare) or an OCI or docker '
+                 'archive (docker) as disk_format raw') % what)

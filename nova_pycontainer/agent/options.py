@@ -166,6 +166,8 @@ Largest number of files and directories in an image.
         min=1,
         help="""
 Largest image in GiB, as unpacked, whatever the caller allows.
+
+While an image in layers is unpacked, its archive counts too.
 """),
     cfg.StrOpt(
         'lxcfs_dir',

@@ -118,7 +118,6 @@ class Host:
             c.layers_dir, unpack_base=self._ids.unpack_base,
             max_entries=c.layer_max_entries, max_bytes=c.layer_max_bytes,
             in_use=self._layers_in_use, python=c.python)
-        self.layers.recover()
         self._watcher = watcher.Watcher(self._ends.exited)
         tool = criu.Criu(c.criu_path, self.keeper)
         self.checks = checks.Checks(self, c, tool)
@@ -143,6 +142,7 @@ class Host:
         for item in loading.containers(c.instances_dir, self.make):
             self._entries[item.uuid] = Entry(item)
             self._recover(item)
+        self.layers.recover()  # which are in use is known now
         self.snapshots.recover()
         self.rescues.recover()
         self.transfers.recover()

@@ -41,6 +41,7 @@ from nova_pycontainer.runtime import config
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import imagecheck
 from nova_pycontainer.runtime import layer_copy
+from nova_pycontainer.runtime import ociarchive
 from nova_pycontainer.runtime import unpack_client
 from nova_pycontainer.runtime import unpack_job
 
@@ -285,9 +286,10 @@ class LayerStore:
                 LOG.info('deleted layer %s', key)
 
     def recover(self) -> None:
-        """Remove what a killed process left behind.
+        """Remove what a killed process or a former release left behind.
 
-        What a living one is just making is locked, and stays.
+        What a living one is just making is locked, and stays; so does what
+        is in use.
         """
         # "<key>.<random>" there, "<key>.lock" here.
         keys = {path.name.rpartition('.')[0] for name in (_STAGING, _LOCKS)
@@ -298,6 +300,15 @@ class LayerStore:
                     self._clean(key)
             except errors.ContainerError as e:
                 LOG.info('staging directories of %s stay: %s', key, e)
+        # Of an image in layers an agent that knew none unpacked the archive:
+        # that must not be what its servers run on when they come here.
+        for info in self.list():
+            if ociarchive.is_one(info.root):
+                try:
+                    self.delete(info.key)
+                except errors.ContainerError as e:
+                    LOG.warning('layer %s stays as an archive: %s',
+                                info.key, e)
 
     def _clean(self, key: str) -> None:
         """Remove staging directories of a locked key: nobody writes there.

@@ -68,13 +68,13 @@ class Layer(ty.NamedTuple):
     diff_id: str
 
 
-def is_one(root_fd: int) -> bool:
+def is_one(root: int | os.PathLike[str]) -> bool:
     """Whether these are the files of an archive of container layers.
 
     Told by the names at the top alone. What has a directory that an init
     could be in is a root file system, whatever else there is.
     """
-    names = {os.fsencode(name) for name in os.listdir(root_fd)}
+    names = {os.fsencode(name) for name in os.listdir(root)}
     return bool(names & {_LAYOUT, _DOCKER}) and not names & _OF_A_ROOT
 
 

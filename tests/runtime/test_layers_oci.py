@@ -79,6 +79,17 @@ class TestImport(layers_base.Case):
         self.assertEqual({'.locks', '.staging'},
                          {*os.listdir(self.layers)})
 
+    def test_archive_that_a_former_release_has_unpacked(self):
+        info = self.load(Tar().add('oci-layouT', b'{}').dir('blobs').bytes())
+        (info.root / 'oci-layouT').rename(info.root / 'oci-layout')
+        other = self.load(tarballs.system().add('oci-layout', b'{}').bytes())
+        self.used.add(info.key)
+        self.store.recover()
+        self.assertEqual(info, self.store.get(info.key))
+        self.used.clear()
+        self.store.recover()
+        self.assertEqual([other], self.store.list())
+
     def test_deep_archive(self):
         # More levels than files that the process may have open.
         layout = ociimages.Layout()
