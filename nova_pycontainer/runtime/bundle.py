@@ -17,11 +17,13 @@ container with all namespaces of its own.
 """
 
 import collections.abc as cabc
+import os
 import pathlib
 import resource
 import types
 import typing as ty
 
+from nova_pycontainer.runtime import fuse
 from nova_pycontainer.runtime import idmap
 from nova_pycontainer.runtime import init as initd
 from nova_pycontainer.runtime import seccomp
@@ -88,7 +90,7 @@ def rlimits() -> list[dict[str, ty.Any]]:
 
 def _mounts(
     config_drive: pathlib.Path | None, rescued: pathlib.Path | None,
-    volumes: cabc.Iterable[pathlib.Path],
+    nodes: cabc.Iterable[pathlib.Path],
     shares: cabc.Mapping[str, pathlib.Path],
 ) -> list[dict[str, ty.Any]]:
     def fs(destination: str, fstype: str, *options: str,
@@ -125,7 +127,7 @@ def _mounts(
     mounts += [{
         'destination': f'/dev/{node.name}', 'type': 'bind',
         'source': str(node), 'options': ['bind', 'rw', 'nosuid', 'noexec']}
-        for node in volumes]
+        for node in nodes]
     mounts += [{
         'destination': f'/{name}', 'type': 'bind', 'source': str(path),
         'options': ['bind', 'ro', 'nosuid', 'nodev', 'noexec']}
@@ -152,14 +154,14 @@ def make(
     config_drive: pathlib.Path | None = None,
     nesting: bool = False,
     rescued: pathlib.Path | None = None,
-    volumes: cabc.Iterable[pathlib.Path] = (),
+    nodes: cabc.Iterable[pathlib.Path] = (),
     joined: str | None = None,
     shares: cabc.Mapping[str, pathlib.Path] = types.MappingProxyType({}),
 ) -> dict[str, ty.Any]:
     """Return the content of ``config.json``.
 
     :param rescued: another root directory of the container
-    :param volumes: device nodes on the host
+    :param nodes: devices that it has, of :class:`.volume.Nodes`
     :param joined: directory of its user and its time namespace, if they are
         made already, see :func:`.namespaces.user_and_time`
     :param shares: files that show it its own share, see :mod:`.lxcfs`
@@ -186,7 +188,7 @@ def make(
         },
         'root': {'path': str(root), 'readonly': False},
         'hostname': hostname,
-        'mounts': _mounts(config_drive, rescued, volumes, shares),
+        'mounts': _mounts(config_drive, rescued, nodes, shares),
         'annotations': {'org.openstack.nova.instance': uuid},
         'linux': {
             'namespaces': [
@@ -204,6 +206,9 @@ def make(
                     # A guest opens the nodes that it is given, see
                     # :mod:`.volume`.
                     {'allow': True, 'type': 'b', 'access': 'rw'},
+                    {'allow': True, 'type': 'c',
+                     'major': os.major(fuse.NUMBER),
+                     'minor': os.minor(fuse.NUMBER), 'access': 'rw'},
                 ],
                 **resources},
             'seccomp': seccomp.profile(nesting=nesting),

@@ -394,9 +394,20 @@ class Cgroup:
         """
         file = self.v2 / 'cgroup.freeze'
         file.write_text('1' if on else '0')
-        deadline = time.monotonic() + timeout
+        now = time.monotonic()
+        deadline, patience = now + timeout, 0.05
+        again = now + patience
         while self.frozen() != on:
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            if on and now > again:
+                # Who waits for another process, as for an answer of a FUSE
+                # file system, cannot be frozen, and that one is already.
+                file.write_text('0')
+                time.sleep(0.01)
+                file.write_text('1')
+                patience *= 1.5
+                again = now + patience
+            if now > deadline:
                 file.write_text('0' if on else '1')
                 raise errors.ContainerError(
                     'timeout',

@@ -42,6 +42,7 @@ from nova_pycontainer.runtime.migration import network_lock
 from nova_pycontainer.runtime.migration import recovery
 from nova_pycontainer.runtime.migration import restoring
 from nova_pycontainer.runtime.migration import room
+from nova_pycontainer.runtime.migration import undumpable
 from nova_pycontainer.runtime import network
 from nova_pycontainer.runtime import state
 from nova_pycontainer.runtime import syscalls
@@ -124,6 +125,7 @@ class Saver:
         facts: dict[str, ty.Any] = {
             'external': external, 'run': item.st.run}
         dumping.check_network(item, self._pid)
+        undumpable.check(item, self._pid)
 
         def notified(script: criu.Script) -> None:
             if script.name == 'network-lock':

@@ -358,6 +358,7 @@ class Container:
         if self.config_drive.exists():
             overlay.bind(self.config_drive, self.drive_source)
         self.nodes.make(self.devices())
+        self.nodes.make_fuse()
 
     def devices(self) -> tuple[volume.Volume, ...]:
         """The volumes whose devices it has."""
@@ -419,7 +420,8 @@ class Container:
                 self.drive_source if self.config_drive.exists() else None),
             nesting=self.spec.nesting,
             rescued=self.rescued,
-            volumes=[self.nodes.path(v) for v in self.devices()],
+            nodes=[*map(self.nodes.path, self.devices()),
+                   *([self.nodes.fuse] if self.nodes.fuse.exists() else [])],
             joined=joined,
             shares=self.lxcfs.files())
         (self.bundle / 'config.json').write_text(json.dumps(document))

@@ -11,6 +11,7 @@
 # under the License.
 
 """Volumes: block devices of the host that a container has in its ``/dev``.
+And the one other device that is made in the same way, ``/dev/fuse``.
 
 A guest cannot make device nodes, and those on its own file systems are dead:
 mknod(2) in a user namespace is refused, and what is mounted there is
@@ -32,6 +33,7 @@ import typing as ty
 
 from nova_pycontainer.runtime import blockio
 from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime import fuse
 from nova_pycontainer.runtime import namespaces
 from nova_pycontainer.runtime import syscalls
 
@@ -44,6 +46,8 @@ _ATTRIBUTES = syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NOEXEC
 
 #: Of a mount point in the guest; nobody opens it before the device is there.
 _PLACE_MODE = 0o600
+#: As the distributions' udev has it.
+_FUSE_MODE = 0o666
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +165,10 @@ class Nodes:
     def path(self, volume: Volume) -> pathlib.Path:
         return self.directory / volume.name
 
+    @property
+    def fuse(self) -> pathlib.Path:
+        return self.directory / fuse.NAME
+
     def has(self, name: str) -> bool:
         return bool(_NAME.match(name)) and (self.directory / name).exists()
 
@@ -190,6 +198,25 @@ class Nodes:
                 os.unlink(node)
             os.mknod(node, stat.S_IFBLK, number)
             self._allow(volume)
+
+    def make_fuse(self) -> None:
+        """Make ``/dev/fuse``, if this host has it; idempotent.
+
+        It is not the host's own node: whether others may open that depends on
+        the host's udev.
+        """
+        if not fuse.of_host():
+            return
+        self._mount()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.fuse)
+        try:
+            os.mknod(self.fuse, stat.S_IFCHR, fuse.NUMBER)
+        except PermissionError:
+            # A host that is a container itself and may not.
+            return
+        os.chown(self.fuse, self._base_id, self._base_id)
+        os.chmod(self.fuse, _FUSE_MODE)
 
     def _allow(self, volume: Volume) -> None:
         node = self.path(volume)

@@ -230,7 +230,7 @@ class SharesTestCase(hosts.TwoHostsTestCase):
         # One that starts there is one without, and goes anywhere.
         plain = self.run_container(host=self.b)
         self.assertEqual('', self.sh(
-            self.b, plain, 'grep fuse /proc/self/mountinfo || :'))
+            self.b, plain, 'grep fuse.lxcfs /proc/self/mountinfo || :'))
         self.migrate(plain, self.b, self.a)
         self.assertLess(self.uptime(self.a, plain), 60)
 
@@ -259,7 +259,7 @@ class SharesTestCase(hosts.TwoHostsTestCase):
         self.a.restart_agent(lxcfs_dir='none')
         uuid = self.run_container()
         self.assertEqual('', self.sh(
-            self.a, uuid, 'grep fuse /proc/self/mountinfo || :'))
+            self.a, uuid, 'grep fuse.lxcfs /proc/self/mountinfo || :'))
         self.assertLess(self.uptime(self.a, uuid), 60)
 
     def test_debian13(self):

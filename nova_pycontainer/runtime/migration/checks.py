@@ -22,8 +22,10 @@ import typing as ty
 from nova_pycontainer.runtime import config as rconfig
 from nova_pycontainer.runtime import criu
 from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime import fuse
 from nova_pycontainer.runtime import lxcfs
 from nova_pycontainer.runtime.migration import compatibility
+from nova_pycontainer.runtime.migration import guest
 from nova_pycontainer.runtime.migration import inspection
 from nova_pycontainer.runtime.migration import versions
 
@@ -109,6 +111,7 @@ class Checks:
             'nics': len(info['nics']),
             'nesting': item.spec.nesting,
             'lxcfs': look.shares,
+            'fuse': look.fuse,
         }
         return _result(facts, problems, [])
 
@@ -131,6 +134,7 @@ class Checks:
             problems += self._ids(str(facts['uuid']), int(facts['base_id']))
             # Of an older agent, which gives its guests none.
             problems += self._shares(facts.get('lxcfs') or ())
+            problems += self._fuse(bool(facts.get('fuse')))
         except (KeyError, TypeError, ValueError) as e:
             raise errors.ContainerError(
                 'invalid', 'the facts of the source are incomplete',
@@ -171,6 +175,15 @@ class Checks:
             'lxcfs', 'the guest has /' + ', /'.join(missing) + ' of lxcfs, '
             'which this host has not', f'{here.remedy()} on this host, or '
             'migrate to another one, or cold')]
+
+    @staticmethod
+    def _fuse(wanted: bool) -> list[Problem]:
+        if not wanted or fuse.of_host():
+            return []
+        return [Problem(
+            'fuse', 'the guest has /dev/fuse, which this host has not',
+            f'{guest.FUSE_REMEDY} on this host, or migrate to another one, '
+            'or cold')]
 
     def _ids(self, uuid: str, base_id: int) -> list[Problem]:
         used = self._host.reserved_ids().get(base_id)

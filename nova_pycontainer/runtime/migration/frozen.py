@@ -29,6 +29,7 @@ from nova_pycontainer.runtime.migration import guest
 from nova_pycontainer.runtime.migration import images
 from nova_pycontainer.runtime.migration import network_lock
 from nova_pycontainer.runtime.migration import protocol
+from nova_pycontainer.runtime.migration import undumpable
 
 if ty.TYPE_CHECKING:
     from nova_pycontainer.runtime.migration import source as source_module
@@ -79,6 +80,7 @@ class Dump:
         self._error: BaseException | None = None
         self._ramfs: list[dict[str, ty.Any]] = []
         dumping.check_network(source.item, pid)
+        undumpable.check(source.item, pid)
         self._network: dict[str, ty.Any] = {}
         self._frozen_at = 0.0
 

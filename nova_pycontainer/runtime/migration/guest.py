@@ -35,6 +35,7 @@ from nova_pycontainer.runtime import blockio
 from nova_pycontainer.runtime import bundle
 from nova_pycontainer.runtime import cgroup
 from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime import fuse
 from nova_pycontainer.runtime import lxcfs
 from nova_pycontainer.runtime import syscalls
 from nova_pycontainer.runtime import volume
@@ -45,6 +46,10 @@ DEVICES = frozenset(['full', 'null', 'random', 'tty', 'urandom', 'zero'])
 #: Of what a container's volumes are called in dumps.
 _VOLUME = 'volume:'
 _LXCFS = 'lxcfs:'
+#: What its /dev/fuse is called in dumps.
+FUSE: ty.Final = 'fuse'
+
+FUSE_REMEDY: ty.Final = 'Load the module fuse (modprobe fuse)'
 
 _RAMFS_LIMIT = 16 << 20
 
@@ -82,8 +87,8 @@ def external_mounts(pid: int, nodes: volume.Nodes) -> dict[str, str]:
 
     :param nodes: of the container's volumes
     :returns: values are ``/dev/<name>`` of :data:`DEVICES`,
-        ``volume:<name>``, ``lxcfs:<name>`` of :data:`.lxcfs.FILES`, or
-        ``config-drive``
+        ``volume:<name>``, ``lxcfs:<name>`` of :data:`.lxcfs.FILES`,
+        :data:`FUSE`, or ``config-drive``
     :raises ContainerError: ``unsupported``: a mount of the host that we have
         not made
     """
@@ -102,13 +107,15 @@ def external_mounts(pid: int, nodes: volume.Nodes) -> dict[str, str]:
               mount.fstype != 'overlay'):
             name = os.path.basename(mount.root)
             of_volume = mount.device == volumes
-            if not (nodes.has(name) if of_volume else name in DEVICES) or (
+            of_fuse = of_volume and name == fuse.NAME
+            if not (of_fuse or (nodes.has(name) if of_volume
+                                else name in DEVICES)) or (
                     not re.fullmatch(r'[\w./@:+-]+', mount.point)):
                 raise errors.ContainerError(
                     'unsupported', f'the mount {mount.point} is of a device '
                     'of the host and cannot move',
                     remedy='Unmount it in the guest')
-            found[mount.point] = (
+            found[mount.point] = FUSE if of_fuse else (
                 f'{_VOLUME}{name}' if of_volume else f'/dev/{name}')
     return found
 
@@ -135,7 +142,7 @@ def restore_externals(
         on the host
     :param nodes: of the container's volumes
     :raises ContainerError: ``invalid``: the peer names another file;
-        ``unsupported``: this host has no lxcfs
+        ``unsupported``: this host has no lxcfs, or no FUSE
     """
     result = []
     found = shares.require(shares_of(external))
@@ -145,6 +152,12 @@ def restore_externals(
         elif source.startswith(_VOLUME) and nodes.has(
                 source.removeprefix(_VOLUME)):
             source = str(nodes.directory / source.removeprefix(_VOLUME))
+        elif source == FUSE:
+            if not nodes.fuse.exists():
+                raise errors.ContainerError(
+                    'unsupported', 'the guest has /dev/fuse, which this host '
+                    'has not', remedy=FUSE_REMEDY)
+            source = str(nodes.fuse)
         elif source.startswith(_LXCFS):
             source = str(found[source.removeprefix(_LXCFS)])
         elif (not source.startswith('/dev/') or

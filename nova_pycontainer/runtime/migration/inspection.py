@@ -155,6 +155,8 @@ class Inspection:
         self.problems: list[Problem] = []
         #: Files of lxcfs that the guest has, of :data:`.lxcfs.FILES`.
         self.shares: list[str] = []
+        #: Whether it has /dev/fuse.
+        self.fuse = False
         self.processes = 0
         self.threads = 0
 
@@ -251,6 +253,7 @@ class Inspection:
             self._add('mount', where, e.message, e.remedy or '')
         if not nested:
             self.shares = guest.shares_of(known)
+            self.fuse = guest.FUSE in known.values()
         for mount in guest.mounts(process.pid):
             if mount.point not in known and (
                     mount.fstype not in _FILE_SYSTEMS):

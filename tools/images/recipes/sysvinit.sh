@@ -15,7 +15,8 @@
 # under the License.
 
 # Debian 12 with sysvinit as PID 1, ifupdown with a DHCP client, sshd and
-# cloud-init: the other init system that Debian supports.
+# cloud-init: the other init system that Debian supports. And with fuse2fs,
+# by which its users mount the volumes that they attach.
 # shellcheck source=tools/images/recipes/common.inc
 . "$here/recipes/common.inc"
 
@@ -29,7 +30,7 @@ make_image() {
     # A machine without virtual terminals has its login prompt on the
     # console, and only there.
     bootstrap "$1" "$SUITE" --variant=minbase \
-        --include="$TOOLS,dbus,ifupdown,initscripts,insserv,isc-dhcp-client,\
+        --include="$TOOLS,dbus,fuse2fs,ifupdown,initscripts,insserv,isc-dhcp-client,\
 orphan-sysvinit-scripts,rsyslog,sysv-rc,sysvinit-core,udev" \
         --customize-hook='sed -i -e "s/^[1-6]:.*tty[1-6]$/#&/" "$1/etc/inittab"' \
         --customize-hook='echo "co:2345:respawn:/sbin/getty --noclear console 115200 linux" >>"$1/etc/inittab"' \
