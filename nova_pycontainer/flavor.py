@@ -26,6 +26,7 @@ from oslo_utils import strutils
 from oslo_utils import units
 
 from nova_pycontainer import cpus
+from nova_pycontainer import promises
 
 #: The kernel's default, and libvirt's: a quota means nothing without it.
 _PERIOD_US = 100_000
@@ -145,6 +146,7 @@ def resources(flavor, pids_max, on_volume=False):
                      'container\'s root disk, and this one\'s root is a '
                      'volume. Use a flavor without it') % flavor.name)
     cpus.check_flavor(flavor)
+    promises.check_flavor(flavor)
     _check_network(flavor)
     pids = _int_spec(flavor.extra_specs, 'pycontainer:pids_max', PIDS_MIN)
     return {
@@ -260,7 +262,10 @@ def specification(instance, *, layer, nics, pids_max, config_drive=None,
     :param volumes: see :mod:`nova_pycontainer.volume`
     :param root: the same, of its root
     :param files: for the root, see :mod:`nova_pycontainer.injection`
+    :raises nova.exception.ImageUnacceptable: the image asks for something
+        that is malformed or that containers do not have
     """
+    promises.check_image(instance.image_ref, instance.image_meta.properties)
     return {
         'name': instance.name,
         'hostname': instance.hostname,

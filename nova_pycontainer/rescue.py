@@ -20,6 +20,7 @@ from nova.virt import driver as nova_driver
 
 from nova_pycontainer import configdrive
 from nova_pycontainer import flavor
+from nova_pycontainer import promises
 from nova_pycontainer import steps as driver_steps
 
 
@@ -53,6 +54,7 @@ class Rescuer:
         uuid = instance.uuid
         with driver_steps.Steps('rescue', instance) as steps:
             with steps.step('image'):
+                promises.check_image(image_meta.id, image_meta.properties)
                 layer = self._images.ensure(context, instance, image_meta)
                 properties = self._api.get(
                     context, image_meta.id).get('properties') or {}
