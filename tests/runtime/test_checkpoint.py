@@ -13,8 +13,10 @@
 """Suspend and resume: the memory of a container on its disk."""
 
 import contextlib
+import json
 import os
 import signal
+import sys
 import time
 
 from nova_pycontainer.runtime import errors
@@ -28,6 +30,54 @@ echo $$ > /root/pid
 exec 3>/root/unlinked; rm /root/unlinked
 n=0
 while :; do n=$((n + 1)); echo $n > /root/count; echo $n >&3; sleep 0.05; done
+'''
+
+
+#: Tells what a disk has of a checkpoint, in the host's namespaces. The disk of
+#: a suspended container is mounted by nobody.
+_LOOK = '''
+import errno, json, os, pathlib, sys
+from nova_pycontainer.runtime import disk
+instance = pathlib.Path(sys.argv[1])
+state = json.loads((instance / "state.json").read_text())
+owner = state["base_id"]
+of = disk.Disk(instance, json.loads(sys.argv[2]), owner,
+               state["spec"]["resources"]["disk_bytes"])
+of.mount()
+
+def mode(status):
+    return status.st_mode & 0o7777, status.st_uid, status.st_gid
+
+def refused(uid, call):
+    pid = os.fork()
+    if pid == 0:
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+        try:
+            call()
+        except OSError as e:
+            os._exit(e.errno)
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return errno.errorcode.get(code)
+
+try:
+    place = of.directory / "checkpoint"
+    files = {str(path.relative_to(place)): path.lstat()
+             for path in place.rglob("*") if not path.is_dir()}
+    pages = max(files, key=lambda name: files[name].st_size)
+    print(json.dumps({
+        "directory": mode(place.stat()), "device": place.stat().st_dev,
+        "upper_device": of.upper.stat().st_dev, "used": of.usage()[0],
+        "files": {name: (*mode(status), status.st_blocks * 512)
+                  for name, status in files.items()},
+        "refused": {user: {
+            "directory": refused(uid, lambda: os.listdir(place)),
+            "file": refused(uid, lambda: open(place / pages).close())}
+            for user, uid in (("nobody", 65534), ("guest", owner))}}))
+finally:
+    of.unmount()
 '''
 
 
@@ -178,6 +228,39 @@ class CheckpointTestCase(hosts.TwoHostsTestCase):
         self.a.resume(uuid)
         self.assertEqual(
             before, self.sh(self.a, uuid, 'md5sum < /memory/data'))
+
+    def test_nobody_else_reads_it(self):
+        """All that the guest had in its memory is in there: it is root's, on
+        the instance's own disk, and a part of what that may hold.
+        """
+        uuid, _ = self._counting()
+        self.sh(self.a, uuid,
+                'mkdir /memory; mount -t tmpfs -o size=80m x /memory; '
+                'head -c 64m /dev/urandom > /memory/data; sync')
+        before = self.a.info(uuid)['disk']['used_bytes']
+        self.a.suspend(uuid)
+        done = self.a.run(
+            sys.executable, '-c', _LOOK, str(self._directory(uuid)),
+            json.dumps(self.a.info(uuid)['disk']['method']))
+        found = json.loads(done.stdout)
+        print(found)
+        self.assertEqual([0o700, 0, 0], found['directory'])
+        self.assertGreater(len(found['files']), 20)
+        for name, (mode, uid, gid, _) in found['files'].items():
+            self.assertEqual((0, 0), (uid, gid), name)
+            self.assertEqual(0, mode & 0o7022, name)
+        size = sum(size for *_, size in found['files'].values())
+        self.assertGreater(size, 64 << 20)
+        # As large as it is on the disk that its limit is of.
+        self.assertEqual(found['upper_device'], found['device'])
+        self.assertGreater(found['used'] - before, size - (8 << 20))
+        # Neither does another user of the host, nor the guest's root.
+        for user, refusals in found['refused'].items():
+            self.assertEqual(
+                {'directory': 'EACCES', 'file': 'EACCES'}, refusals, user)
+        self.a.resume(uuid)
+        self.assertLess(
+            self.a.info(uuid)['disk']['used_bytes'], before + (8 << 20))
 
     def test_restore_that_fails(self):
         """The checkpoint is as good as before."""
