@@ -16,6 +16,7 @@ The archive goes from the agent's socket straight into Glance's connection; no
 copy of it is kept here.
 """
 
+import contextlib
 import time
 
 from nova.compute import task_states
@@ -27,7 +28,8 @@ from nova_pycontainer import steps as driver_steps
 
 LOG = logging.getLogger(__name__)
 
-#: Seconds between two looks whether anybody still wants the image.
+#: Seconds between two looks whether anybody still wants the image, and two
+#: words on how far it is.
 _LOOK_S = 5.0
 #: Bytes in a piece. Glance's client asks for a MiB and makes one chunk of it
 #: (RFC 9112, section 7.1), and uWSGI, below which Glance often runs, takes
@@ -48,15 +50,51 @@ class _Data:
     """
 
     def __init__(self, stream, look):
+        """
+        :param look: called every few seconds with how many bytes were read
+        """
         self._stream = stream
         self._look = look
+        self._count = 0
         self._next_look = time.monotonic() + _LOOK_S
 
     def read(self, size=-1):
         if time.monotonic() >= self._next_look:
-            self._look()
+            self._look(self._count)
             self._next_look = time.monotonic() + _LOOK_S
-        return self._stream.read(min(size, _PIECE) if size > 0 else _PIECE)
+        data = self._stream.read(min(size, _PIECE) if size > 0 else _PIECE)
+        self._count += len(data)
+        return data
+
+
+class _Progress:
+    """``progress`` of a server, in percent of the image that is uploaded.
+
+    The archive is made while it is read, so that its size is a guess: what the
+    server's image and the server itself have written. It is 0 when there is
+    no upload, as everybody leaves it whose server is active.
+    """
+
+    def __init__(self, client, instance):
+        self._instance = instance
+        info = client.info(instance.uuid)
+        self._bytes = (info['disk']['used_bytes'] or 0) + sum(
+            layer['bytes'] for layer in client.layer_list()
+            if layer['key'] == info['layer'])
+
+    def tell(self, count):
+        """:raises nova.exception.InstanceNotFound: it is deleted"""
+        # Never all of it: what Glance does with the last byte takes time.
+        percent = min(99, 100 * count // max(self._bytes, 1))
+        if percent != self._instance.progress:
+            self._instance.progress = percent
+            self._instance.save()
+
+    def close(self):
+        if self._instance.progress:
+            self._instance.progress = 0
+            with contextlib.suppress(exception.InstanceNotFound):
+                self._instance.save()
 
 
 class Snapshotter:
@@ -82,19 +120,24 @@ class Snapshotter:
         def look():
             self._api.get(context, image_id)
 
+        def look_and_tell(count):
+            look()
+            progress.tell(count)
+
         try:
             with driver_steps.Steps('snapshot', instance) as steps:
                 update_task_state(task_state=task_states.IMAGE_PENDING_UPLOAD)
                 with steps.step('copy'):
+                    progress = _Progress(self._client, instance)
                     stream = self._client.snapshot(instance.uuid)
-                with stream:
+                with stream, contextlib.closing(progress):
                     update_task_state(
                         task_state=task_states.IMAGE_UPLOADING,
                         expected_state=task_states.IMAGE_PENDING_UPLOAD)
                     with steps.step('upload'):
                         self._api.update(
                             context, image_id, _metadata(instance, image),
-                            _Data(stream, look), purge_props=False)
+                            _Data(stream, look_and_tell), purge_props=False)
                 steps.success()
         except (exception.ImageNotFound,
                 exception.UnexpectedDeletingTaskStateError):

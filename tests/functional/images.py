@@ -25,12 +25,13 @@ class Store:
 
     :ivar uploading: called with the image's id when the first piece of its
         data has come
+    :ivar took: called with the image's id after each piece
     """
 
     def __init__(self, glance):
         self._glance = glance
         self._create, self._update = glance.create, glance.update
-        self.uploading = None
+        self.uploading = self.took = None
         glance.create, glance.update = self.create, self.update
         glance.detail = self.detail
 
@@ -71,6 +72,8 @@ class Store:
                 pieces.append(piece)
                 if self.uploading is not None and len(pieces) == 1:
                     self.uploading(image_id)
+                if self.took is not None:
+                    self.took(image_id)
         except BaseException:
             image['status'] = 'queued'
             raise

@@ -13,6 +13,7 @@
 """What Nova makes of snapshots: images, backups, shelved servers."""
 
 import io
+import itertools
 import os
 import struct
 import tarfile
@@ -149,6 +150,41 @@ class SnapshotsTest(TestCase):
             self.glance.images[image_id]['status']))
         self.image_of(server)
         self.assertEqual([('image_uploading', 'saving')], seen)
+
+    def test_progress(self):
+        server = self.boot()
+        self.sh(server, 'dd if=/dev/urandom of=/big bs=1M count=64')
+        self.patch(snapshot, '_LOOK_S', 0.0)
+        seen, pieces = [], itertools.count()
+
+        def progress():
+            return self.api.get_server(server['id'])['progress']
+
+        def took(image_id):
+            # The API answers slower than a piece comes.
+            if next(pieces) % 50 == 0:
+                seen.append(progress())
+
+        self.store.took = took
+        self.image_of(server)
+        print(seen)
+        self.assertEqual(sorted(seen), seen)
+        self.assertEqual(0, seen[0])
+        # There are those between, and the guess was a good one.
+        self.assertGreater(len({*seen}), 10)
+        self.assertGreater(seen[-1], 80)
+        self.assertEqual(0, progress())
+        # Also when it fails.
+        self.store.took = lambda image_id: (
+            next(pieces) % 50 == 0 and progress() > 50 and
+            self.glance.delete(None, image_id))
+        self.api.post_server_action(
+            server['id'], {'createImage': {'name': 'snap'}})
+        self.wait_for(
+            lambda: not self.api.get_server(server['id'])[
+                'OS-EXT-STS:task_state'], 'the end')
+        self.assertEqual([], self.snapshots()[1:])
+        self.assertEqual(0, progress())
 
     def test_shelve_and_unshelve(self):
         self.flags(shelved_offload_time=-1)
