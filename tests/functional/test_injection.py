@@ -64,6 +64,26 @@ class InjectionTest(base.TestCase):
         self.delete(server)
         self.assert_nothing_left()
 
+    def test_first_version_of_the_api(self):
+        """As many as the quota allows, and a path without a root."""
+        files = {f'/test{i}.txt': b'This is a test file.%d' % i
+                 for i in range(5)}
+        port = [{'port': self.neutron.port_1['id']}]
+        with base.microversion(self.api, '2.1'):
+            server = self.boot(
+                host=None, availability_zone='nova:host1', wait=False,
+                networks=port, personality=_personality(files))
+        server = self.wait(server, 'ACTIVE')
+        self.assert_given(server, files)
+        with base.microversion(self.api, '2.1'):
+            self.api.post_server_action(server['id'], {'rebuild': {
+                'imageRef': self.image, 'personality': _personality(
+                    {'rebuild.txt': b'Test server rebuild.'})}})
+        self.wait_for(lambda: self._settled(server, 'ACTIVE'), 'rebuild')
+        if agents.Agents is agents.Real:
+            self.assert_given(
+                server, {'/rebuild.txt': b'Test server rebuild.'})
+
     def test_path_that_cannot_be(self):
         if agents.Agents is not agents.Real:
             self.skipTest('files need root; run tools/run_tests.sh')

@@ -79,7 +79,7 @@ def _options() -> dict[str, dict[str, object]]:
             # Tempest looks for its block device, which containers have not.
             'config_drive': False,
             'metadata_service': True, 'enable_instance_password': True,
-            'personality': False, 'attach_encrypted_volume': False,
+            'personality': True, 'attach_encrypted_volume': False,
             'swap_volume': False, 'volume_multiattach': False,
             'volume_backed_live_migration': False,
             'can_migrate_between_any_hosts': True,
