@@ -53,7 +53,6 @@ from nova_pycontainer.runtime import errors
 from nova_pycontainer import snapshot
 from nova_pycontainer import spawn
 from nova_pycontainer import suspend_recovery
-from nova_pycontainer import vif
 from nova_pycontainer import volume
 from nova_pycontainer import volume_swap
 
@@ -468,10 +467,7 @@ class PyContainerDriver(driver.ComputeDriver):
     def plug_vifs(self, instance, network_info):
         with driver_errors.translated(
                 instance, failure=driver_errors.plug_failure):
-            self._client.plug(
-                instance.uuid,
-                vif.nics(network_info, CONF.pycontainer.tx_offload))
-            vif.plug(instance, network_info)
+            self._spawner.plug(instance, network_info)
 
     def unplug_vifs(self, instance, network_info):
         with driver_errors.translated(

@@ -27,6 +27,7 @@ from oslo_utils import units
 
 from nova_pycontainer import cpus
 from nova_pycontainer import promises
+from nova_pycontainer.runtime import rate
 
 #: The kernel's default, and libvirt's: a quota means nothing without it.
 _PERIOD_US = 100_000
@@ -121,14 +122,57 @@ def _disk_io(flavor):
             ('read_iops', 'read_iops'), ('write_iops', 'write_iops'))}
 
 
-def _check_network(flavor):
-    """:raises nova.exception.InvalidInput: it limits interfaces"""
-    for name in flavor.extra_specs:
-        if name.startswith('quota:vif_'):
+def bandwidth(flavor):
+    """Limits of each interface, in the words of the runtime's NICs.
+
+    Named and measured as libvirt does it (``<bandwidth>`` of
+    https://libvirt.org/formatnetwork.html): ``average`` and ``peak`` are
+    kilobytes per second, ``burst`` is kibibytes; inbound is to the guest.
+
+    :returns: a dictionary with ``inbound`` and ``outbound``, those of them
+        that are limited, in bytes and bytes per second
+    :raises nova.exception.InvalidInput: the flavor asks for something that
+        is malformed or that containers do not have
+    """
+    specs = flavor.extra_specs
+    directions = ('inbound', 'outbound')
+    known = {f'quota:vif_{direction}_{name}' for direction in directions
+             for name in ('average', 'peak', 'burst')}
+    for name in specs:
+        if name.startswith('quota:vif_') and name not in known:
             raise exception.InvalidInput(
-                reason=_('flavor extra spec %s: the ports of containers are '
-                         'limited by Neutron. Use a QoS policy with a '
-                         'bandwidth limit') % name)
+                reason=_('flavor extra spec %(name)s: containers do not have '
+                         'it. They have %(known)s') %
+                {'name': name, 'known': ', '.join(sorted(known))})
+    found = {direction: _rate(specs, f'quota:vif_{direction}')
+             for direction in directions}
+    return {key: value for key, value in found.items() if value}
+
+
+def _rate(specs, prefix):
+    most = rate.MAX // units.k
+    # As with disks, and in libvirt, 0 is no limit.
+    average, peak, burst = (
+        _int_spec(specs, f'{prefix}_{name}', 0, most)
+        for name in ('average', 'peak', 'burst'))
+    if not average:
+        for name, value in ('peak', peak), ('burst', burst):
+            if value:
+                raise exception.InvalidInput(
+                    reason=_('flavor extra spec %(prefix)s_%(name)s needs '
+                             '%(prefix)s_average') %
+                    {'prefix': prefix, 'name': name})
+        return None
+    if peak and peak < average:
+        raise _invalid(f'flavor extra spec {prefix}_peak', peak,
+                       f'at least {prefix}_average')
+    speed, size = average * units.k, (burst or 0) * units.Ki
+    if size > min(speed * rate.MAX_BURST_S, rate.MAX):
+        raise _invalid(
+            f'flavor extra spec {prefix}_burst', burst,
+            f'no more than {prefix}_average is in {rate.MAX_BURST_S} s')
+    return {'average': speed, 'peak': peak * units.k if peak else None,
+            'burst': size or None}
 
 
 def resources(flavor, pids_max, on_volume=False):
@@ -147,7 +191,7 @@ def resources(flavor, pids_max, on_volume=False):
                      'volume. Use a flavor without it') % flavor.name)
     cpus.check_flavor(flavor)
     promises.check_flavor(flavor)
-    _check_network(flavor)
+    bandwidth(flavor)
     pids = _int_spec(flavor.extra_specs, 'pycontainer:pids_max', PIDS_MIN)
     return {
         'memory_bytes': flavor.memory_mb * units.Mi,

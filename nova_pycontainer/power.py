@@ -151,7 +151,8 @@ class Power:
         with self._volumes.connecting(instance), driver_steps.Steps(
                 verb, instance) as steps:
             with steps.step('network'):
-                nics = vif.nics(network_info, self._conf.tx_offload)
+                nics = vif.nics(network_info, self._conf.tx_offload,
+                                flavor.bandwidth(instance.flavor))
                 changes = {
                     'nics': nics,
                     'resources': flavor.resources_of(

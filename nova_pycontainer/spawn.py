@@ -89,7 +89,8 @@ class Spawner:
             with steps.step('network'):
                 # Neutron works on the ports since before this method was
                 # called; the first look at them waits for it.
-                nics = vif.nics(network_info, self._conf.tx_offload)
+                nics = vif.nics(network_info, self._conf.tx_offload,
+                                flavor.bandwidth(instance.flavor))
             with steps.step('plug', lambda: self._unplug(uuid, nics)):
                 self._client.plug(uuid, nics)
             if power_on:
@@ -184,7 +185,8 @@ class Spawner:
 
         :raises ContainerError: the agent's; nothing of it is left
         """
-        nic = vif.nic(port, self._conf.tx_offload)
+        nic = vif.nic(port, self._conf.tx_offload,
+                      flavor.bandwidth(instance.flavor))
         with driver_steps.Steps('attach', instance) as steps:
             with steps.step('plug', lambda: self._client.unplug(
                     instance.uuid, [nic['devname']])):
@@ -222,6 +224,14 @@ class Spawner:
         if unplug:
             self.unplug(instance, network_info)
         self._volumes.disconnect_all(block_device_info, instance)
+
+    def plug(self, instance, network_info):
+        """Make and connect the interfaces, those of them that are not there.
+        """
+        self._client.plug(instance.uuid, vif.nics(
+            network_info, self._conf.tx_offload,
+            flavor.bandwidth(instance.flavor)))
+        vif.plug(instance, network_info)
 
     def unplug(self, instance, network_info):
         """Disconnect and remove the interfaces, whether or not there."""

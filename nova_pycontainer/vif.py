@@ -67,11 +67,12 @@ def name(vif):
     return vif.get('devname') or ('tap' + vif['id'])[:model.NIC_NAME_LEN]
 
 
-def nic(vif, tx_offload='auto'):
+def nic(vif, tx_offload='auto', bandwidth=None):
     """Return the runtime's description of a VIF.
 
     :param vif: a nova.network.model.VIF
     :param tx_offload: value of the option ``[pycontainer]tx_offload``
+    :param bandwidth: its limits, see :func:`.flavor.bandwidth`
     :raises nova.exception.VirtualInterfacePlugException: not supported
     """
     _check(vif)
@@ -86,16 +87,19 @@ def nic(vif, tx_offload='auto'):
         'mac': vif['address'],
         'mtu': vif['network'].get_meta('mtu') or _DEFAULT_MTU,
         'tx_offload': offload,
+        **(bandwidth or {}),
     }
 
 
-def nics(network_info, tx_offload='auto'):
+def nics(network_info, tx_offload='auto', bandwidth=None):
     """Return the NICs of all VIFs, in the order of eth0, eth1 ….
+
+    The parameters are those of :func:`nic`.
 
     :param network_info: a nova.network.model.NetworkInfo; the asynchronous
         kind waits here until Neutron has made the ports
     """
-    return [nic(vif, tx_offload) for vif in network_info or ()]
+    return [nic(vif, tx_offload, bandwidth) for vif in network_info or ()]
 
 
 def events_to_wait_for(network_info):

@@ -46,27 +46,47 @@ def within(kind: str, pid: int, function: ty.Callable[[], T]) -> T:
     :raises ContainerError: ``timeout``
     :raises OSError: the process is gone
     """
+    fd = os.open(f'/proc/{pid}/ns/{kind}', os.O_RDONLY | os.O_CLOEXEC)
+
+    def enter() -> None:
+        if kind == 'mnt':
+            # Root and working directory change with the namespace, and
+            # threads share them unless they are told not to.
+            syscalls.unshare(syscalls.CLONE_FS)
+        syscalls.setns(fd, _TYPES[kind])
+
+    try:
+        return _in_thread(kind, enter, function)
+    finally:
+        os.close(fd)
+
+
+def in_new(kind: str, function: ty.Callable[[], T]) -> T:
+    """Run ``function`` in a namespace of its own, which ends with it.
+
+    :param kind: ``net``
+    :raises ContainerError: ``timeout``
+    """
+    return _in_thread(
+        kind, lambda: syscalls.unshare(_TYPES[kind]), function)
+
+
+def _in_thread(
+    kind: str, enter: ty.Callable[[], None], function: ty.Callable[[], T]
+) -> T:
     result: list[T] = []
     failure: list[BaseException] = []
-    fd = os.open(f'/proc/{pid}/ns/{kind}', os.O_RDONLY | os.O_CLOEXEC)
 
     def run() -> None:
         try:
-            if kind == 'mnt':
-                # Root and working directory change with the namespace, and
-                # threads share them unless they are told not to.
-                syscalls.unshare(syscalls.CLONE_FS)
-            syscalls.setns(fd, _TYPES[kind])
+            enter()
             result.append(function())
         except BaseException as e:
             failure.append(e)
 
-    try:
-        thread = threading.Thread(target=run, name=kind, daemon=True)
-        thread.start()
-        thread.join(_TIMEOUT)
-    finally:
-        os.close(fd)
+    thread = threading.Thread(target=run, name=kind, daemon=True)
+    thread.start()
+    thread.join(_TIMEOUT)
     if failure:
         raise failure[0]
     if not result:

@@ -21,6 +21,9 @@ before there is a container; and CRIU can restore into the same parked end.
 The container makes its own network namespace (CRIU refuses to restore a
 foreign one together with a user namespace), so a pair dies with its
 container, and is made again for the next start.
+
+An interface with a limit has a second pair between the two ends, see
+:mod:`.shaping`.
 """
 
 import collections.abc as cabc
@@ -38,6 +41,8 @@ from pyroute2.netlink import exceptions as nl_exceptions
 
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import namespaces
+from nova_pycontainer.runtime import rate
+from nova_pycontainer.runtime import shaping
 
 _MAC = re.compile(r'^([0-9a-f]{2}:){5}[0-9a-f]{2}$')
 _OUTER = re.compile(r'^tap[A-Za-z0-9-]{1,11}$')
@@ -58,6 +63,8 @@ class Nic:
     :param tx_offload: False switches transmit offloads of the inner end off:
         a userspace datapath gets frames with unfinished checksums otherwise,
         and TCP hangs while ping works (neutron bug 1832021)
+    :param inbound: limit of what goes to the guest
+    :param outbound: limit of what comes from it
     """
 
     id: str
@@ -65,11 +72,23 @@ class Nic:
     mac: str
     mtu: int
     tx_offload: bool = True
+    inbound: rate.Rate | None = None
+    outbound: rate.Rate | None = None
 
     @property
     def parked_name(self) -> str:
         """Name of the inner end while it is on the host."""
         return 'nic' + self.id[:11]
+
+    @property
+    def limited(self) -> bool:
+        return self.inbound is not None or self.outbound is not None
+
+    @property
+    def peer_name(self) -> str:
+        """Name of the end that the inner one is joined to."""
+        return (shaping.ends(self.devname).guest if self.limited
+                else self.devname)
 
     @classmethod
     def from_dict(cls, data: ty.Mapping[str, ty.Any]) -> 'Nic':
@@ -78,7 +97,9 @@ class Nic:
             nic = cls(
                 id=str(data['id']), devname=str(data['devname']),
                 mac=str(data['mac']).lower(), mtu=int(data['mtu']),
-                tx_offload=bool(data.get('tx_offload', True)))
+                tx_offload=bool(data.get('tx_offload', True)),
+                inbound=rate.Rate.from_dict(data.get('inbound')),
+                outbound=rate.Rate.from_dict(data.get('outbound')))
         except (KeyError, TypeError, ValueError) as e:
             raise errors.ContainerError(
                 'invalid', f'a network interface is not well described: {e}',
@@ -126,24 +147,43 @@ def exists(nic: Nic) -> bool:
 
 
 def plug(nic: Nic) -> bool:
-    """Make the pair, with the inner end parked, unless it exists.
+    """Make the interface, with the inner end parked, unless it exists.
 
-    :returns: whether a pair was made
-    :raises ContainerError: ``network``
+    :returns: whether one was made
+    :raises ContainerError: ``network``; ``unsupported``: it has a limit, and
+        this host cannot
     """
     with _netlink(f'making the interface {nic.devname}') as ipr:
         if _index(ipr, nic.devname) is not None:
             return False
-        ipr.link('add', ifname=nic.devname, kind='veth', mtu=nic.mtu, peer={
+        # A half of one, made or removed, that a kill has left.
+        _remove(ipr, nic.devname)
+        ipr.link('add', ifname=nic.peer_name, kind='veth', mtu=nic.mtu, peer={
             'ifname': nic.parked_name, 'address': nic.mac, 'mtu': nic.mtu})
         try:
             if not nic.tx_offload:
                 _tx_offload_off(nic.parked_name)
+            if nic.limited:
+                shaping.add(
+                    ipr, nic.devname, nic.inbound, nic.outbound, nic.mtu)
             ipr.link('set', index=_index(ipr, nic.devname), state='up')
         except BaseException:
-            _delete(ipr, nic.devname)
+            _remove(ipr, nic.devname)
             raise
     return True
+
+
+def check_limits() -> None:
+    """Whether interfaces can have limits on this host.
+
+    One is made, in a namespace that nobody else has.
+
+    :raises ContainerError: ``unsupported``, ``network``
+    """
+    limit = rate.Rate(1_000_000, 2_000_000)
+    namespaces.in_new('net', lambda: plug(Nic(
+        'check', 'tap-check', '02:00:00:00:00:01', 1500, inbound=limit,
+        outbound=limit)))
 
 
 def _tx_offload_off(name: str) -> None:
@@ -191,7 +231,7 @@ def names_inside(nics: cabc.Iterable[Nic], pid: int) -> dict[str, str]:
     indices = {}
     with _netlink('looking for the interfaces of the container') as ipr:
         for nic in nics:
-            index = _index(ipr, nic.devname)
+            index = _index(ipr, nic.peer_name)
             if index is not None:
                 link, = ipr.get_links(index)
                 indices[nic.id] = link.get_attr('IFLA_LINK')
@@ -226,7 +266,8 @@ def hold(nic: Nic, on: bool) -> None:
 
     By a queue of no length at the outer end, so that the link stays as it is:
     taking it down would cost a second, since the kernel tells carriers no
-    more than once in a second (net/core/link_watch.c).
+    more than once in a second (net/core/link_watch.c). What waits for its turn
+    beyond it, either way, is dropped.
     """
     with _netlink(f'holding {nic.devname}') as ipr:
         index = _index(ipr, nic.devname)
@@ -241,6 +282,9 @@ def hold(nic: Nic, on: bool) -> None:
             if e.code not in (errno.EEXIST if on else errno.ENOENT,
                               errno.EINVAL):
                 raise
+        if on and nic.limited:
+            shaping.drop_waiting(
+                ipr, nic.devname, nic.inbound, nic.outbound, nic.mtu)
 
 
 def parked(nic: Nic) -> bool:
@@ -249,9 +293,15 @@ def parked(nic: Nic) -> bool:
 
 
 def unplug(devname: str) -> None:
-    """Remove a pair by its outer end; idempotent."""
+    """Remove an interface by its outer end; idempotent."""
     with _netlink(f'removing {devname}') as ipr:
-        _delete(ipr, devname)
+        _remove(ipr, devname)
+
+
+def _remove(ipr: pyroute2.IPRoute, devname: str) -> None:
+    # The outer end last, as its peer or itself: it is what is looked for.
+    for name in (*shaping.ends(devname), devname):
+        _delete(ipr, name)
 
 
 def _delete(ipr: pyroute2.IPRoute, devname: str) -> None:

@@ -27,8 +27,8 @@ Data = dict[str, ty.Any]
 #: 2: offers and what comes in by one, of cold migrations. 3: volumes. 4: what
 #: releases of format 3 came to write, and earlier ones of them get wrong: a
 #: resume that is past ("resumed", which they would begin again), limits of
-#: disks (which they would not set), files of lxcfs and /dev/fuse in
-#: checkpoints.
+#: disks and interfaces (which they would not set), files of lxcfs and
+#: /dev/fuse in checkpoints.
 FORMAT = 4
 
 

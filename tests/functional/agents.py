@@ -284,7 +284,7 @@ class Real:
             timeout=PATIENCE, check=True).stdout
         return self._agent(host).leftovers() + [
             line for line in links.splitlines()
-            if line.startswith(('tap', 'nic'))]
+            if line.startswith(('tap', 'nic', 'gst', 'swt', 'new'))]
 
 
 def _tool(name):

@@ -56,7 +56,7 @@ class Host(agents._Agent):
             stdout=subprocess.PIPE, text=True, timeout=_PATIENCE).stdout
         return super().leftovers() + [
             line for line in links.splitlines()
-            if line.startswith(('tap', 'nic'))]
+            if line.startswith(('tap', 'nic', 'gst', 'swt', 'new'))]
 
 
 class Hosts:

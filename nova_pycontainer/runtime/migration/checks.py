@@ -28,6 +28,7 @@ from nova_pycontainer.runtime.migration import compatibility
 from nova_pycontainer.runtime.migration import guest
 from nova_pycontainer.runtime.migration import inspection
 from nova_pycontainer.runtime.migration import versions
+from nova_pycontainer.runtime import network
 
 if ty.TYPE_CHECKING:
     from nova_pycontainer.runtime import host
@@ -109,6 +110,7 @@ class Checks:
             'processes': look.processes,
             'threads': look.threads,
             'nics': len(info['nics']),
+            'limited_nics': sum(nic.limited for nic in item.spec.nics),
             'nesting': item.spec.nesting,
             'lxcfs': look.shares,
             'fuse': look.fuse,
@@ -135,6 +137,7 @@ class Checks:
             # Of an older agent, which gives its guests none.
             problems += self._shares(facts.get('lxcfs') or ())
             problems += self._fuse(bool(facts.get('fuse')))
+            problems += _limits(int(facts.get('limited_nics') or 0))
         except (KeyError, TypeError, ValueError) as e:
             raise errors.ContainerError(
                 'invalid', 'the facts of the source are incomplete',
@@ -206,6 +209,19 @@ class Checks:
                     'Migrate to another host. The larger '
                     '[pycontainer]idmap_count is, the rarer this is')]
         return []
+
+
+def _limits(number: int) -> list[Problem]:
+    """:param number: how many interfaces have limits"""
+    if number:
+        try:
+            network.check_limits()
+        except errors.ContainerError as e:
+            return [Problem(
+                'interface-limits', 'the bandwidth of the guest\'s '
+                'interfaces is limited, which this host cannot do: '
+                f'{e.cause}', e.remedy or 'Migrate to another host')]
+    return []
 
 
 def _used(upper: os.PathLike[str], info: cabc.Mapping[str, ty.Any]) -> int:

@@ -43,6 +43,7 @@ from nova_pycontainer.runtime import keeper_client
 from nova_pycontainer.runtime import lxcfs
 from nova_pycontainer.runtime.migration import identity
 from nova_pycontainer.runtime.migration import trial
+from nova_pycontainer.runtime import network
 from nova_pycontainer.runtime import oci
 from nova_pycontainer.runtime import overlay
 from nova_pycontainer.runtime import process
@@ -208,6 +209,8 @@ class Preflight:
                'an idmapped layer', self._overlay)
         yield ('disk_limit', Level.OPTIONAL, 'limit for a root disk\'s size',
                self._disk_limit)
+        yield ('interface_limits', Level.OPTIONAL,
+               'limits for the bandwidth of interfaces', network.check_limits)
         yield ('inotify', Level.OPTIONAL, 'inotify instances for many guests',
                self._inotify)
         yield ('lxcfs', Level.OPTIONAL, 'guests see their own memory and CPUs',

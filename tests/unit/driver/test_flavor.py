@@ -54,12 +54,6 @@ class FlavorTestCase(base.TestCase):
                 exception.InvalidInput, self.resources, {spec: '1'})
             self.assertIn(spec, str(error))
 
-    def test_interfaces_are_neutrons(self):
-        error = self.assertRaises(
-            exception.InvalidInput, self.resources,
-            {'quota:vif_inbound_average': '1000'})
-        self.assertIn('QoS policy', str(error))
-
     def test_quota_is_each_vcpus_own(self):
         result = self.resources({'quota:cpu_quota': '25000',
                                  'quota:cpu_period': '50000',
