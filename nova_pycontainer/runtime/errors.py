@@ -141,6 +141,10 @@ class ContainerError(Exception):
         A code that this side does not know comes from a newer agent: it is
         kept as text and treated as ``internal``.
         """
+        def text(name: str) -> str | None:
+            value = data.get(name)
+            return None if value is None else str(value)
+
         code = str(data.get('code'))
         message = str(data.get('message'))
         if code not in CODES:
@@ -150,10 +154,10 @@ class ContainerError(Exception):
         return target(
             code,
             message,
-            uuid=data.get('uuid'),
-            step=data.get('step'),
-            cause=data.get('cause'),
-            remedy=data.get('remedy'),
+            uuid=text('uuid'),
+            step=text('step'),
+            cause=text('cause'),
+            remedy=text('remedy'),
         )
 
 

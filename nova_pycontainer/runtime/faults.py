@@ -22,14 +22,20 @@ happen there, once each::
 is a file of it, looked at anew at each point, so that one agent serves many
 tests; what has happened is taken out of it.
 
+``frame=twice`` has the next frame to another host sent twice, ``garbage``
+sends as many random bytes instead, and ``nonsense`` one of the same type that
+says something else; see :func:`mangled`.
+
 The names are those of the code's own steps: each step of a
 :class:`.revert.Reverter`, and the points of a migration. With
 ``PYCONTAINER_FAULT_POINTS`` every point that is passed is appended to that
 file, so that a test knows all of them without a list of its own.
 """
 
+import json
 import os
 import signal
+import struct
 import threading
 import time
 import typing as ty
@@ -84,3 +90,32 @@ def point(name: str) -> None:
     elif action and action.startswith('wait:'):
         while not os.path.exists(action.removeprefix('wait:')):
             time.sleep(0.02)
+
+
+def mangled(frame: bytes) -> bytes:
+    """What is sent in place of a frame of the channel.
+
+    :param frame: its length (4 bytes, big endian) and a JSON object, see
+        :mod:`.migration.channel`
+    """
+    if not _plan and not _file:
+        return frame
+    with _lock:
+        action = _take('frame')
+    if action == 'twice':
+        return frame * 2
+    if action == 'garbage':
+        return os.urandom(len(frame))
+    if action == 'nonsense':
+        said = json.loads(frame[4:])
+        body = json.dumps(said | {
+            key: _other(said[key])
+            for key in set(said) - {'type', 'v', 'number'} or ['number']
+        }).encode()
+        return struct.pack('>I', len(body)) + body
+    return frame
+
+
+def _other(value: object) -> object:
+    """Of another kind."""
+    return [value] if isinstance(value, dict | str) else {'is': 'nothing'}

@@ -10,7 +10,7 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
-"""A selection of the faults of the cloud; ``python -m tests.faults.cloud`` runs
+"""A selection of the cloud's faults; ``python -m tests.faults.cloud`` runs
 all.
 """
 

@@ -28,6 +28,8 @@ from tests.faults import kernel
 
 #: So long a step is late: less than what is given up after.
 _LATE = 20.0
+#: A host that has something to say says it within so long.
+_SAYS_NOTHING = 20.0
 
 
 class Fault:
@@ -255,6 +257,37 @@ class Late(Fault):
         return True
 
 
+class Mangle(Fault):
+    """A host's next message to the other one is another.
+
+    :param how: see nova_pycontainer.runtime.faults
+    """
+
+    def __init__(self, title, name, how):
+        super().__init__(title)
+        self._name, self._how = name, how
+
+    def _path(self, rig):
+        return rig.plan(getattr(rig, self._name))
+
+    def inject(self, rig):
+        self._path(rig).write_text(f'frame={self._how}')
+        return False
+
+    def after(self, rig):
+        deadline = time.monotonic() + _SAYS_NOTHING
+        while not rig.over() and time.monotonic() < deadline:
+            if not self._path(rig).read_text():
+                return True
+            time.sleep(0.05)
+        done = not self._path(rig).read_text()
+        self.heal(rig)
+        return done
+
+    def heal(self, rig):
+        self._path(rig).write_text('')
+
+
 class PowerLoss(Fault):
     """Everything on a host ends at once, and the host boots."""
 
@@ -291,6 +324,13 @@ MIGRATION = {
     'readonly-a': ReadOnly("source's disk read-only", 'a'),
     'readonly-b': ReadOnly("destination's disk read-only", 'b'),
     'memory-b': Memory("destination's memory used up", 'b'),
+    'twice-a': Mangle("source's next message twice", 'a', 'twice'),
+    'twice-b': Mangle("destination's next message twice", 'b', 'twice'),
+    'garbage-a': Mangle("source's next message garbage", 'a', 'garbage'),
+    'garbage-b': Mangle("destination's next message garbage", 'b', 'garbage'),
+    'nonsense-a': Mangle("source's next message nonsense", 'a', 'nonsense'),
+    'nonsense-b': Mangle(
+        "destination's next message nonsense", 'b', 'nonsense'),
     'power-a': PowerLoss("source's power lost", 'a'),
     'power-b': PowerLoss("destination's power lost", 'b'),
     'power': PowerLoss("both hosts' power lost", 'a', 'b'),

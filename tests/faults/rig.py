@@ -89,7 +89,7 @@ class Rig(cold.Cold, one_host.OneHost, hosts.TwoHostsTestCase):
         self.plan_go = self.top / 'go'
         for host in (self.a, self.b):
             self.addCleanup(self.fault_heal)
-            self._plan(host).write_text('')
+            self.plan(host).write_text('')
         self._finished = threading.Event()
         self.fault = None
 
@@ -98,7 +98,7 @@ class Rig(cold.Cold, one_host.OneHost, hosts.TwoHostsTestCase):
         # Layers that are missing, and are fetched, are part of it.
         (made.directory / 'state' / 'layers').unlink()
         made.record = self.top / 'points'
-        made.faults = f'@{self._plan(made)}'
+        made.faults = f'@{self.plan(made)}'
         instances = made.directory / 'state' / 'instances'
         instances.mkdir(mode=0o700)
         disk = made.directory / 'disk.img'
@@ -146,7 +146,7 @@ class Rig(cold.Cold, one_host.OneHost, hosts.TwoHostsTestCase):
             self._connect_uplink(host)
 
     @staticmethod
-    def _plan(host):
+    def plan(host):
         return host.directory / 'plan'
 
     # For the faults
@@ -205,7 +205,7 @@ class Rig(cold.Cold, one_host.OneHost, hosts.TwoHostsTestCase):
 
     def _arm(self, plan):
         for host in (self.a, self.b):
-            self._plan(host).write_text(plan)
+            self.plan(host).write_text(plan)
 
     def _disarm(self):
         self._arm('')
@@ -221,8 +221,9 @@ class Rig(cold.Cold, one_host.OneHost, hosts.TwoHostsTestCase):
             # It has ended between the two looks, or never comes so far.
             raise AssertionError(f'the step {step} is not reached')
         self.fault = fault
-        done = fault.inject(self)
+        # What waits has taken it out of its plan.
         self._disarm()
+        done = fault.inject(self)
         self.plan_go.touch()
         done = fault.after(self) or done
         if not fault.lasts and not fault.stays:

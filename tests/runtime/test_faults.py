@@ -56,6 +56,15 @@ class FaultsTestCase(rig.Rig):
             ('destination.committed', 'agents', 'destination'),
             ('destination.running', 'fails', 'destination'))
 
+    def test_messages(self):
+        """A peer that repeats itself, or says something else."""
+        self.try_all(
+            'move',
+            ('destination.pass', 'twice-b', 'source'),
+            ('source.dumped', 'nonsense-a', 'source'),
+            ('destination.ready', 'twice-b', 'destination'),
+            ('source.committed', 'garbage-a', 'destination'))
+
     def test_post_copy(self):
         self.try_all(
             'post-copy',

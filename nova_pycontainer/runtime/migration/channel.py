@@ -34,6 +34,7 @@ import typing as ty
 
 from nova_pycontainer.runtime import config
 from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime import faults
 from nova_pycontainer.runtime.migration import bandwidth
 from nova_pycontainer.runtime.migration import keys
 from nova_pycontainer.runtime.migration import tls
@@ -126,7 +127,7 @@ def encode(frame: dict[str, ty.Any], limit: int = MAX_FRAME) -> bytes:
     body = json.dumps(frame, separators=(',', ':')).encode('ascii')
     if len(body) > limit:
         raise _invalid(f'a frame of {len(body)} bytes is too large')
-    return _LENGTH.pack(len(body)) + body
+    return faults.mangled(_LENGTH.pack(len(body)) + body)
 
 
 class FrameReader:
@@ -414,6 +415,9 @@ def _introduce(
         error = answer.get('error')
         raise errors.ContainerError.from_dict(
             error if isinstance(error, dict) else {})
+    # On these this side speaks first.
+    if hello.role not in ('control', 'facts') and reader.step() is not False:
+        raise _invalid('the other host says more than it was asked')
 
 
 #: How OpenSSL says that the other side does not take our certificate.

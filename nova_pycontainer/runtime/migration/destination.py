@@ -118,12 +118,10 @@ class Destination:
         self._rounds = precopy.Received(self._memory.path)
         #: Bytes of memory that came before the dump.
         self._ahead = 0
-        self._images_error: BaseException | None = None
         #: Whether the console was no session's terminal.
         self._unowned = False
-        self._images_done = threading.Event()
-        #: One stream of images at a time.
-        self._receiving = threading.Lock()
+        self._images = images.Receiver(
+            self._memory.path, self._count_images, self._images_failed)
         self._writing = room.Writing(_FILES, item.disk, item.directory)
         self._go = threading.Event()
         self._lock = threading.Lock()
@@ -149,6 +147,7 @@ class Destination:
             self._memory.mount(
                 images.size_of(item.spec.limits, ahead=True))
             self._stack.callback(self._memory.unmount)
+            self._stack.callback(self._images.stop)
             for nic in item.spec.nics:
                 network.plug(nic)
             self._undo.callback(item.teardown)
@@ -202,8 +201,8 @@ class Destination:
             self._pages_end = self._lead_pages(connection)
         elif role == 'images':
             threading.Thread(
-                target=self._receive, args=(connection,), name='images',
-                daemon=True).start()
+                target=self._images.receive, args=(connection,),
+                name='images', daemon=True).start()
         else:
             with self._arrived:
                 self._data[role, seq] = connection
@@ -415,43 +414,19 @@ class Destination:
             finally:
                 self._pump.abort()
 
-    def _receive(self, connection: channel.Connection) -> None:
-        def progress(total: int) -> None:
-            self.progress.memory_sent = self._ahead + total
+    def _count_images(self, total: int) -> None:
+        self.progress.memory_sent = self._ahead + total
 
-        # The stream before has ended for the source, and maybe not yet here.
-        with self._receiving:
-            self._images_done.clear()
-            try:
-                # A dump that was tried again begins anew.
-                for path in self._memory.path.glob('*'):
-                    if not path.is_dir():
-                        path.unlink()
-                with room.needed('the pages of the guest\'s memory'):
-                    if images.receive(
-                            self._memory.path, connection, progress) is None:
-                        return
-                # Before the connection is closed, which takes a second.
-                self._images_done.set()
-            except BaseException as e:
-                self._images_error = e
-                self._images_done.set()
-                if self._control is not None and isinstance(
-                        e, errors.ContainerError):
-                    # Who waits for the source tells it why, before it only
-                    # sees that a connection broke.
-                    self._control.fail(e)
-            finally:
-                connection.close()
+    def _images_failed(self, error: errors.ContainerError) -> None:
+        # Who waits for the source tells it why, before it only sees that a
+        # connection broke.
+        if self._control is not None:
+            self._control.fail(error)
 
     def _restore(self, dumped: cabc.Mapping[str, ty.Any]) -> None:
         item = self._item
         began = time.monotonic()
-        if not self._images_done.wait(_COPY_TIMEOUT):
-            raise errors.ContainerError(
-                'timeout', 'the images did not come')
-        if self._images_error is not None:
-            raise self._images_error
+        self._images.wait(_COPY_TIMEOUT)
         self.progress.phase = Phase.FROZEN
         faults.point('destination.images')
         self._rounds.link(dumped.get('parent'))
@@ -625,7 +600,10 @@ class Destination:
                 break
             except protocol.PeerGone:
                 # The source may have committed and asks, on a connection of
-                # its own; only it knows.
+                # its own; only it knows. It asks at once when it sees that
+                # this one does not work.
+                if self._control.broken:
+                    self._control.close()
                 if self._abort.is_set():
                     raise
                 if self._go.wait(_RETRY):

@@ -27,6 +27,7 @@ from nova_pycontainer.runtime import cgroup
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime.migration import bandwidth
 from nova_pycontainer.runtime.migration import channel
+from nova_pycontainer.runtime.migration import room
 from nova_pycontainer.runtime import syscalls
 
 #: name's length, offset, data's length.
@@ -260,3 +261,76 @@ def receive(
     finally:
         for fd in files.values():
             os.close(fd)
+
+
+class Receiver:
+    """The images of a dump, which may be tried several times.
+
+    :param directory: for them
+    :param progress: told how many bytes have come
+    :param failed: told why there will be none
+    """
+
+    def __init__(
+        self, directory: pathlib.Path, progress: ty.Callable[[int], None],
+        failed: ty.Callable[[errors.ContainerError], None],
+    ) -> None:
+        self._directory = directory
+        self._progress, self._failed = progress, failed
+        self._error: BaseException | None = None
+        self._done = threading.Event()
+        #: One stream at a time.
+        self._receiving = threading.Lock()
+        self._lock = threading.Lock()
+        self._streams: list[channel.Connection] | None = []
+
+    def receive(self, stream: channel.Connection) -> None:
+        """Receive them all, or what there is of a dump that is given up."""
+        with self._lock:
+            if self._streams is None:
+                stream.abort()
+                return
+            self._streams.append(stream)
+        # The stream before has ended for the source, and maybe not yet here.
+        with stream, self._receiving:
+            if not stream.closed:
+                self._receive(stream)
+
+    def _receive(self, stream: channel.Connection) -> None:
+        self._done.clear()
+        try:
+            # A dump that was tried again begins anew.
+            for path in self._directory.glob('*'):
+                if not path.is_dir():
+                    path.unlink()
+            with room.needed('the pages of the guest\'s memory'):
+                if receive(
+                        self._directory, stream, self._progress) is None:
+                    return
+        except BaseException as e:
+            self._error = e
+            if isinstance(e, errors.ContainerError):
+                self._failed(e)
+        # Before the stream is closed, which takes a second.
+        self._done.set()
+
+    def wait(self, timeout: float) -> None:
+        """Wait until all are there.
+
+        :raises ContainerError: why they are not
+        """
+        if not self._done.wait(timeout):
+            raise errors.ContainerError('timeout', 'the images did not come')
+        if self._error is not None:
+            raise self._error
+
+    def stop(self) -> None:
+        """Write nothing from now on: the directory is about to go, and what
+        comes later would be in the one below.
+        """
+        with self._lock:
+            streams, self._streams = self._streams, None
+        for stream in streams or ():
+            stream.abort()
+        with self._receiving:
+            pass

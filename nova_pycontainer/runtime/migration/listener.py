@@ -332,6 +332,9 @@ class Listener:
                 return
             if frame is None:
                 raise tls.network_error('it left without a hello')
+            if stranger.reader.step() is True:
+                raise errors.ContainerError(
+                    'invalid', 'it says more than its hello before the answer')
             stranger.hello = self._admit(
                 frame, transport.peer_certificate())
             transport.write(memoryview(channel.encode(

@@ -31,6 +31,8 @@ On a new connection, after one broke around the commit::
 
     S  query  ->  D  phase
     D  query  ->  S  phase
+
+Each also has its number, from 1, in its direction of its connection.
 """
 
 import dataclasses
@@ -68,6 +70,24 @@ class Phase(enum.StrEnum):
 
 
 ENDED = frozenset([Phase.COMPLETED, Phase.ABORTED, Phase.FAILED])
+
+#: What must be in a frame of a type, and of what kind it is; and what may be.
+#: Types of a newer agent's are for whoever waits for another one to refuse.
+_FIELDS: ty.Final[dict[str, dict[str, ty.Any]]] = {
+    'begin': {'base_id': int, 'run': dict, 'paused': bool},
+    'dumped': {'external': dict, 'cgroups': list, 'ramfs': list,
+               'moment': dict},
+    'failed': {'error': dict},
+    'query': {'phase': Phase},
+    'phase': {'phase': Phase},
+    'facts': {'facts': dict},
+}
+_MAY_BE: ty.Final[dict[str, ty.Any]] = {
+    'strategy': str, 'layer': dict, 'wanted': bool, 'seq': int, 'what': str,
+    'final': bool, 'bytes': int, 'complete': bool, 'round': int,
+    'rounds': bool, 'overruns': bool, 'lazy': bool, 'parent': str,
+    'console': str, 'netdevs': dict, 'neighbours': list, 'addresses': list,
+    'reason': str, 'data': str}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +200,45 @@ class Frames(ty.Protocol):
 
 
 class PeerGone(errors.ContainerError):
-    """The control connection broke: what the peer does is not known."""
+    """The control connection broke, or nothing that comes on it can be
+    believed: what the peer does is not known.
+    """
+
+
+class PeerFailed(errors.ContainerError):
+    """The peer says that it has failed."""
+
+
+def check(frame: ty.Mapping[str, ty.Any], number: int) -> None:
+    """Take nothing for a message that is none, or that has been before.
+
+    :param number: of this one
+    :raises ContainerError: ``invalid``
+    """
+    kind = frame.get('type')
+    if not isinstance(kind, str):
+        raise _invalid('it has no type')
+    # Older agents do not number theirs.
+    if frame.get('number', number) != number:
+        raise _invalid(f'{kind!r} comes out of turn')
+    for name, wanted in _FIELDS.get(kind, {}).items():
+        if not _is(frame.get(name), wanted):
+            raise _invalid(f'the {name} of {kind!r} is not what it should be')
+    for name, wanted in _MAY_BE.items():
+        if frame.get(name) is not None and not _is(frame[name], wanted):
+            raise _invalid(f'the {name} of {kind!r} is not what it should be')
+
+
+def _is(value: object, wanted: ty.Any) -> bool:
+    if wanted is Phase:
+        return value in tuple(Phase)
+    # A bool is an int as well.
+    return type(value) is wanted
+
+
+def _invalid(what: str) -> errors.ContainerError:
+    return errors.ContainerError(
+        'invalid', f'the other host sends no message of a migration: {what}')
 
 
 class Control:
@@ -188,37 +246,52 @@ class Control:
 
     def __init__(self, connection: Frames) -> None:
         self._connection = connection
-        self._queue: queue.Queue[dict[str, ty.Any] | None] = queue.Queue()
+        self._queue: queue.Queue[
+            dict[str, ty.Any] | PeerGone] = queue.Queue()
+        self._sending = threading.Lock()
+        self._sent = 0
         self._thread = threading.Thread(
             target=self._read, name='control', daemon=True)
         #: Called in the reading thread for frames that cannot wait.
         self.on_abort: ty.Callable[[str], None] | None = None
-        #: The peer has hung up.
+        #: The peer has hung up, or is not to be believed.
         self.broken = False
         self._thread.start()
 
     def _read(self) -> None:
+        number = 1
         while True:
+            cause = None
             try:
                 frame = self._connection.recv(3600.0)
+                if frame is not None:
+                    check(frame, number)
             except errors.ContainerError as e:
                 if e.code == 'timeout':
                     # A long pass. A host that is dead is noticed by TCP.
                     continue
                 frame = None
+                cause = str(e) if e.code == 'invalid' else None
             except OSError:
                 frame = None
             if frame is None:
                 self.broken = True
-                self._queue.put(None)
+                self._queue.put(PeerGone(
+                    'invalid' if cause else 'network',
+                    'the other host is not understood' if cause else
+                    'the other host has hung up', cause=cause))
                 return
-            if frame.get('type') == 'abort' and self.on_abort:
+            number += 1
+            if frame['type'] == 'abort' and self.on_abort:
                 self.on_abort(str(frame.get('reason')))
             self._queue.put(frame)
 
     def send(self, kind: str, **fields: ty.Any) -> None:
         try:
-            self._connection.send({'type': kind, **fields})
+            with self._sending:
+                self._sent += 1
+                self._connection.send(
+                    {'type': kind, 'number': self._sent, **fields})
         except (OSError, errors.ContainerError) as e:
             raise PeerGone(
                 'network', 'the other host cannot be reached',
@@ -229,8 +302,10 @@ class Control:
     ) -> dict[str, ty.Any]:
         """The next frame.
 
-        :raises PeerGone: the connection broke, or nothing came in time
-        :raises ContainerError: the peer failed or aborted
+        :raises PeerGone: the connection broke, nothing came in time, or what
+            came is no message
+        :raises PeerFailed: the peer failed
+        :raises ContainerError: the peer aborted
         """
         try:
             frame = self._queue.get(timeout=timeout)
@@ -238,25 +313,34 @@ class Control:
             raise PeerGone(
                 'timeout', f'the other host said nothing for {timeout:.0f} s '
                 f'instead of {wanted!r}') from None
-        if frame is None:
+        if isinstance(frame, PeerGone):
             # For whoever waits next.
-            self._queue.put(None)
-            raise PeerGone('network', 'the other host has hung up')
+            self._queue.put(frame)
+            raise PeerGone(frame.code, frame.message, cause=frame.cause)
         if frame.get('type') == 'failed':
-            raise errors.ContainerError.from_dict(frame['error'])
+            raise PeerFailed.from_dict(frame['error'])
         if frame.get('type') == 'abort':
             raise errors.ContainerError(
                 'aborted', 'the migration was aborted',
                 cause=str(frame.get('reason')))
         return frame
 
-    def expect(self, kind: str, timeout: float) -> dict[str, ty.Any]:
-        """Like :meth:`receive`; a frame of another type is an error."""
+    def expect(self, kind: str, timeout: float,
+               **about: ty.Any) -> dict[str, ty.Any]:
+        """Like :meth:`receive`; a frame of another type is an error.
+
+        :param about: what must be in it
+        """
         frame = self.receive(timeout, kind)
         if frame.get('type') != kind:
             raise errors.ContainerError(
                 'invalid', f'the other host said {frame.get("type")!r} '
                 f'instead of {kind!r}')
+        for name, value in about.items():
+            if frame.get(name) != value:
+                raise errors.ContainerError(
+                    'invalid', f'the other host said {kind!r} of {name} '
+                    f'{frame.get(name)!r} instead of {value!r}')
         return frame
 
     def put(self, kind: str, **fields: ty.Any) -> None:

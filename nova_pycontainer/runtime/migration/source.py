@@ -337,7 +337,8 @@ class Source:
                     directory, theirs, since=since, final=final)
             stack.callback(server.close)
             self._control.send('files', what=what, seq=seq, final=final)
-            done = self._control.expect('files', frozen.PASS_TIMEOUT)
+            done = self._control.expect(
+                'files', frozen.PASS_TIMEOUT, seq=seq)
         self.progress.disk_sent += int(done.get('bytes') or 0)
         self._complete = bool(done.get('complete', True))
         return server.mark
@@ -510,15 +511,16 @@ class Source:
         with self.progress.timed('commit'):
             try:
                 self._control.expect('running', frozen.ANSWER_TIMEOUT)
-            except protocol.PeerGone as e:
+            except protocol.PeerFailed:
+                # It says that it never ran there, and never will.
+                self.committed = False
+                raise
+            except errors.ContainerError as e:
+                # Whatever else it says lets nothing run here.
                 LOG.warning(
                     'instance %s: committed, and the destination was lost: '
                     '%s; asking it', self._item.uuid, e)
                 self.resolve()
-            except errors.ContainerError:
-                # It says that it never ran there, and never will.
-                self.committed = False
-                raise
         self.progress.phase = Phase.RUNNING
         faults.point('source.running')
 

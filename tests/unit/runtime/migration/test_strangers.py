@@ -139,14 +139,14 @@ class TestBadHellos(base.ChannelTestCase):
         self.assertIsNotNone(self.accepted.get(timeout=base.PATIENCE))
 
     def test_data_right_behind_it(self):
+        """Nobody knows yet what to do with it."""
         self.sock.sendall(channel.encode(self.hello().to_frame())
-                          + channel.encode({'x': 1}) + b'bulk')
-        theirs = self.accepted.get(timeout=base.PATIENCE)
-        self.addCleanup(theirs.abort)
-        self.assertEqual({'x': 1}, theirs.recv(base.PATIENCE))
-        buffer = bytearray(4)
-        theirs.recv_exact(buffer)
-        self.assertEqual(b'bulk', buffer)
+                          + channel.encode({'x': 1}))
+        self.assertEqual('invalid', self.answer().code)
+
+    def test_twice(self):
+        self.sock.sendall(2 * channel.encode(self.hello().to_frame()))
+        self.assertIn('more than its hello', str(self.answer()))
 
     def tearDown(self):
         super().tearDown()
