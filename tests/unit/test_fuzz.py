@@ -90,7 +90,9 @@ class _Stream(_Transport):
 
 
 _NIC = {'id': '0123456789a-x', 'devname': 'tap0123456789a',
-        'mac': 'fa:16:3e:00:00:01', 'mtu': 1500, 'tx_offload': True}
+        'mac': 'fa:16:3e:00:00:01', 'mtu': 1500, 'tx_offload': True,
+        'inbound': {'average': 1000, 'peak': 2000, 'burst': 1},
+        'outbound': None}
 _SPEC = {
     'name': 'n', 'hostname': 'h', 'image_id': 'i', 'layer': 'sha256-' +
     '0' * 64, 'nics': [_NIC], 'nesting': False,
