@@ -13,8 +13,9 @@
 """Images: from Glance into a layer of the agent's.
 
 The data go from Glance's connection straight to the agent's socket and are
-unpacked as they come; no copy is kept on disk, and nova-compute needs neither
-room nor the right to unpack anything.
+unpacked as they come; no copy is kept on disk, but for the layers of an image
+in layers until the agent has applied them. nova-compute needs neither room nor
+the right to unpack anything.
 """
 
 import contextlib
