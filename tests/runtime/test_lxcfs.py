@@ -25,29 +25,6 @@ from tests.runtime import base
 from tests.runtime import hosts
 
 DIRECTORY = '/run/shares'
-#: The mount is seen by the host's processes. The hierarchies of cgroup v1 are
-#: where a host has them, and only for lxcfs.
-START = '''
-set -e
-mkdir -p "$1"
-if ! mountpoint -q "$1"; then
-    mount --bind "$1" "$1"
-    mount --make-shared "$1"
-fi
-exec unshare --mount --propagation unchanged sh -c '
-set -e
-if [ -d /run/cgroup1 ]; then
-    mount -t tmpfs cgroups /sys/fs/cgroup
-    for point in /run/cgroup1/*; do
-        mkdir "/sys/fs/cgroup/${point##*/}"
-        mount --bind "$point" "/sys/fs/cgroup/${point##*/}"
-    done
-    mkdir /sys/fs/cgroup/unified
-    mount -t cgroup2 cgroup2 /sys/fs/cgroup/unified
-fi
-exec lxcfs -f -l --enable-cfs -p /run/shares.pid "$1"
-' sh "$1"
-'''
 #: Keeps every file open, one of them half read.
 HOLDER = '''
 exec 3</proc/loadavg 4</proc/meminfo 5</proc/cpuinfo 6</proc/diskstats
@@ -91,7 +68,7 @@ class SharesTestCase(hosts.TwoHostsTestCase):
     def start_lxcfs(self, host):
         with (self.top / f'lxcfs-{host.name}.log').open('ab') as log:
             self.running[host.name] = subprocess.Popen(
-                host.enter('sh', '-c', START, 'sh', DIRECTORY),
+                host.enter(str(base.ROOT / 'tools/lib/lxcfs.sh'), DIRECTORY),
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         base.wait_for(lambda: host.run(
             'test', '-e', f'{DIRECTORY}/proc/meminfo',

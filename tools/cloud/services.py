@@ -91,6 +91,14 @@ def has_socket(host: str, path: str) -> bool:
     return True
 
 
+def has_file(host: str, path: str) -> bool:
+    """Also of a file system that does not answer, which has none."""
+    try:
+        return (hosts.root(host) / path.lstrip('/')).exists()
+    except OSError:
+        return False
+
+
 def venv(name: str) -> str:
     return str(layout.VENV / 'bin' / name)
 
@@ -195,6 +203,14 @@ def metadata_agent(host: str) -> Service:
         '/etc/neutron/neutron_ovn_metadata_agent.ini'])
 
 
+def lxcfs(host: str) -> Service:
+    """Before the agent, which looks for its mount when a guest starts."""
+    mount = '/var/lib/lxcfs'
+    return Service(f'{host}.lxcfs', host, [
+        str(layout.REPO / 'tools/lib/lxcfs.sh'), mount],
+        ready=lambda: has_file(host, f'{mount}/proc/meminfo'))
+
+
 def agent(host: str) -> Service:
     return Service(f'{host}.agent', host, [
         venv('pycontainer-agent'), '--config-file',
@@ -227,7 +243,7 @@ def all_services(driver: str) -> dict[str, Service]:
     for host in layout.COMPUTES:
         found.append(metadata_agent(host))
         if driver == 'pycontainer':
-            found.append(agent(host))
+            found += [lxcfs(host), agent(host)]
         found.append(nova_compute(host))
     return {service.name: service for service in found}
 

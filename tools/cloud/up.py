@@ -209,7 +209,8 @@ def up(driver: str) -> None:
                   lambda host=host: network.start_ovn_controller(host),
                   f'{host}.openvswitch', 'ovn')
         if driver == 'pycontainer':
-            start(f'{host}.agent', f'{host}.openvswitch')
+            start(f'{host}.lxcfs', 'configuration')
+            start(f'{host}.agent', f'{host}.openvswitch', f'{host}.lxcfs')
 
     def forget_fakes() -> None:
         if layout.DRIVER.exists() and layout.DRIVER.read_text() == 'fake':
