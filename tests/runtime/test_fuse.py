@@ -18,6 +18,7 @@ import subprocess
 import uuid as uuidlib
 
 from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime import fuse
 from tests import loop
 from tests.runtime import base
 from tests.runtime import hosts
@@ -33,8 +34,7 @@ class FuseTestCase(hosts.TwoHostsTestCase):
 
     def setUp(self):
         super().setUp()
-        if subprocess.run(
-                ['grep', '-qw', 'fuse', '/proc/filesystems']).returncode:
+        if not fuse.of_host():
             self.skipTest('this kernel has no FUSE')
         self.device = loop.Loop(
             pathlib.Path(self.top, 'volume'), 64 * base.MIB)
