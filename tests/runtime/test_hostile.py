@@ -20,6 +20,7 @@ import hashlib
 import os
 import pathlib
 import re
+import struct
 import subprocess
 import sys
 import time
@@ -27,6 +28,10 @@ import time
 from nova_pycontainer.runtime import errors
 from tests.runtime import base
 
+#: linux/capability.h: of the attribute of a file.
+_CAP_REVISION_3 = 0x03000000
+_CAP_EFFECTIVE = 1
+_DAC_OVERRIDE = 1 << 1
 #: Writes to whatever program of the host shows up in the guest.
 _OVERWRITE = """
 while :; do
@@ -214,19 +219,49 @@ class HostileTestCase(base.HostTestCase):
         self.assertEqual('0', self.sh(uuid, 'cat /proc/self/oom_score_adj'))
 
     def test_rights_of_a_command(self):
-        """CVE-2022-27650, CVE-2022-24769: capabilities that are inherited."""
+        """CVE-2022-27650, CVE-2022-24769: a program of the image's has rights
+        that count for whoever inherits them. Where the runtime gives them on,
+        it gives any user of the guest root's.
+        """
         uuid = self.run_container()
-        status = dict(
+        self.wait_started(uuid)
+        self.sh(uuid, """
+            mkdir /tools; cp /bin/busybox /tools/cat
+            umask 077; echo secret > /root/secret
+            mkdir -m 777 /said
+            """)
+        # As "setcap cap_dac_override+ei /tools/cat" does in the guest.
+        os.setxattr(
+            f'/proc/{self.pid(uuid)}/root/tools/cat', 'security.capability',
+            struct.pack(
+                '<6I', _CAP_REVISION_3 | _CAP_EFFECTIVE, 0, _DAC_OVERRIDE,
+                0, 0, self.host.info(uuid)['base_id']))
+        steal = ('su -s /bin/sh nobody -c "/tools/cat /root/secret '
+                 '> /said/{0} 2>/said/{0}.error"')
+        # By a command, and by the init.
+        self.sh(uuid, f'{steal.format("command")} || :')
+        script = steal.format('init') + '; exec sleep 9999'
+        self.sh(uuid, f"""
+            printf '#!/bin/sh\n%s\n' '{script}' > /steal; chmod +x /steal
+            echo '::respawn:/steal' >> /etc/inittab; kill -HUP 1
+            """)
+        for who in ('command', 'init'):
+            refused = base.wait_for(
+                lambda who=who: self.sh(
+                    uuid, f'cat /said/{who} /said/{who}.error || :'),
+                f'the attempt of the {who}')
+            self.assertIn('Permission denied', refused)
+        # Nor do both differ in what they may do.
+        own, init = (dict(
             line.split(':\t', 1) for line in self.sh(
-                uuid, 'cat /proc/self/status').splitlines() if ':\t' in line)
-        init = dict(
-            line.split(':\t', 1) for line in self.sh(
-                uuid, 'cat /proc/1/status').splitlines() if ':\t' in line)
-        for name in ('CapInh', 'CapAmb'):
-            self.assertEqual(0, int(status[name], 16), name)
-        self.assertEqual(init['CapBnd'], status['CapBnd'])
-        self.assertEqual('2', status['Seccomp'])
-        self.assertEqual(init['Seccomp_filters'], status['Seccomp_filters'])
+                uuid, f'cat /proc/{pid}/status').splitlines()
+            if ':\t' in line) for pid in ('self', '1'))
+        for status in (own, init):
+            for name in ('CapInh', 'CapAmb'):
+                self.assertEqual(0, int(status[name], 16), name)
+            self.assertEqual('2', status['Seccomp'])
+        for name in ('CapBnd', 'Seccomp_filters'):
+            self.assertEqual(init[name], own[name], name)
 
     def test_trace_of_a_command(self):
         """CVE-2016-9962: the runtime is looked at while it enters."""
