@@ -30,6 +30,7 @@ import sys
 import threading
 import time
 
+from tests.faults import database
 from tests.faults import rig
 from tests.faults import table
 from tests.runtime import base
@@ -168,7 +169,7 @@ def main():
                     rows.get()
 
     # Built, if need be, before anybody waits for it.
-    base.image('busybox')
+    database.image()
     jobs = [Job(rows, report, args.jobs > 1)
             for _ in range(min(args.jobs, len(wanted)))]
     for job in jobs:

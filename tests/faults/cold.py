@@ -35,6 +35,13 @@ class Cold:
     def _cold(self, mode, step, fault, plan):
         uuid = self.run_container(address=one_host.ADDRESS)
         self.sh(self.a, uuid, _FILL)
+        self.start_database(uuid)
+        try:
+            return self._taken(uuid, step, fault, plan)
+        finally:
+            self.database.close()
+
+    def _taken(self, uuid, step, fault, plan):
         self._sum = self.sh(self.a, uuid, _SUM)
         self.a.kill(uuid)
         migration = str(uuidlib.uuid4())
@@ -135,5 +142,6 @@ class Cold:
         self.b.start_container(uuid)
         base.wait_for(lambda: self.sh(self.b, uuid, 'true') == '', 'it')
         self.assertEqual(self._sum, self.sh(self.b, uuid, _SUM))
+        self.check_database(self.b)
         self.b.delete(uuid)
         self._check_clean()

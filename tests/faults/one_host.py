@@ -82,8 +82,7 @@ class OneHost:
         try:
             return self._suspended(uuid, step, fault, plan)
         finally:
-            self.witness.close()
-            self.stream._stop.set()
+            self.stop_watching()
 
     def _suspended(self, uuid, step, fault, plan):
         def again():
@@ -102,13 +101,11 @@ class OneHost:
         elif state != 'running':
             raise AssertionError(f'it is {state}')
         if state != 'stopped':
-            if not self.witness.moves('a'):
-                raise AssertionError('the guest does nothing')
+            self.check_busy(self.a)
             self._check_lines(self.a)
             self.a.suspend(uuid)
             self.a.resume(uuid)
-            if not self.witness.moves('a'):
-                raise AssertionError('the guest does nothing')
+            self.check_busy(self.a)
         self._check_view(uuid)
         self._check_lines(self.a)
         self.a.delete(uuid)

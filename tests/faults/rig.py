@@ -20,7 +20,9 @@ import time
 
 from nova_pycontainer.runtime import errors
 from tests import echo
+from tests.faults import after
 from tests.faults import cold
+from tests.faults import database
 from tests.faults import inject
 from tests.faults import kernel
 from tests.faults import one_host
@@ -75,7 +77,8 @@ def faults(mode):
             if mode == 'post-copy' or name != 'pages'}
 
 
-class Rig(cold.Cold, one_host.OneHost, hosts.TwoHostsTestCase):
+class Rig(cold.Cold, one_host.OneHost, after.After, database.Guests,
+          hosts.TwoHostsTestCase):
     """``self.row(mode, step, fault)`` tries one."""
 
     #: Whether the kernel's settings are these hosts' alone.
@@ -238,10 +241,11 @@ class Rig(cold.Cold, one_host.OneHost, hosts.TwoHostsTestCase):
         if off:
             time.sleep(_BOOT)
             self._power_on(*off)
-        for host in (self.a, self.b):
-            if host.process.poll() is not None:
-                time.sleep(_SUPERVISOR)
-                host.start_agent(**self.agent_options)
+        dead = [h for h in (self.a, self.b) if h.process.poll() is not None]
+        if dead:
+            time.sleep(_SUPERVISOR)
+        for host in dead:
+            host.start_agent(**self.agent_options)
 
     # A migration
 
@@ -249,6 +253,7 @@ class Rig(cold.Cold, one_host.OneHost, hosts.TwoHostsTestCase):
         uuid = self.run_container(address=ADDRESS)
         self.sh(self.a, uuid, witness.START)
         self.witness = witness.Witness((self.a, self.b), uuid)
+        self.start_database(uuid)
         self.stream = echo.Echo(ADDRESS)
         base.wait_for(lambda: self.witness.last('a') and
                       self.stream.received, 'the guest to be busy')
@@ -262,8 +267,12 @@ class Rig(cold.Cold, one_host.OneHost, hosts.TwoHostsTestCase):
         try:
             return self._moved(uuid, mode, step, fault, plan)
         finally:
-            self.witness.close()
-            self.stream._stop.set()
+            self.stop_watching()
+
+    def stop_watching(self):
+        self.witness.close()
+        self.database.close()
+        self.stream._stop.set()
 
     def _moved(self, uuid, mode, step, fault, plan):
         (self.top / 'points').unlink(missing_ok=True)
@@ -423,110 +432,3 @@ class Rig(cold.Cold, one_host.OneHost, hosts.TwoHostsTestCase):
             raise AssertionError(
                 'the source has it, and the destination says so as well')
         self.b.delete(uuid)
-
-    def _check_runs(self, uuid, verdict):
-        here, there = ((self.a, self.b) if verdict == 'source'
-                       else (self.b, self.a))
-        if not self.witness.moves(here.name):
-            raise AssertionError(f'the guest does nothing: {here.info(uuid)}')
-        self._exactly_one(here, there, uuid)
-        self._check_stream()
-        left = kernel.left(self._before[there.name], there, self.alone)
-        if left:
-            raise AssertionError('\n'.join(left))
-        # The verbs.
-        self.sh(here, uuid, 'true')
-        here.pause(uuid)
-        copy = kernel.Copy(here, uuid)
-        if not copy.frozen or copy.runs():
-            raise AssertionError(f'a paused guest runs: {copy}')
-        here.unpause(uuid)
-        self._disarm()
-        self.migrate(uuid, here, there)
-        self._exactly_one(there, here, uuid)
-        self._check_stream()
-        self._check_lines(there)
-        self.stream.finish()
-        there.delete(uuid)
-        self._check_clean()
-
-    def _exactly_one(self, here, there, uuid):
-        copies = {h.name: kernel.Copy(h, uuid) for h in (here, there)}
-        texts = {name: str(copy) for name, copy in copies.items()}
-        if (len(copies[here.name].inits) != 1 or copies[there.name].pids or
-                not copies[here.name].runs()):
-            raise AssertionError(
-                f'it is to run on host {here.name} alone: {texts}')
-        if here.info(uuid)['state'] != 'running':
-            raise AssertionError(f'it runs, and the agent says: '
-                                 f'{here.info(uuid)}')
-        self._check_lines(here)
-
-    def _check_starved(self, uuid):
-        """What is left of it works, once."""
-        for here, there in ((self.b, self.a), (self.a, self.b)):
-            if (len(kernel.Copy(here, uuid).inits) != 1 or
-                    kernel.Copy(there, uuid).pids):
-                raise AssertionError(f'it is to be on host {here.name} alone')
-            self.assertEqual('running', here.info(uuid)['state'])
-            self.sh(here, uuid, 'true')
-            self._check_lines(here)
-            if here is self.b:
-                self._disarm()
-                self.migrate(uuid, here, there)
-        self.a.delete(uuid)
-        self._check_clean()
-
-    def _check_lines(self, host):
-        problems = self.witness.problems(host.name)
-        if problems:
-            raise AssertionError('\n'.join(problems))
-
-    def _check_stream(self):
-        received = self.stream.received
-        base.wait_for(
-            lambda: self.stream.received > received + 20 or self.stream.error,
-            'the stream to go on')
-        if self.stream.error and self._cut_allowed:
-            self._cut_allowed = False
-            self.cut = ', connections cut'
-            self.stream = echo.Echo(ADDRESS)
-            return
-        if self.stream.error:
-            raise AssertionError(f'the stream broke: {self.stream.error!r}')
-
-    def _check_lost(self, uuid):
-        """No copy is left that could run, now or later, and the disk is as
-        after a power failure.
-        """
-        self._at_most_one(uuid)
-        running = kernel.running((self.a, self.b), uuid)
-        if running:
-            raise AssertionError(f'it is lost, and runs on {running}')
-        for host in (self.a, self.b):
-            host.restart_agent(host.faults, **self.agent_options)
-        time.sleep(3)
-        running = kernel.running((self.a, self.b), uuid)
-        if running:
-            raise AssertionError(f'it was lost, and now runs on {running}')
-        here, there = ((self.b, self.a)
-                       if self.status['phase'] == 'completed'
-                       else (self.a, self.b))
-        there.delete(uuid)
-        self.assertEqual('stopped', here.info(uuid)['state'])
-        here.prepare(uuid)
-        self.attach(here, uuid)
-        here.start_container(uuid)
-        self.sh(here, uuid, 'true')
-        if (len(kernel.Copy(here, uuid).inits) != 1 or
-                kernel.Copy(there, uuid).inits):
-            raise AssertionError('it is not started again')
-        self._check_lines(here)
-        here.delete(uuid)
-        self._check_clean()
-
-    def _check_clean(self):
-        left = [text for host in (self.a, self.b) for text in kernel.left(
-            self._before[host.name], host, self.alone)]
-        if left:
-            raise AssertionError('left behind:\n' + '\n'.join(left))

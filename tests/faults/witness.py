@@ -39,12 +39,22 @@ _LINE = re.compile(r'(\d+) ([0-9a-f-]{36})')
 _PERIOD = 0.05
 
 
-class Witness:
-    """Reads the lines on both hosts all the while."""
+def parsed(lines):
+    """(number, text) of each."""
+    return [(int(m[1]), m[2]) for line in lines
+            if (m := _LINE.fullmatch(line))]
 
-    def __init__(self, hosts, uuid):
+
+class Witness:
+    """Reads the lines on both hosts all the while.
+
+    :param name: of the file, in the guest's root
+    """
+
+    def __init__(self, hosts, uuid, name='ticks'):
         self._hosts = {host.name: host for host in hosts}
         self._uuid = uuid
+        self._file = name
         #: host → lines that it has had at any time.
         self._seen = {name: {} for name in self._hosts}
         self._lock = threading.Lock()
@@ -67,13 +77,12 @@ class Witness:
         host = self._hosts[name]
         try:
             data = pathlib.Path(host.instances, self._uuid,
-                                'disk/upper/ticks').read_bytes()
+                                'disk/upper', self._file).read_bytes()
         except OSError:
             return []
         # A line that is being copied or written is not one yet.
         whole = data[:data.rfind(b'\n') + 1].decode('ascii', 'replace')
-        return [(int(m[1]), m[2]) for line in whole.splitlines()
-                if (m := _LINE.fullmatch(line))]
+        return parsed(whole.splitlines())
 
     def last(self, name):
         lines = self.lines(name)
@@ -88,6 +97,7 @@ class Witness:
         commands = copy.commands()
         return (any('>>/ticks' in c for c in commands) and
                 any(c.startswith('nc -ll -p 7') for c in commands) and
+                any(c.startswith('ledger run') for c in commands) and
                 '/bin/cat' in commands)
 
     def moves(self, name, timeout=20.0):
@@ -116,14 +126,16 @@ class Witness:
         if numbers != list(range(1, len(numbers) + 1)):
             gaps = [n for n, want in zip(numbers, range(1, len(numbers) + 1))
                     if n != want][:3]
-            found.append(f'the lines of the guest are not 1, 2, 3 …: {gaps}')
+            found.append(f'the lines of /{self._file} are not 1, 2, 3 …: '
+                         f'{gaps}')
         texts = dict(kept)
         for host, seen in all_seen.items():
             for number, variants in seen.items():
                 for text in variants:
                     if texts.get(number) != text:
                         found.append(
-                            f'line {number} was {text} on host {host}, and is '
+                            f'line {number} of /{self._file} was {text} on '
+                            f'host {host}, and is '
                             f'{texts.get(number)} now: it ran twice, or '
                             'something is lost')
         return found[:5]

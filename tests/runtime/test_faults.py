@@ -30,7 +30,7 @@ class FaultsTestCase(rig.Rig):
 
     def test_a_good_run_passes_every_step(self):
         """So that each is really tried by its rows."""
-        self.addCleanup(lambda: self.witness.close())
+        self.addCleanup(lambda: self.stop_watching())
         uuid = self.boot()
         self.migrate(uuid, self.a, self.b)
         self.b.delete(uuid)
