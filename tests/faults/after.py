@@ -20,9 +20,30 @@ from tests.faults import kernel
 from tests.faults import one_host
 from tests.runtime import base
 
+#: Seconds in which all is right again when a program was killed: those of an
+#: agent count from its next start.
+RIGHT_S = 30.0
+
 
 class After:
-    """A part of :class:`tests.faults.rig.Rig`."""
+    """A part of :class:`tests.faults.rig.Rig`.
+
+    :ivar settled: seconds until all was right again, where that is measured
+    """
+
+    settled = None
+
+    def right(self, fault):
+        """It is known where the guest is, and there it is.
+
+        :raises AssertionError: too late
+        """
+        if not fault.prompt:
+            return
+        self.settled = round(time.monotonic() - self.restarted, 1)
+        if self.settled > RIGHT_S:
+            raise AssertionError(
+                f'it has taken {self.settled} s until all was right again')
 
     def _check_runs(self, uuid, verdict):
         here, there = ((self.a, self.b) if verdict == 'source'

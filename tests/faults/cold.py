@@ -59,6 +59,7 @@ class Cold:
         watcher.join(_END)
         if watcher.is_alive():
             raise AssertionError('it never ends')
+        self.right(fault)
         self.fault_heal()
         self._disarm()
         word = 'came'

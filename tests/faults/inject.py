@@ -45,6 +45,9 @@ class Fault:
     #: The hosts on which the guest may end by it, as a machine does whose
     #: power fails.
     ends: tuple[str, ...] = ()
+    #: Whether all must be right again soon: a program was killed, and nobody
+    #: waits for a link, a disk or a machine.
+    prompt = False
 
     def __init__(self, title):
         self.title = title
@@ -69,6 +72,8 @@ class Raise(Fault):
 
 class KillAgent(Fault):
 
+    prompt = True
+
     def __init__(self, title, *names):
         super().__init__(title)
         self._names = names
@@ -86,6 +91,8 @@ class Kill(Fault):
     :param without: not in its command line
     :param soon: it may also be the next one that starts
     """
+
+    prompt = True
 
     def __init__(self, title, name, *words, without='', soon=False):
         super().__init__(title)

@@ -41,6 +41,7 @@ class OneHost:
         broken, failed = self._broken(
             step, fault, plan, lambda: self._verbs(uuid, spec))
         self._check_view(uuid)
+        self.right(fault)
         word = 'failed' if failed else 'done'
         # Nova deletes what it could not make, and makes it again.
         self.a.delete(uuid)
@@ -91,6 +92,7 @@ class OneHost:
 
         broken, failed = self._broken(step, fault, plan, again)
         self._check_view(uuid)
+        self.right(fault)
         state = self.a.info(uuid)['state']
         word = f'{state}, {"failed" if failed else "done"}'
         if state == 'suspended':

@@ -183,6 +183,7 @@ class Rig(cold.Cold, one_host.OneHost, after.After, database.Guests,
         self.plan_go.unlink(missing_ok=True)
         (self.top / 'points').unlink(missing_ok=True)
         self._finished.clear()
+        self.settled = None
         action = (f'wait:{self.plan_go}' if fault.action == 'wait'
                   else fault.action)
         self._before = {
@@ -244,6 +245,7 @@ class Rig(cold.Cold, one_host.OneHost, after.After, database.Guests,
         dead = [h for h in (self.a, self.b) if h.process.poll() is not None]
         if dead:
             time.sleep(_SUPERVISOR)
+        self.restarted = time.monotonic()
         for host in dead:
             host.start_agent(**self.agent_options)
 
@@ -291,7 +293,7 @@ class Rig(cold.Cold, one_host.OneHost, after.After, database.Guests,
             word = self._cut_off(uuid, migration) + ', then '
         self._supervise()
         self.ends = fault.ends
-        verdict = self._verdict(uuid, migration, mode, committed)
+        verdict = self._verdict(uuid, migration, mode, committed, fault)
         self.fault_heal()
         watcher.join()
         if verdict in (_LOST, *_ENDED.values()):
@@ -353,7 +355,7 @@ class Rig(cold.Cold, one_host.OneHost, after.After, database.Guests,
         return {'phase': 'failed', 'error': {
             'code': 'aborted', 'message': 'ended with the agent'}}
 
-    def _verdict(self, uuid, migration, mode, committed):
+    def _verdict(self, uuid, migration, mode, committed, fault):
         """How it has ended, and what Nova does then.
 
         :returns: "source", "destination", _LOST, _STARVED or one of _ENDED
@@ -372,6 +374,7 @@ class Rig(cold.Cold, one_host.OneHost, after.After, database.Guests,
                 self.witness.moves('b', 2.0) or self._gone(uuid) or
                 self._starved(uuid),
                 'the guest to run on the destination', 40)
+            self.right(fault)
             # It runs, and may still be lost as long as pages are to come.
             base.wait_for(
                 lambda: mode != 'post-copy' or self._has_all(migration) or
@@ -386,12 +389,14 @@ class Rig(cold.Cold, one_host.OneHost, after.After, database.Guests,
                 lambda: self._runs_only('a', uuid) or
                 'a' in self.ends and self._gone(uuid),
                 'the guest to run on the source', 40)
+            self.right(fault)
             gone = self._gone(uuid)
             self._roll_back(uuid, migration)
             return _ENDED['a'] if gone else 'source'
         if mode != 'post-copy' or not committed and (
                 'source.committed' not in self.passed()):
             raise AssertionError(f'the guest is lost: {status}')
+        self.right(fault)
         return _LOST
 
     def _has_all(self, migration):

@@ -71,6 +71,12 @@ def render(command, parts, results, rows):
         f'{len(known)} of {len(rows)} rows were tried. In {idle} there was '
         f'nothing to break; {len(known) - idle} faults were injected, and '
         f'{broken} broke a promise.', '']
+    settled = [r['settled'] for r in known if 'settled' in r]
+    if settled:
+        lines += [
+            f'In {len(settled)} of them programs were killed, and it was '
+            'measured how long it then took, from the start of an agent on, '
+            f'until all was right again: {max(settled)} s at most.', '']
     for part in parts:
         if not any(key[0] == part.name for key in results):
             continue

@@ -44,6 +44,8 @@ class Worker(rig.Rig):
                 answer['outcome'] = None
             except rig.Broken as e:
                 answer['broken'] = str(e)
+            if self.settled is not None:
+                answer['settled'] = self.settled
             answer['seconds'] = round(time.monotonic() - began, 1)
             print(json.dumps(answer), file=OUT, flush=True)
             if 'broken' in answer:
