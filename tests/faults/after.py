@@ -82,19 +82,21 @@ class After:
                                  f'{here.info(uuid)}')
         self._check_lines(here)
 
-    def _check_starved(self, uuid):
+    def _check_starved(self, uuid, verdict):
         """What is left of it works, once."""
-        for here, there in ((self.b, self.a), (self.a, self.b)):
+        first, second = ((self.a, self.b) if verdict.startswith('source')
+                         else (self.b, self.a))
+        for here, there in ((first, second), (second, first)):
             if (len(kernel.Copy(here, uuid).inits) != 1 or
                     kernel.Copy(there, uuid).pids):
                 raise AssertionError(f'it is to be on host {here.name} alone')
             self.assertEqual('running', here.info(uuid)['state'])
             self.sh(here, uuid, 'true')
             self._check_lines(here)
-            if here is self.b:
+            if here is first:
                 self._disarm()
                 self.migrate(uuid, here, there)
-        self.a.delete(uuid)
+        second.delete(uuid)
         self._check_clean()
 
     def _check_lines(self, host):

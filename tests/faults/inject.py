@@ -22,6 +22,7 @@ import os
 import pathlib
 import signal
 import subprocess
+import threading
 import time
 
 from tests.faults import kernel
@@ -232,6 +233,11 @@ class Memory(OfHost):
                'memory.usage_in_bytes', '-1'),
               ('/sys/fs/cgroup', 'memory.max', 'memory.current', 'max'))
 
+    def __init__(self, title, name):
+        super().__init__(title, name)
+        self._over = threading.Event()
+        self._thread = None
+
     def _files(self, rig):
         parent = getattr(rig, self._name).cgroup_parent
         for top, limit, used, none in self._FILES:
@@ -243,14 +249,30 @@ class Memory(OfHost):
     def inject(self, rig):
         found = self._files(rig)
         # Whom the kernel's OOM killer takes in a restored guest is the
-        # guest's own matter.
-        if found is None or 'destination.restored' in rig.passed():
+        # guest's own matter. One that was given away needs nothing.
+        last = {'a': 'source.committed', 'b': 'destination.restored'}
+        if found is None or last[self._name] in rig.passed():
             return False
         limit, used, _ = found
         limit.write_text(str(int(used.read_text()) + (256 << 10)))
+        self._over.clear()
+        if self._name == 'a':
+            self._thread = threading.Thread(
+                target=self._count, args=(rig,), daemon=True)
+            self._thread.start()
         return True
 
+    def _count(self, rig):
+        """What was killed on a source that the guest has left since."""
+        while not self._over.wait(0.05):
+            rig.killed = max(rig.killed, kernel.oom_kills(
+                getattr(rig, self._name), rig.database.uuid))
+
     def heal(self, rig):
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
         found = self._files(rig)
         if found is not None:
             found[0].write_text(found[2])
@@ -330,6 +352,7 @@ MIGRATION = {
     'disk-b': FillDisk("destination's disk full", 'b'),
     'readonly-a': ReadOnly("source's disk read-only", 'a'),
     'readonly-b': ReadOnly("destination's disk read-only", 'b'),
+    'memory-a': Memory("source's memory used up", 'a'),
     'memory-b': Memory("destination's memory used up", 'b'),
     'twice-a': Mangle("source's next message twice", 'a', 'twice'),
     'twice-b': Mangle("destination's next message twice", 'b', 'twice'),
@@ -344,7 +367,7 @@ MIGRATION = {
 }
 #: Of a cold migration from a to b: nothing of it runs.
 COLD = {name: fault for name, fault in MIGRATION.items()
-        if name not in ('criu-a', 'criu-b', 'pages', 'memory-b')}
+        if name not in ('criu-a', 'criu-b', 'pages', 'memory-a', 'memory-b')}
 #: Of define, prepare, start and delete on a.
 LIFE = {
     'fails': Raise('the step fails'),

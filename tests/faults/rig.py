@@ -54,7 +54,7 @@ _OPTIONS = {'move': {}, 'post-copy': {
 #: What a source says when nobody has the guest any more.
 _LOST = 'lost'
 #: The kernel has killed processes of it for lack of memory.
-_STARVED = 'destination, processes killed for lack of memory'
+_STARVED = ', processes killed for lack of memory'
 #: Of a guest that has ended with the power of its host: what it was there.
 _ENDED = {'a': 'ended on source', 'b': 'ended on destination'}
 
@@ -184,6 +184,7 @@ class Rig(cold.Cold, one_host.OneHost, after.After, database.Guests,
         (self.top / 'points').unlink(missing_ok=True)
         self._finished.clear()
         self.settled = None
+        self.killed = 0
         action = (f'wait:{self.plan_go}' if fault.action == 'wait'
                   else fault.action)
         self._before = {
@@ -296,10 +297,13 @@ class Rig(cold.Cold, one_host.OneHost, after.After, database.Guests,
         verdict = self._verdict(uuid, migration, mode, committed, fault)
         self.fault_heal()
         watcher.join()
+        if verdict in ('source', 'destination') and (
+                self._starved(uuid, verdict)):
+            verdict += _STARVED
         if verdict in (_LOST, *_ENDED.values()):
             self._check_lost(uuid)
-        elif verdict == _STARVED:
-            self._check_starved(uuid)
+        elif verdict.endswith(_STARVED):
+            self._check_starved(uuid, verdict)
         else:
             self._check_runs(uuid, verdict)
         if not broken:
@@ -358,7 +362,7 @@ class Rig(cold.Cold, one_host.OneHost, after.After, database.Guests,
     def _verdict(self, uuid, migration, mode, committed, fault):
         """How it has ended, and what Nova does then.
 
-        :returns: "source", "destination", _LOST, _STARVED or one of _ENDED
+        :returns: "source", "destination", _LOST or one of _ENDED
         """
         deadline = time.monotonic() + _END
         status = self._status(uuid, migration)
@@ -372,7 +376,7 @@ class Rig(cold.Cold, one_host.OneHost, after.After, database.Guests,
             base.wait_for(
                 lambda: self._runs_only('b', uuid) and
                 self.witness.moves('b', 2.0) or self._gone(uuid) or
-                self._starved(uuid),
+                self._starved(uuid, 'destination'),
                 'the guest to run on the destination', 40)
             self.right(fault)
             # It runs, and may still be lost as long as pages are to come.
@@ -381,13 +385,14 @@ class Rig(cold.Cold, one_host.OneHost, after.After, database.Guests,
                 self._gone(uuid), 'the end of post-copy', _END)
             if not self._gone(uuid):
                 self.a.delete(uuid)
-                return _STARVED if self._starved(uuid) else 'destination'
+                return 'destination'
             if 'b' in self.ends:
                 return _ENDED['b']
         elif (status['error'] or {}).get('code') != _LOST:
             base.wait_for(
                 lambda: self._runs_only('a', uuid) or
-                'a' in self.ends and self._gone(uuid),
+                'a' in self.ends and self._gone(uuid) or
+                self._starved(uuid, 'source'),
                 'the guest to run on the source', 40)
             self.right(fault)
             gone = self._gone(uuid)
@@ -414,12 +419,15 @@ class Rig(cold.Cold, one_host.OneHost, after.After, database.Guests,
     def _gone(self, uuid):
         return not kernel.alive((self.a, self.b), uuid)
 
-    def _starved(self, uuid):
+    def _starved(self, uuid, where):
         """Whether what shows that the guest runs was killed for lack of
-        memory, which its pages need on the destination of post-copy.
+        memory: on the source, where it goes on running and CRIU works in its
+        processes, or on the destination of post-copy, where pages come.
         """
-        return (kernel.oom_kills(self.b, uuid) > 0 and
-                not self.witness.is_alive(kernel.Copy(self.b, uuid)))
+        host = {'source': self.a, 'destination': self.b}[where]
+        return bool((self.killed or kernel.oom_kills(host, uuid)) and
+                    kernel.Copy(host, uuid).inits and
+                    not self.witness.is_alive(kernel.Copy(host, uuid)))
 
     def _roll_back(self, uuid, migration):
         """See nova_pycontainer.migration_destination."""
