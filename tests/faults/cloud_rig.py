@@ -24,6 +24,7 @@ from openstack import exceptions
 from tests.cloud import base
 from tests.cloud import migration_base
 from tests import echo
+from tests.faults import database
 from tests.faults import inject
 from tests.faults import kernel
 from tests.faults import witness
@@ -178,7 +179,7 @@ class Rig(Counting):
     """
 
     link = 'mig0'
-    script = witness.START
+    script = f'{witness.START} {database.START}'
 
     def setUp(self):
         super().setUp()
@@ -195,6 +196,13 @@ class Rig(Counting):
         for host in (self.a, self.b):
             host.small_disk()
         self._start()
+
+    @staticmethod
+    def image_file(name):
+        """One with a database."""
+        if name == 'busybox':
+            return str(database.image())
+        return Counting.image_file(name)
 
     def _start(self):
         base.cloud_sh('start', *AGENTS, *NOVA)
@@ -271,7 +279,9 @@ class Rig(Counting):
                       else self.counting())
             self._server = server
             self.witness = witness.Witness((self.a, self.b), server.id)
+            self.database = database.Database((self.a, self.b), server.id)
             self.addCleanup(self.witness.close)
+            self.addCleanup(self.database.close)
             if verb == 'resume':
                 self.demo.compute.suspend_server(server.id)
                 self.wait_server(server.id, 'SUSPENDED')
@@ -304,6 +314,7 @@ class Rig(Counting):
         self._check(server)
         if self.witness is not None:
             self.witness.close()
+            self.database.close()
         if not broken:
             raise Absent
         return f'{word}{outcome}{self.cut} ({took:.0f} s)'
@@ -505,8 +516,10 @@ class Rig(Counting):
         self.assertEqual(1, len(self.copies(server)))
         self.check_count(server)
         if self.witness is not None:
-            self.assertEqual([], self.witness.problems(
-                {'host1': 'a', 'host2': 'b'}[now.compute_host]))
+            name = {'host1': 'a', 'host2': 'b'}[now.compute_host]
+            self.assertEqual([], self.witness.problems(name))
+            self.assertEqual([], self.database.problems(
+                name, lambda command: self.inside(server, command)))
         self._check_stream()
         if self.stream is not None and not self._cut_allowed:
             self.stream.finish()

@@ -132,7 +132,7 @@ class Soak(cloud_rig.Counting):
                 self.count[f'{kind}s killed'] += 1
             else:
                 # As for an upgrade, one host after the other.
-                base.cloud_sh('stop', name)
+                base.cloud_sh('stop', '--grace', '120', name)
                 self.count['restarts'] += 1
             time.sleep(_SUPERVISOR)
             base.cloud_sh('start', name)
