@@ -107,7 +107,7 @@ def on(host: str, driver: str) -> None:
     network.start_ovs(host)
     network.start_ovn_controller(host)
     known = services.all_services(driver)
-    for name in ('agent', 'metadata-agent', 'nova-compute'):
+    for name in ('lxcfs', 'agent', 'metadata-agent', 'nova-compute'):
         service = known.get(f'{host}.{name}')
         if service is not None:
             service.start()
