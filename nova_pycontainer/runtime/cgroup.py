@@ -30,9 +30,12 @@ import typing as ty
 from nova_pycontainer.runtime import blockio
 from nova_pycontainer.runtime import cpuset
 from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime import process
 
 #: Where memory is short, a killed process takes a while to end.
 _REMOVE_TIMEOUT = 30.0
+#: Seconds after which a freeze is begun anew, and that the guest runs between.
+_AGAIN, _STEP = 0.05, 0.01
 #: v1 controllers that have another name in v2.
 _V2_NAMES: ty.Final = {'blkio': 'io'}
 #: Those that OCI runtimes enable for a container, where there are any.
@@ -394,20 +397,18 @@ class Cgroup:
         """
         file = self.v2 / 'cgroup.freeze'
         file.write_text('1' if on else '0')
-        now = time.monotonic()
-        deadline, patience = now + timeout, 0.05
-        again = now + patience
+        deadline = time.monotonic() + timeout
+        again = deadline - timeout + _AGAIN
         while self.frozen() != on:
-            now = time.monotonic()
-            if on and now > again:
+            if on and time.monotonic() > again:
                 # Who waits for another process, as for an answer of a FUSE
                 # file system, cannot be frozen, and that one is already.
-                file.write_text('0')
-                time.sleep(0.01)
-                file.write_text('1')
-                patience *= 1.5
-                again = now + patience
-            if now > deadline:
+                if any(map(process.uninterruptible, self.threads())):
+                    file.write_text('0')
+                    time.sleep(_STEP)
+                    file.write_text('1')
+                again = time.monotonic() + _AGAIN
+            if time.monotonic() > deadline:
                 file.write_text('0' if on else '1')
                 raise errors.ContainerError(
                     'timeout',

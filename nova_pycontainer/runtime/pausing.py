@@ -15,11 +15,11 @@
 What a frozen guest is in the middle of, it cannot finish before it runs again.
 """
 
-import pathlib
 import time
 
 from nova_pycontainer.runtime import cgroup
 from nova_pycontainer.runtime import netlink
+from nova_pycontainer.runtime import process
 from nova_pycontainer.runtime import unix_sockets
 
 #: Seconds to wait for such a moment.
@@ -67,11 +67,4 @@ def _in_vfork(group: cgroup.Cgroup) -> bool:
     its child is frozen. Only there does a frozen task sleep uninterruptibly
     (``wait_for_vfork_done`` in the kernel's fork.c).
     """
-    for thread in group.threads():
-        try:
-            stat = pathlib.Path(thread, 'stat').read_text()
-        except OSError:
-            continue
-        if stat.rpartition(') ')[2][:1] == 'D':
-            return True
-    return False
+    return any(map(process.uninterruptible, group.threads()))

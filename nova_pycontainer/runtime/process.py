@@ -97,6 +97,18 @@ def _start_time(pid: int) -> int:
     return int(text.rpartition(')')[2].split()[19])
 
 
+def uninterruptible(thread: str) -> bool:
+    """Whether a thread is in such a sleep, TASK_UNINTERRUPTIBLE of the kernel.
+
+    :param thread: its directory, of proc_pid_task(5)
+    """
+    try:
+        stat = pathlib.Path(thread, 'stat').read_text()
+    except OSError:
+        return False
+    return stat.rpartition(') ')[2][:1] == 'D'
+
+
 def exited(pidfd: int, timeout: float = 0.0) -> bool:
     """Whether the process has ended, waiting at most ``timeout`` seconds."""
     poll = select.poll()
