@@ -36,6 +36,7 @@ from nova_pycontainer.runtime import faults
 from nova_pycontainer.runtime.migration import announce
 from nova_pycontainer.runtime.migration import clocks
 from nova_pycontainer.runtime.migration import dumping
+from nova_pycontainer.runtime.migration import file_locks
 from nova_pycontainer.runtime.migration import guest
 from nova_pycontainer.runtime.migration import moment
 from nova_pycontainer.runtime.migration import network_lock
@@ -272,7 +273,9 @@ class Restorer:
             images, self._criu.messages(), moment_)
         item.mount_root(self._layer)
         restoring.make_surroundings(item, self._dumped)
-        notified = restoring.Notified(self, self._dumped, self._item)
+        notified = restoring.Notified(
+            self, self._dumped, self._item,
+            file_locks.read(images, self._criu.messages()))
         try:
             response = self._session.request(
                 self._criu.rpc.RESTORE,

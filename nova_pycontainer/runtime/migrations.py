@@ -197,7 +197,7 @@ class Migrations:
             recovery.end_restore(facts)
             item.cgroup.kill()
         elif item.open() is not None:
-            recovery.release(item, bool(facts.get('paused')))
+            recovery.release(item, facts)
             self._host.note('started', uuid)
         else:
             LOG.error('instance %s has come, and has ended since', uuid)

@@ -65,6 +65,8 @@ class After:
         self.migrate(uuid, here, there)
         self._exactly_one(there, here, uuid)
         self._check_stream()
+        # It has been looked at by another process meanwhile.
+        self.check_busy(there)
         self._check_lines(there)
         self.stream.finish()
         there.delete(uuid)

@@ -25,13 +25,14 @@ import subprocess
 import tarfile
 import tempfile
 
+from tests.faults import kernel
 from tests.faults import witness
 from tests.runtime import base
 
 _SOURCE = pathlib.Path(__file__).with_name('ledger.c')
 _LOG = 'committed'
-START = (f'setsid ledger run /database /{_LOG} </dev/null >/dev/null '
-         '2>/database.error &')
+START = (f'setsid sh -c "ledger run /database /{_LOG}; echo ended: \\$? >&2" '
+         '</dev/null >/dev/null 2>/database.error &')
 
 
 def image():
@@ -130,4 +131,6 @@ class Guests:
             raise AssertionError(f'the guest does nothing: {host.info(uuid)}')
         if not self.database.moves(host.name):
             error = self.sh(host, uuid, 'cat /database.error')
-            raise AssertionError(f'the database stands still: {error}')
+            raise AssertionError(
+                f'the database stands still: {error!r}, '
+                f'{kernel.Copy(host, uuid).doing("ledger run")}')

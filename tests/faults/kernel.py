@@ -186,6 +186,14 @@ class Copy:
     def commands(self):
         return [command(pid) for pid in self.pids]
 
+    def doing(self, start):
+        """What those do whose command starts so: by state, system call, and
+        where in the kernel.
+        """
+        return [' '.join(_read(_PROC / str(pid) / name).strip()
+                         for name in ('stat', 'syscall', 'wchan', 'stack'))
+                for pid in self.pids if command(pid).startswith(start)]
+
     def _switches(self):
         total = 0
         for pid in self.pids:

@@ -38,6 +38,20 @@ class FaultsTestCase(rig.Rig):
         self.assertEqual(
             set(), {*rig.steps('move'), *rig.steps('life')} - passed)
 
+    def test_locks_of_a_database(self):
+        """They are taken again: else its client dies when another process
+        opens it.
+        """
+        uuid = self.boot()
+        self.addCleanup(lambda: self.stop_watching())
+        self.a.suspend(uuid)
+        self.a.resume(uuid)
+        self.check_database(self.a)
+        self.check_busy(self.a)
+        self.migrate(uuid, self.a, self.b)
+        self.check_database(self.b)
+        self.check_busy(self.b)
+
     def test_before_the_commit(self):
         self.try_all(
             'move',

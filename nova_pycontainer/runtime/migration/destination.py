@@ -33,6 +33,7 @@ from nova_pycontainer.runtime.migration import announce
 from nova_pycontainer.runtime.migration import bandwidth
 from nova_pycontainer.runtime.migration import channel
 from nova_pycontainer.runtime.migration import clocks
+from nova_pycontainer.runtime.migration import file_locks
 from nova_pycontainer.runtime.migration import guest
 from nova_pycontainer.runtime.migration import images
 from nova_pycontainer.runtime.migration import keys
@@ -118,6 +119,8 @@ class Destination:
         self._rounds = precopy.Received(self._memory.path)
         #: Bytes of memory that came before the dump.
         self._ahead = 0
+        #: For whoever lets it run when this agent has died.
+        self._locks: list[file_locks.Lock] = []
         #: Whether the console was no session's terminal.
         self._unowned = False
         self._images = images.Receiver(
@@ -168,7 +171,7 @@ class Destination:
         facts: dict[str, ty.Any] = {
             'role': 'destination', 'migration': self.progress.migration,
             'paused': self._paused, 'peer': self._peer,
-            'lazy': self._daemon is not None}
+            'lazy': self._daemon is not None, 'locks': self._locks}
         for name, pid in (
                 ('criu', self._session.pid if self._session else None),
                 ('init', self._init)):
@@ -453,7 +456,8 @@ class Destination:
         else:
             # Each page is let go as soon as it is where it belongs.
             options.auto_dedup = True
-        restore = restoring.Notified(self, dumped, item)
+        self._locks = file_locks.read(self._memory.path, self._messages)
+        restore = restoring.Notified(self, dumped, item, self._locks)
         guard: ty.ContextManager[object] = (
             lazy.userfaultfd(self._memory.path.parent) if self._daemon
             else contextlib.nullcontext())

@@ -30,6 +30,7 @@ from nova_pycontainer.runtime import container
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime.migration import announce
 from nova_pycontainer.runtime.migration import channel
+from nova_pycontainer.runtime.migration import file_locks
 from nova_pycontainer.runtime.migration import keys
 from nova_pycontainer.runtime.migration import network_lock
 from nova_pycontainer.runtime.migration import overruns
@@ -169,7 +170,7 @@ class DestinationQuestion:
                 self._journal.write(Phase.COMMITTED, **{
                     k: v for k, v in self._facts.items()
                     if k not in ('phase', 'format')})
-                release(self._item, self._paused)
+                release(self._item, self._facts)
                 self.progress.phase = Phase.RUNNING
                 self.progress.error = None
                 self.progress.ended_at = time.time()
@@ -273,7 +274,19 @@ def thaw(item: container.Container, paused: bool) -> None:
         announce.announce(item, int(run['process']['pid']))
 
 
-def release(item: container.Container, paused: bool) -> None:
-    """Let a restored instance run. What of it is done already stays so."""
+def release(
+    item: container.Container, facts: ty.Mapping[str, ty.Any]
+) -> None:
+    """Let a restored instance run. What of it is done already stays so.
+
+    :param facts: of the destination's journal
+    """
+    paused = bool(facts.get('paused'))
     item.hold_network(paused)
+    try:
+        # An older agent has not written them down.
+        file_locks.restore(item.cgroup, [
+            file_locks.Lock(*lock) for lock in facts.get('locks') or ()])
+    except OSError:
+        LOG.exception('instance %s: its locks', item.uuid)
     thaw(item, paused)

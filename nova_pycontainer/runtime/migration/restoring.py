@@ -33,9 +33,12 @@ import pathlib
 import types
 import typing as ty
 
+from oslo_log import log as logging
+
 from nova_pycontainer.runtime import container
 from nova_pycontainer.runtime import criu
 from nova_pycontainer.runtime.migration import exe_links
+from nova_pycontainer.runtime.migration import file_locks
 from nova_pycontainer.runtime.migration import gone_addresses
 from nova_pycontainer.runtime.migration import guest
 from nova_pycontainer.runtime.migration import neighbours
@@ -47,6 +50,8 @@ from nova_pycontainer.runtime.migration import packet_sockets
 from nova_pycontainer.runtime.migration import patches
 from nova_pycontainer.runtime.migration import terminals
 from nova_pycontainer.runtime import network
+
+LOG = logging.getLogger(__name__)
 
 Dumped = cabc.Mapping[str, ty.Any]
 
@@ -141,10 +146,12 @@ class Notified:
     """Answers to CRIU's notifications while it restores."""
 
     def __init__(
-        self, owner: Owner, dumped: Dumped, item: container.Container
+        self, owner: Owner, dumped: Dumped, item: container.Container,
+        locks: list[file_locks.Lock],
     ) -> None:
         self._owner = owner
         self._item = item
+        self._locks = locks
         self._cgroups = dumped['cgroups']
         self._netlink = list(dumped['moment'].get('netlink') or ())
         self._dropped = list(dumped['moment'].get('dropped') or ())
@@ -198,4 +205,8 @@ class Notified:
         elif script.name == 'post-resume':
             assert self._pid is not None
             network_lock.unblock(self._pid)
+            try:
+                file_locks.restore(self._item.cgroup, self._locks)
+            except OSError:
+                LOG.exception('instance %s: its locks', self._item.uuid)
             self._owner.resumed(self._pid)

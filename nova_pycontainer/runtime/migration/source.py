@@ -198,7 +198,7 @@ class Source:
         except BaseException as e:
             if not self.committed:
                 self._fail(e)
-                if self._abort_reason:
+                if self._abort_reason and not self._gave:
                     # What was in the middle of something ends with an error
                     # of its own.
                     self.check_abort()
@@ -211,7 +211,9 @@ class Source:
 
     def _fail(self, error: BaseException) -> None:
         self._stack.close()
-        aborted = self._abort.is_set()
+        # After the commit it is the destination that has failed, or the guest
+        # is lost, of whose end we are told too.
+        aborted = self._abort.is_set() and not self._gave
         if self._control is not None:
             with contextlib.suppress(errors.ContainerError):
                 self._control.send('abort', reason=str(error))

@@ -128,7 +128,7 @@ def release(group: cgroup.Cgroup, frozen: bool) -> None:
     if not wanted:
         return
     with contextlib.ExitStack() as stack:
-        held_still = _held_still(group, stack) if frozen else {}
+        held_still = tracer.held_still(group, stack) if frozen else {}
         for item, fd, terminal, cloexec in wanted:
             arguments = (_DUP3, terminal, fd, os.O_CLOEXEC if cloexec else 0)
             try:
@@ -142,26 +142,6 @@ def release(group: cgroup.Cgroup, frozen: bool) -> None:
             except (OSError, KeyError) as e:
                 # Then the dump says why it fails.
                 LOG.info('process %d keeps /dev/tty open: %s', item.pid, e)
-
-
-def _held_still(
-    group: cgroup.Cgroup, stack: contextlib.ExitStack
-) -> dict[int, tracer.Thread]:
-    """Hold every thread of a frozen container, and thaw it.
-
-    No system call can be made in a frozen process. At the end of the stack
-    it is frozen first, so that nothing of it runs.
-    """
-    threads: dict[int, tracer.Thread] = {}
-    for pid in group.processes():
-        with contextlib.suppress(FileNotFoundError):
-            for name in os.listdir(f'/proc/{pid}/task'):
-                threads[int(name)] = stack.enter_context(
-                    tracer.stopped(int(name)))
-    freeze = group.v2 / 'cgroup.freeze'
-    stack.callback(freeze.write_text, '1')
-    freeze.write_text('0')
-    return threads
 
 
 def sessions(group: cgroup.Cgroup) -> Sessions:

@@ -23,6 +23,7 @@ import platform
 import signal
 import time
 
+from nova_pycontainer.runtime import cgroup
 from nova_pycontainer.runtime import syscalls
 
 _SEIZE, _INTERRUPT, _DETACH = 0x4206, 0x4207, 17
@@ -173,3 +174,23 @@ def stopped(tid: int) -> cabc.Iterator[Thread]:
         # It may be gone: killed.
         with contextlib.suppress(ProcessLookupError):
             thread.detach()
+
+
+def held_still(
+    group: cgroup.Cgroup, stack: contextlib.ExitStack
+) -> dict[int, Thread]:
+    """Hold every thread of a frozen container, and thaw it.
+
+    No system call can be made in a frozen process. At the end of the stack
+    it is frozen first, so that nothing of it runs.
+    """
+    threads: dict[int, Thread] = {}
+    for pid in group.processes():
+        with contextlib.suppress(FileNotFoundError):
+            for name in os.listdir(f'/proc/{pid}/task'):
+                threads[int(name)] = stack.enter_context(
+                    stopped(int(name)))
+    freeze = group.v2 / 'cgroup.freeze'
+    stack.callback(freeze.write_text, '1')
+    freeze.write_text('0')
+    return threads
