@@ -36,6 +36,8 @@ from oslo_log import log as logging
 from nova_pycontainer.runtime import checkpoint
 from nova_pycontainer.runtime import config as rconfig
 from nova_pycontainer.runtime import criu
+from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime.migration import file_locks
 from nova_pycontainer.runtime.migration import recovery
 from nova_pycontainer.runtime import rescue
 from nova_pycontainer.runtime import state
@@ -145,6 +147,14 @@ class Checkpoints:
         item.st.exit = state.Exit()
         self._mark(item, None)
 
+    def _take_locks(self, item: 'container.Container') -> None:
+        try:
+            file_locks.restore(item.cgroup, file_locks.read(
+                self._directory(item), self._criu.messages()))
+        except (OSError, ValueError, errors.ContainerError):
+            # It runs, and there is no way back.
+            LOG.exception('instance %s: its locks', item.uuid)
+
     def recover(self, item: 'container.Container') -> None:
         """Finish or undo what an agent before this one had begun."""
         suspended = item.st.suspended
@@ -161,6 +171,7 @@ class Checkpoints:
             self._mark(item, 'saved')
         elif alive:
             # CRIU has let it go when it lost the agent.
+            self._take_locks(item)
             recovery.thaw(item, False)
             checkpoint.remove(self._directory(item))
             self._mark(item, None)
