@@ -140,6 +140,17 @@ def verbs():
     }
 
 
+#: Where: what the runtime's matrix tries at every step comes here once in each
+#: phase, since what differs is what Nova makes of it.
+PHASES = {
+    'spawn': ('create', 'start.running'),
+    'delete': ('delete.killed',),
+    'migrate': ('destination.prepared', 'source.pass', 'source.frozen',
+                'destination.restored', 'source.committed', 'source.go'),
+    'suspend': ('suspend.dumped',),
+    'resume': ('resume.restored', 'resume.committed'),
+    'resize': ('offer.serving', 'taking.files'),
+}
 #: Fault → where the runtime's matrix has found such a program.
 _COPIED = ('destination.prepared', 'layer.serving', 'layer.fetching',
            'source.connected', 'source.frozen', 'offer.mounted',
@@ -153,6 +164,8 @@ def faults_of(verb, step):
     if step in verbs()[verb].driver:
         return DRIVER
     services = SERVICES if verbs()[verb].both else _of(SERVICES, 'nova-a')
+    if step not in PHASES[verb]:
+        return services
     return services | {
         name: fault for name, fault in _MORE[verb].items()
         if step in _RUNS.get(name, [step])}

@@ -75,6 +75,11 @@ class TestFaultPoints(unittest.TestCase):
             verb = cloud.MODULES[step.module]
             self.assertIn(f'{verb}.{step.name}', have)
 
+    def test_phases_of_the_cloud(self):
+        for verb, steps in cloud.PHASES.items():
+            self.assertEqual(
+                set(), set(steps) - set(cloud.verbs()[verb].agent))
+
     def test_a_name_is_written_at_the_step(self):
         call = ast.parse('faults.point(prefix + name)').body[0].value
         self.assertRaises(points.UnknownName, points._names, call.args[0])
