@@ -41,6 +41,7 @@ LOG = logging.getLogger(__name__)
 _FL_POSIX = 1
 #: asm/unistd_64.h, fcntl.h
 _FCNTL = 72
+_ACCESS = 21
 _F_SETLK = 6
 #: struct flock of x86_64
 _FLOCK = struct.Struct('<hh4xqqi4x')
@@ -137,7 +138,12 @@ def _holds(pid: int, lock: Lock) -> bool:
 
 
 def _take(thread: tracer.Thread, pid: int, lock: Lock) -> int:
-    address = (thread.registers().sp - _RED_ZONE) & ~0xf
+    # Within one page.
+    address = (thread.registers().sp - _RED_ZONE) & -_FLOCK.size
+    # With post-copy it may be still to come, which it does for the process
+    # itself, and for nobody who looks into its memory (userfaultfd(2)). This
+    # reads from there, and does nothing else.
+    thread.call(_ACCESS, address, os.F_OK)
     with open(f'/proc/{pid}/mem', 'r+b', buffering=0) as f:
         f.seek(address)
         before = f.read(_FLOCK.size)
