@@ -23,31 +23,23 @@ alike.
 The exit status says whether every promise was kept.
 """
 
-import argparse
 import contextlib
 import os
 import pathlib
-import random
 import subprocess
 import sys
-import threading
 import time
-import unittest
 import uuid as uuidlib
-
-import prettytable
 
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import keeper_client
 from tests.faults import kernel
+from tests.faults import mixed
 from tests.faults import witness
 from tests.runtime import base
 from tests.runtime import hosts
 
-_CALLERS = 3
-_MOST = 6
-#: Seconds between two kills, and until the killed one is started again.
-_KILL_EVERY = (1.0, 5.0)
+#: Seconds until what was killed is started again.
 _SUPERVISOR = 0.5
 _END = 150.0
 #: What an agent may grow by: caches, and what the allocator keeps.
@@ -56,8 +48,7 @@ _GROWTH_MIB = 16.0
 _CONNECTIONS = 8
 
 
-class Broken(AssertionError):
-    """A promise was not kept."""
+Broken = mixed.Broken
 
 
 class Guest:
@@ -67,121 +58,46 @@ class Guest:
         self.witness = witness.Witness(everywhere, uuid)
 
 
-class Soak(hosts.TwoHostsTestCase):
-
-    creates, moves, seed = 30, 12, 1
+class Soak(mixed.Mixed, hosts.TwoHostsTestCase):
 
     #: Codes of what a migration may be refused with.
     refusals = frozenset(['network', 'not_found'])
-
-    def prepare(self):
-        self._random = random.Random(self.seed)
-        self._lock = threading.Lock()
-        self._idle, self._population = [], 0
-        self._errors = []
-        self.count = dict.fromkeys(
-            ('created', 'migrated', 'migration failed', 'deleted', 'paused',
-             'kills', 'restarts',
-             'verbs interrupted'), 0)
+    counted = ('paused', 'kills', 'restarts', 'verbs interrupted')
 
     def runTest(self):
         self.prepare()
         self.spec()
         self._before = {h.name: kernel.traces(h, False)
                         for h in (self.a, self.b)}
-        self._phase(self.creates // 2, self.moves // 2, kill=True)
-        # Those that were started last have loaded and opened nothing yet.
-        self._phase(self.creates * 2 // 3, self.moves * 2 // 3, kill=False)
-        first = self._figures()
-        self._phase(self.creates, self.moves, kill=False)
-        last = self._figures()
-        self._report(first, last)
+        self.report(*self.phases(self._check_clean, self._figures),
+                    self._allowed)
 
-    def _phase(self, creates, moves, kill):
-        """Until so many were created and moved, and all are deleted."""
-        self._until = creates, moves
-        over = threading.Event()
-        killer = threading.Thread(
-            target=self._kill, args=(over,), daemon=True)
-        if kill:
-            killer.start()
-        callers = [threading.Thread(target=self._call, daemon=True)
-                   for _ in range(_CALLERS)]
-        for caller in callers:
-            caller.start()
-        for caller in callers:
-            caller.join()
-        over.set()
-        if kill:
-            killer.join()
-        if self._errors:
-            raise Broken(f'{len(self._errors)} errors, the first: '
-                         f'{self._errors[0]}\n{self.logs()}')
+    @staticmethod
+    def _allowed(_name):
+        return _CONNECTIONS, 0, _GROWTH_MIB
+
+    def _check_clean(self):
+        if self.errors:
+            raise Broken(f'{len(self.errors)} errors, the first: '
+                         f'{self.errors[0]}\n{self.logs()}')
         left = [text for host in (self.a, self.b) for text in kernel.left(
             self._before[host.name], host, False)]
         if left:
             raise Broken('left behind:\n' + '\n'.join(left))
 
-    def _kill(self, over):
-        while not over.wait(self._random.uniform(*_KILL_EVERY)):
-            host = self._random.choice((self.a, self.b))
-            if self._random.random() < 0.5:
-                host.kill_agent()
-                self.count['kills'] += 1
-            else:
-                # As for an upgrade, one host after the other.
-                host.stop_agent()
-                self.count['restarts'] += 1
-            time.sleep(_SUPERVISOR)
-            host.start_agent(**self.agent_options)
+    def kill_one(self):
+        host = self.random.choice((self.a, self.b))
+        if self.random.random() < 0.5:
+            host.kill_agent()
+            self.count['kills'] += 1
+        else:
+            # As for an upgrade, one host after the other.
+            host.stop_agent()
+            self.count['restarts'] += 1
+        time.sleep(_SUPERVISOR)
+        host.start_agent(**self.agent_options)
 
     # The callers
-
-    def _call(self):
-        try:
-            while not self._errors:
-                with self._lock:
-                    job, guest = self._next()
-                if job is None:
-                    return
-                if job is not _wait:
-                    job(self, guest)
-                else:
-                    time.sleep(0.05)
-        except BaseException as e:
-            self._errors.append(f'{type(e).__name__}: {e}')
-
-    def _next(self):
-        creates, moves = self._until
-        started = self.count['created']
-        moved = self.count['migrated'] + self.count['migration failed']
-        done = started >= creates and moved >= moves
-        if done and not self._population:
-            return None, None
-        jobs = []
-        if started < creates or (moved < moves and not self._population):
-            if self._population < _MOST:
-                jobs += [Soak._create] * 3
-        if self._idle:
-            if moved < moves:
-                jobs += [Soak._move] * 4
-            if done or started < creates:
-                jobs += [Soak._delete] * (2 if not done else 9)
-            if not done:
-                jobs.append(Soak._pause)
-        if not jobs:
-            return _wait, None
-        job = self._random.choice(jobs)
-        if job is Soak._create:
-            # Counted now, so that the others do not make more.
-            self._population += 1
-            self.count['created'] += 1
-            return job, None
-        return job, self._idle.pop(self._random.randrange(len(self._idle)))
-
-    def _back(self, guest):
-        with self._lock:
-            self._idle.append(guest)
 
     def _patiently(self, verb, *arguments, **options):
         """As Nova asks for what must become true in the end."""
@@ -195,8 +111,8 @@ class Soak(hosts.TwoHostsTestCase):
                     raise
                 time.sleep(0.2)
 
-    def _create(self, _):
-        host = self._random.choice((self.a, self.b))
+    def create(self, _):
+        host = self.random.choice((self.a, self.b))
         while True:
             uuid = str(uuidlib.uuid4())
             try:
@@ -207,7 +123,7 @@ class Soak(hosts.TwoHostsTestCase):
                 # Nova deletes what it could not make, and makes it again.
                 self.count['verbs interrupted'] += 1
                 self._patiently(host.delete, uuid)
-        self._back(Guest(uuid, host, (self.a, self.b)))
+        self.back(Guest(uuid, host, (self.a, self.b)))
 
     def run_container(self, *, host, uuid):
         host.define(uuid, self.spec(memory=64))
@@ -220,25 +136,24 @@ class Soak(hosts.TwoHostsTestCase):
             return super().layer(name)
         return key
 
-    def _pause(self, guest):
+    def pause(self, guest):
         self._patiently(guest.host.pause, guest.uuid)
         if kernel.running((self.a, self.b), guest.uuid):
             raise Broken('a paused guest runs')
         self._patiently(guest.host.unpause, guest.uuid)
         self.count['paused'] += 1
-        self._back(guest)
+        self.back(guest)
 
-    def _delete(self, guest):
+    def delete(self, guest):
         self._check(guest)
         guest.witness.close()
         self._patiently(guest.host.delete, guest.uuid)
         if kernel.alive((self.a, self.b), guest.uuid):
             raise Broken(f'{guest.uuid} was deleted, and lives')
         self.count['deleted'] += 1
-        with self._lock:
-            self._population -= 1
+        self.gone()
 
-    def _move(self, guest):
+    def move(self, guest):
         uuid, source = guest.uuid, guest.host
         there = self.b if source is self.a else self.a
         migration = str(uuidlib.uuid4())
@@ -264,7 +179,7 @@ class Soak(hosts.TwoHostsTestCase):
             self._roll_back(there, uuid, migration)
             self.count['migration failed'] += 1
         self._check(guest)
-        self._back(guest)
+        self.back(guest)
 
     def _has_moved(self, guest, migration):
         """As nova_pycontainer.migration asks."""
@@ -327,58 +242,18 @@ class Soak(hosts.TwoHostsTestCase):
                 f'/proc/{host.pid}/root/run/pyc/keeper.sock')).ping()['pid']
             for name, pid in (('agent', host.agent_pid()),
                               ('keeper', keeper)):
-                status = pathlib.Path(f'/proc/{pid}/status').read_text()
-                fields = dict(line.split(':', 1)
-                              for line in status.splitlines())
-                found[f'{name} of {host.name}'] = (
-                    pid, len(os.listdir(f'/proc/{pid}/fd')),
-                    int(fields['Threads']),
-                    int(fields['RssAnon'].split()[0]) / 1024)
+                found[f'{name} of {host.name}'] = mixed.figures_of(pid)
         return found
-
-    def _report(self, first, last):
-        counts = prettytable.PrettyTable(['what', 'how many'], align='l')
-        for name, number in self.count.items():
-            counts.add_row([name, number])
-        print(counts)
-        figures = prettytable.PrettyTable(
-            ['process', 'descriptors', 'threads', 'memory, MiB'], align='l')
-        grown = []
-        for name, (pid, *before) in first.items():
-            now_pid, *now = last[name]
-            figures.add_row([name, *(
-                f'{b:.0f} → {n:.0f}' for b, n in zip(before, now))])
-            if pid != now_pid:
-                grown.append(f'{name} was started again')
-            if now[0] > before[0] + _CONNECTIONS or now[1] > before[1] or (
-                    now[2] > before[2] + _GROWTH_MIB):
-                grown.append(f'{name} has grown: {before} → {now}')
-        print(figures, flush=True)
-        if grown:
-            raise Broken('\n'.join(grown))
-
-
-_wait = object()
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__.strip().splitlines()[0])
-    parser.add_argument('--creates', type=int, default=500)
-    parser.add_argument('--moves', type=int, default=200)
-    parser.add_argument('--seed', type=int, default=1)
-    arguments = parser.parse_args()
+    options = mixed.arguments(__doc__)
     if os.environ.get('PYCONTAINER_SOAK') != '1':
         return subprocess.run(
             [hosts.IN_HOST, sys.executable, '-m', 'tests.faults.soak',
              *sys.argv[1:]], cwd=base.ROOT,
             env={**os.environ, 'PYCONTAINER_SOAK': '1'}).returncode
-    Soak.creates, Soak.moves = arguments.creates, arguments.moves
-    Soak.seed = arguments.seed
-    began = time.monotonic()
-    result = unittest.TextTestRunner().run(Soak())
-    print(f'{time.monotonic() - began:.0f} s, seed {arguments.seed}')
-    return 0 if result.wasSuccessful() else 1
+    return mixed.run(Soak, options)
 
 
 if __name__ == '__main__':

@@ -90,19 +90,19 @@ class Rolling(releases.Releases, soak.Soak):
 
     @contextlib.contextmanager
     def _load(self):
-        self._until = (10 ** 9, 10 ** 9)
-        threads = [threading.Thread(target=self._call, daemon=True)
+        self.until = (10 ** 9, 10 ** 9)
+        threads = [threading.Thread(target=self.call, daemon=True)
                    for _ in range(self.callers)]
         for thread in threads:
             thread.start()
         try:
             yield
         finally:
-            self._until = (0, 0)
+            self.until = (0, 0)
             for thread in threads:
                 thread.join()
-        if self._errors:
-            raise soak.Broken(f'{self._errors[0]}\n{self.logs()}')
+        if self.errors:
+            raise soak.Broken(f'{self.errors[0]}\n{self.logs()}')
 
     # The guests
 
