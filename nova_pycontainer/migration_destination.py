@@ -22,7 +22,6 @@ from oslo_log import log as logging
 
 from nova_pycontainer import attachments
 from nova_pycontainer import cpus
-from nova_pycontainer import flavor
 from nova_pycontainer import migration_data
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime.migration import versions
@@ -101,8 +100,7 @@ class Destination:
                     facts['spec'].get('volumes') or [])
             with steps.step('network'):
                 vifs = _in_order(vifs, facts['spec']['nics'])
-                nics = vif.nics(vifs, self._conf.tx_offload,
-                                flavor.bandwidth(instance.flavor))
+                nics = vif.nics_of(instance, vifs, self._conf.tx_offload)
             with steps.step('plug', lambda: self._client.unplug(
                     uuid, [nic['devname'] for nic in nics])):
                 self._client.plug(uuid, nics)

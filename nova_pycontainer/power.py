@@ -151,8 +151,8 @@ class Power:
         with self._volumes.connecting(instance), driver_steps.Steps(
                 verb, instance) as steps:
             with steps.step('network'):
-                nics = vif.nics(network_info, self._conf.tx_offload,
-                                flavor.bandwidth(instance.flavor))
+                nics = vif.nics_of(
+                    instance, network_info, self._conf.tx_offload)
                 changes = {
                     'nics': nics,
                     'resources': flavor.resources_of(

@@ -89,8 +89,8 @@ class Spawner:
             with steps.step('network'):
                 # Neutron works on the ports since before this method was
                 # called; the first look at them waits for it.
-                nics = vif.nics(network_info, self._conf.tx_offload,
-                                flavor.bandwidth(instance.flavor))
+                nics = vif.nics_of(
+                    instance, network_info, self._conf.tx_offload)
             with steps.step('plug', lambda: self._unplug(uuid, nics)):
                 self._client.plug(uuid, nics)
             if power_on:
@@ -228,9 +228,8 @@ class Spawner:
     def plug(self, instance, network_info):
         """Make and connect the interfaces, those of them that are not there.
         """
-        self._client.plug(instance.uuid, vif.nics(
-            network_info, self._conf.tx_offload,
-            flavor.bandwidth(instance.flavor)))
+        self._client.plug(instance.uuid, vif.nics_of(
+            instance, network_info, self._conf.tx_offload))
         vif.plug(instance, network_info)
 
     def unplug(self, instance, network_info):

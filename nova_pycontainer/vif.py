@@ -25,6 +25,8 @@ import os_vif
 from os_vif import exception as os_vif_exception
 from oslo_log import log as logging
 
+from nova_pycontainer import flavor
+
 LOG = logging.getLogger(__name__)
 
 #: Ethernet's, for a network that has none (RFC 894).
@@ -100,6 +102,14 @@ def nics(network_info, tx_offload='auto', bandwidth=None):
         kind waits here until Neutron has made the ports
     """
     return [nic(vif, tx_offload, bandwidth) for vif in network_info or ()]
+
+
+def nics_of(instance, network_info, tx_offload):
+    """Return the NICs of all VIFs of a server, with its flavor's limits.
+
+    The parameters are those of :func:`nic`.
+    """
+    return nics(network_info, tx_offload, flavor.bandwidth(instance.flavor))
 
 
 def events_to_wait_for(network_info):

@@ -66,18 +66,18 @@ class Client:
         self._patience = connections.Patience(patience_s)
 
     def _connection(
-        self, limit: float, patience: connections.Patience | None
+        self, limit: float, patient: bool = True
     ) -> connections.Connection:
         return connections.Connection(
-            self._path, limit + protocol.GRACE, patience)
+            self._path, limit + protocol.GRACE,
+            self._patience if patient else None)
 
     def _call(
         self, verb: str, params: Json | None = None, wait_s: float = 0.0,
         patient: bool = True,
     ) -> ty.Any:
         limit = self._timeout_s + wait_s
-        connection = self._connection(
-            limit, self._patience if patient else None)
+        connection = self._connection(limit, patient)
         try:
             try:
                 connection.request(
@@ -181,7 +181,7 @@ class Client:
             query['max_bytes'] = str(max_bytes)
         if digest is not None:
             query['digest'] = digest
-        connection = self._connection(protocol.STREAM_IDLE, self._patience)
+        connection = self._connection(protocol.STREAM_IDLE)
         try:
             connection.putrequest(
                 'PUT', protocol.LAYERS + urllib.parse.quote(key, '') + '?'
@@ -225,7 +225,7 @@ class Client:
         Returns when there is something to read: the files that the guest has
         written are copied before.
         """
-        connection = self._connection(protocol.SNAPSHOT_LIMIT, self._patience)
+        connection = self._connection(protocol.SNAPSHOT_LIMIT)
         try:
             with contextlib.suppress(OSError):
                 # Refused at once; the answer says why.
@@ -490,7 +490,7 @@ class Client:
         latest that attached is the one who types.
         """
         body = protocol.dumps({'uuid': uuid})
-        connection = self._connection(self._timeout_s, self._patience)
+        connection = self._connection(self._timeout_s)
         connection.connect()
         sock = connection.sock
         try:
@@ -508,8 +508,9 @@ class Client:
             status, version = self._head(sock)
             if status != 101:
                 _parsed(version, self._rest(sock), 'console_attach')
-                raise connections.lost('console_attach',
-                            ValueError(f'unexpected status {status}'))
+                raise connections.lost(
+                    'console_attach',
+                    ValueError(f'unexpected status {status}'))
             protocol.check_version(version, 'client', 'agent')
             sock.settimeout(None)
             return sock

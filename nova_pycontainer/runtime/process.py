@@ -97,6 +97,19 @@ def _start_time(pid: int) -> int:
     return int(text.rpartition(')')[2].split()[19])
 
 
+def numbers(pid: int) -> list[int]:
+    """The numbers of a process or a thread in its PID namespaces.
+
+    :returns: the outermost first (NSpid of proc_pid_status(5))
+    :raises OSError: there is none
+    """
+    with open(f'/proc/{pid}/status') as f:
+        for line in f:
+            if line.startswith('NSpid:'):
+                return [int(number) for number in line.split()[1:]]
+    raise ProcessLookupError(pid)
+
+
 def uninterruptible(thread: str) -> bool:
     """Whether a thread is in such a sleep, TASK_UNINTERRUPTIBLE of the kernel.
 

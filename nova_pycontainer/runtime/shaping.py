@@ -118,7 +118,7 @@ def drop_waiting(
     ipr: pyroute2.IPRoute, devname: str, inbound: rate.Rate | None,
     outbound: rate.Rate | None, mtu: int,
 ) -> None:
-    """Drop the frames that wait; parameters as of :func:`set_up`."""
+    """Drop the frames that wait; parameters as of :func:`add`."""
     with _told(devname):
         names = ends(devname)
         for name, limit in ((names.switch, outbound), (names.guest, inbound)):

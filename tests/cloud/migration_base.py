@@ -56,6 +56,11 @@ class MigrationTestCase(base.CloudTestCase):
                      if event['result'] == 'Error']
         return '\n'.join(said)
 
+    def wait_gone_from(self, host: str, server: typing.Any,
+                       timeout: float = PATIENCE) -> None:
+        base.wait_for(lambda: server.id not in self.containers(host),
+                      timeout, f'the container has gone from {host}')
+
     def assert_at(self, server: typing.Any, host: str,
                   status: str = 'ACTIVE') -> None:
         """It is there, whole, and nothing of it is anywhere else."""
@@ -70,9 +75,7 @@ class MigrationTestCase(base.CloudTestCase):
             if other == host:
                 self.assertIn(name, self.switch_ports(other))
                 continue
-            base.wait_for(
-                lambda other=other: server.id not in self.containers(other),
-                PATIENCE, f'the container has gone from {other}')
+            self.wait_gone_from(other, server)
             base.wait_for(
                 lambda other=other: name not in self.switch_ports(other),
                 PATIENCE, f'the port has gone from {other}')

@@ -200,9 +200,7 @@ class LiveMigrationTest(migration_base.MigrationTestCase):
         self.running(server)
         self.delete_server(server.id)
         for host in base.HOSTS:
-            base.wait_for(
-                lambda host=host: server.id not in self.containers(host),
-                PATIENCE, f'the container has gone from {host}')
+            self.wait_gone_from(host, server)
 
     # Failures
 

@@ -105,8 +105,7 @@ class PowerTest(migration_base.MigrationTestCase):
         self.mark(gone)
         with Watch(gone.id) as watch:
             base.cloud_sh('power-on', 'host1')
-            base.wait_for(lambda: gone.id not in self.containers('host1'),
-                          PATIENCE, 'the stale copy is destroyed')
+            self.wait_gone_from('host1', gone)
             # Nova lets it back when it has said what it has destroyed.
             base.wait_for(self._forced_up, PATIENCE, 'the host is let back')
             self.wait_compute('host1')

@@ -469,9 +469,7 @@ class Rig(Counting):
                 self._check_runs(server)
             self.delete_server(server.id)
         for host in base.HOSTS:
-            base.wait_for(
-                lambda host=host: server.id not in self.containers(host),
-                _SETTLED, f'nothing of it on {host}')
+            self.wait_gone_from(host, server, _SETTLED)
         left = self.copies(server)
         if left:
             raise AssertionError(f'deleted, and it runs: {left}')

@@ -85,7 +85,11 @@ def make_file_system(path, mib, *options):
 
 def layer_key(name):
     """The key that all tests give to an image, and its tarball."""
-    path = image(name)
+    return key_of(image(name))
+
+
+def key_of(path):
+    """The same, of a tarball whose name tells its contents."""
     return 'sha256-' + hashlib.sha256(path.name.encode()).hexdigest(), path
 
 

@@ -294,8 +294,11 @@ class TwoHostsTestCase(cases.TestCase):
 
     # What most tests do
 
+    #: Which image one of that name is; others have another one.
+    layer_key = staticmethod(base.layer_key)
+
     def layer(self, name):
-        key, path = base.layer_key(name)
+        key, path = self.layer_key(name)
         if not self.a.layer_present(key):
             with open(path, 'rb') as f:
                 self.a.layer_import(

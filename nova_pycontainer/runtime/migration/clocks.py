@@ -39,6 +39,7 @@ import typing as ty
 from oslo_log import log as logging
 
 from nova_pycontainer.runtime import cgroup
+from nova_pycontainer.runtime import process
 from nova_pycontainer.runtime import syscalls
 
 LOG = logging.getLogger(__name__)
@@ -95,11 +96,7 @@ def inner_pid(pid: int) -> int:
 
     :raises OSError: there is no such process
     """
-    with open(f'/proc/{pid}/status') as f:
-        for line in f:
-            if line.startswith('NSpid:'):
-                return int(line.split()[-1])
-    raise ProcessLookupError(pid)
+    return process.numbers(pid)[-1]
 
 
 def save(

@@ -34,6 +34,7 @@ from oslo_log import log as logging
 from nova_pycontainer.runtime import cgroup
 from nova_pycontainer.runtime.migration import imagefile
 from nova_pycontainer.runtime.migration import tracer
+from nova_pycontainer.runtime import process
 
 LOG = logging.getLogger(__name__)
 
@@ -116,13 +117,10 @@ def _pids(group: cgroup.Cgroup) -> dict[int, int]:
     found = {}
     for pid in group.processes():
         with contextlib.suppress(OSError):
-            for line in pathlib.Path(
-                    f'/proc/{pid}/status').read_text().splitlines():
-                if line.startswith('NSpid:'):
-                    numbers = line.split()[1:]
-                    # Not those of a namespace below the guest's.
-                    if len(numbers) == 2:
-                        found[int(numbers[1])] = pid
+            numbers = process.numbers(pid)
+            # Not those of a namespace below the guest's.
+            if len(numbers) == 2:
+                found[numbers[1]] = pid
     return found
 
 

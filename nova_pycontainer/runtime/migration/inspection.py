@@ -31,6 +31,7 @@ import typing as ty
 from nova_pycontainer.runtime import cgroup
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime.migration import guest
+from nova_pycontainer.runtime import process
 from nova_pycontainer.runtime import syscalls
 from nova_pycontainer.runtime import volume
 
@@ -134,13 +135,9 @@ def _outside(pid: int) -> bool:
     waits there for its child.
     """
     try:
-        with open(f'/proc/{pid}/status') as f:
-            for line in f:
-                if line.startswith('NSpid:'):
-                    return len(line.split()) == 2
+        return len(process.numbers(pid)) == 1
     except OSError:
-        pass
-    return True
+        return True
 
 
 class Inspection:
