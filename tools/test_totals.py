@@ -67,8 +67,9 @@ class _Totals(testtools.StreamResult):
         text = self.tracebacks.get(test_id, b'').decode(errors='replace')
         places = _PLACE.findall(text)
         place = ' '.join(f'{file}:{line}' for file, line in places[-2:])
-        # What no longer is indented as a frame of the traceback is.
-        error = ' '.join(re.split(r'\n(?=\S)', text)[-1].split())
+        # What follows the last frame of the traceback, and is not indented.
+        frame = text[text.rfind('\n  File "') + 1:]
+        error = ' '.join(re.split(r'\n(?=\S)', frame, maxsplit=1)[-1].split())
         return f'{place} {error[:_LAST_WORDS]}'.strip()
 
 

@@ -224,7 +224,7 @@ class Restorer:
         self._directory = directory
         self._unowned = False
         self._dumped: dict[str, ty.Any] = {}
-        self._running = False
+        self._running = self._resumed = False
 
     def run(self, commit: ty.Callable[[], None]) -> None:
         """Restore it and let it run.
@@ -285,15 +285,21 @@ class Restorer:
             if not self._running:
                 raise
             LOG.warning('instance %s: %s', item.uuid, e)
-            return
+            response = None
         finally:
             notified.close()
-        if not response.success and not self._running:
+        if response is not None and not response.success and (
+                not self._running):
             raise criu.failed(
                 'the instance cannot be restored', item.uuid, 'restore',
                 images / 'restore.log', item.log_directory, response,
                 'Run "pycontainer preflight" on this host, or reboot the '
                 'server hard: it starts afresh')
+        if not self._resumed:
+            # The guest is traced for as long as CRIU is there.
+            self._session.kill()
+            self._session.wait()
+            notified.resume()
         LOG.info('instance %s: criu restored it in %.3f s', item.uuid,
                  self._session.worked)
 
@@ -330,8 +336,7 @@ class Restorer:
     def ready(self, pid: int, master: int | None) -> None:
         item = self._item
         # From here no death of CRIU's can let the guest run.
-        freezer = item.cgroup.v2 / 'cgroup.freeze'
-        freezer.write_text('1')
+        (item.cgroup.v2 / 'cgroup.freeze').write_text('1')
         try:
             faults.point('resume.restored')
             clocks.restore(
@@ -344,15 +349,20 @@ class Restorer:
             # it must not begin a second time with what was saved.
             self._commit()
         except BaseException:
-            # CRIU does not heed a refusal at this moment.
+            # CRIU does not heed a refusal at this moment. Its connections
+            # are to be there at the next try.
+            item.hold_network(True, lenient=True)
             item.cgroup.kill()
             self._session.kill()
             raise
         self._running = True
-        try:
-            faults.point('resume.committed')
-        finally:
-            freezer.write_text('0')
+        faults.point('resume.committed')
 
     def resumed(self, pid: int) -> None:
+        self._resumed = True
+        try:
+            (self._item.cgroup.v2 / 'cgroup.freeze').write_text('0')
+        except OSError as e:
+            # It has ended meanwhile, which is seen elsewhere.
+            LOG.warning('instance %s: %s', self._item.uuid, e)
         announce.announce(self._item, pid)

@@ -98,6 +98,9 @@ class Checkpoints:
             return item.info()
 
     def _put_down(self, item: 'container.Container') -> None:
+        # While the kernel takes the namespace down, its lock goes before its
+        # interfaces; what still comes then would be answered by a reset.
+        item.hold_network(True, lenient=True)
         item.kill()
         checkpoint.release(self._directory(item))
         item.teardown()

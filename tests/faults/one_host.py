@@ -90,6 +90,7 @@ class OneHost:
             self.a.suspend(uuid)
             self.a.resume(uuid)
 
+        self.cut, self._cut_allowed = '', self.may_cut(step, fault)
         broken, failed = self._broken(step, fault, plan, again)
         self._check_view(uuid)
         self.right(fault)
@@ -103,18 +104,23 @@ class OneHost:
         elif state != 'running':
             raise AssertionError(f'it is {state}')
         if state != 'stopped':
+            # A resume makes its interfaces anew.
+            self.attach(self.a, uuid)
             self.check_busy(self.a)
+            self._check_stream()
             self._check_lines(self.a)
-            self.a.suspend(uuid)
-            self.a.resume(uuid)
+            again()
+            self.attach(self.a, uuid)
             self.check_busy(self.a)
+            self._check_stream()
+            self.stream.finish()
         self._check_view(uuid)
         self._check_lines(self.a)
         self.a.delete(uuid)
         self._check_clean()
         if not broken:
             raise Absent
-        return word
+        return word + self.cut
 
     def _verbs(self, uuid, spec):
         """Make, run and remove a guest."""

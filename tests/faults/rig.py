@@ -206,7 +206,7 @@ class Rig(cold.Cold, one_host.OneHost, after.After, database.Guests,
         """Whether connections may be lost."""
         # CRIU that is killed while it works inside of the guest's processes
         # leaves sockets that give errors.
-        return fault is inject.MIGRATION['criu-a']
+        return fault in (inject.MIGRATION['criu-a'], inject.SUSPEND['criu-a'])
 
     def _arm(self, plan):
         for host in (self.a, self.b):
@@ -285,8 +285,7 @@ class Rig(cold.Cold, one_host.OneHost, after.After, database.Guests,
         watcher = threading.Thread(
             target=self._watch, args=(migration,), daemon=True)
         watcher.start()
-        self._cut_allowed = self.may_cut(step, fault)
-        self.cut = ''
+        self.cut, self._cut_allowed = '', self.may_cut(step, fault)
         broken = self._break(step, fault)
         committed = 'source.committed' in self.passed()
         word = ''

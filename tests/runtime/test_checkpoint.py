@@ -20,6 +20,7 @@ import sys
 import time
 
 from nova_pycontainer.runtime import errors
+from tests import echo
 from tests.runtime import base
 from tests.runtime import hosts
 
@@ -152,6 +153,25 @@ class CheckpointTestCase(hosts.TwoHostsTestCase):
             line for line in self.sh(
                 self.a, uuid, 'ls -A /root').splitlines()
             if line not in ('count', 'counter', 'pid')])
+
+    def test_connections(self):
+        """Nothing resets them while it goes; their peers send on."""
+        uuid = self.run_container(address='203.0.113.10')
+        self.sh(self.a, uuid,
+                'setsid nc -ll -p 7 -e /bin/cat </dev/null >/dev/null 2>&1 &')
+        streams = [echo.Echo('203.0.113.10') for _ in range(20)]
+        for _ in range(6):
+            time.sleep(0.2)
+            self.a.suspend(uuid)
+            self.a.resume(uuid)
+            self.attach(self.a, uuid)
+            received = [stream.received for stream in streams]
+            base.wait_for(lambda before=received: all(
+                stream.error or stream.received > count
+                for stream, count in zip(streams, before)),
+                'the connections to go on')
+        for stream in streams:
+            stream.finish()
 
     def test_systemd(self):
         uuid = self.run_container('debian13', memory=512, init={

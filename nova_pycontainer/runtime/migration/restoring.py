@@ -135,11 +135,13 @@ class Owner(ty.Protocol):
     def ready(self, pid: int, master: int | None) -> None:
         """Everything is restored and nothing has run.
 
+        The owner has to freeze it: no death of CRIU's may let it run.
+
         :param master: of the console's pty; None: no process has it open
         """
 
     def resumed(self, pid: int) -> None:
-        """It runs."""
+        """Nobody traces it any more: it can run."""
 
 
 class Notified:
@@ -166,6 +168,16 @@ class Notified:
         if self._master is not None:
             os.close(self._master)
             self._master = None
+
+    def resume(self) -> None:
+        """What is left to do when CRIU has let go of the guest."""
+        assert self._pid is not None
+        network_lock.unblock(self._pid)
+        try:
+            file_locks.restore(self._item.cgroup, self._locks)
+        except OSError:
+            LOG.exception('instance %s: its locks', self._item.uuid)
+        self._owner.resumed(self._pid)
 
     def notified(self, script: criu.Script) -> None:
         if script.fd is not None:
@@ -203,10 +215,4 @@ class Notified:
             assert self._pid is not None
             self._owner.ready(self._pid, self._master)
         elif script.name == 'post-resume':
-            assert self._pid is not None
-            network_lock.unblock(self._pid)
-            try:
-                file_locks.restore(self._item.cgroup, self._locks)
-            except OSError:
-                LOG.exception('instance %s: its locks', self._item.uuid)
-            self._owner.resumed(self._pid)
+            self.resume()
