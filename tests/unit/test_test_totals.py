@@ -95,11 +95,14 @@ testtools.matchers._impl.MismatchError: !=:
 reference = {}
 actual    = {'a':
              {'b': 1}}
+== the agent's log
 """)
             stream.stopTestRun()
         self.assertEqual(
             "FAILED a (fail) tests/functional/test_a.py:12 "
-            "actual = {'a': {'b': 1}}", self.run_totals('unit')[1][0])
+            "testtools.matchers._impl.MismatchError: !=: reference = {} "
+            "actual = {'a': {'b': 1}} == the agent's log",
+            self.run_totals('unit')[1][0])
 
     def test_support_matrix(self):
         matrix = self.directory / 'matrix.ini'
