@@ -1,0 +1,127 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+
+"""Locks of files, given back to a process that does not know of it.
+
+That CRIU loses them, and that a database needs them, is what
+``test_faults.test_locks_of_a_database`` shows.
+"""
+
+import fcntl
+import os
+import pathlib
+import subprocess
+import sys
+import types
+
+import fixtures
+
+from nova_pycontainer.runtime.migration import file_locks
+from nova_pycontainer.runtime.migration import tracer
+from tests import cases
+
+#: Has a file open, and answers line by line.
+_HOLDER = '''
+import os, sys
+fd = os.open(sys.argv[1], os.O_RDWR)
+os.dup2(fd, 9)
+print("ready", flush=True)
+for line in sys.stdin:
+    print("heard", line.strip(), flush=True)
+'''
+
+READ, WRITE = fcntl.F_RDLCK, fcntl.F_WRLCK
+
+
+class FileLocksTestCase(cases.TestCase):
+
+    def setUp(self):
+        super().setUp()
+        if not tracer.supported():
+            self.skipTest('no processes can be traced on this architecture')
+        self.file = pathlib.Path(
+            self.useFixture(fixtures.TempDir()).path, 'file')
+        self.file.write_bytes(bytes(4096))
+        # In a PID namespace of its own, as a guest: its child is 1 there.
+        self.outer = subprocess.Popen(
+            ['unshare', '--pid', '--fork', '--kill-child', sys.executable,
+             '-c', _HOLDER, self.file],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.addCleanup(self.outer.communicate)
+        self.addCleanup(self.outer.kill)
+        self.assertEqual('ready\n', self.outer.stdout.readline())
+        children = pathlib.Path(
+            f'/proc/{self.outer.pid}/task/{self.outer.pid}/children')
+        self.pid, = map(int, children.read_text().split())
+        self.group = types.SimpleNamespace(
+            processes=lambda: [self.pid], v2=self.file.parent)
+        (self.file.parent / 'cgroup.freeze').write_text('0\n')
+
+    def lock(self, kind=WRITE, start=0, length=0, fd=9, pid=1):
+        return file_locks.Lock(pid, fd, kind, start, length)
+
+    def restore(self, *locks):
+        file_locks.restore(self.group, list(locks))
+        # It is as it was, and does not know.
+        self.outer.stdin.write('hello\n')
+        self.outer.stdin.flush()
+        self.assertEqual('heard hello\n', self.outer.stdout.readline())
+
+    def free(self, kind, start, length):
+        """Whether another process could lock that."""
+        with open(self.file, 'r+b') as file:
+            try:
+                fcntl.lockf(
+                    file, (fcntl.LOCK_SH if kind == READ else fcntl.LOCK_EX) |
+                    fcntl.LOCK_NB, length, start)
+            except OSError:
+                return False
+        return True
+
+    def test_ranges_and_kinds(self):
+        self.restore(self.lock(READ, 100, 10), self.lock(WRITE, 200, 1))
+        self.assertTrue(self.free(READ, 100, 10))
+        self.assertFalse(self.free(WRITE, 109, 1))
+        self.assertTrue(self.free(WRITE, 110, 90))
+        self.assertFalse(self.free(READ, 200, 1))
+        self.assertTrue(self.free(WRITE, 201, 100))
+
+    def test_to_the_end(self):
+        self.restore(self.lock(WRITE, 10))
+        self.assertTrue(self.free(WRITE, 0, 10))
+        self.assertFalse(self.free(READ, 1 << 40, 1))
+
+    def test_what_it_has_stays(self):
+        lock = self.lock(WRITE, 10, 5)
+        self.restore(lock)
+        before = pathlib.Path(f'/proc/{self.pid}/fdinfo/9').read_text()
+        self.restore(lock)
+        self.assertEqual(
+            before, pathlib.Path(f'/proc/{self.pid}/fdinfo/9').read_text())
+
+    def test_somebody_else_has_it(self):
+        """The other one keeps it, and the process lives."""
+        with open(self.file, 'r+b') as file:
+            fcntl.lockf(file, fcntl.LOCK_EX)
+            with self.assertLogs(file_locks.__name__, 'WARNING') as logs:
+                self.restore(self.lock())
+            self.assertIn('has lost a lock', logs.output[0])
+        self.assertTrue(self.free(WRITE, 0, 0))
+
+    def test_what_is_no_more(self):
+        """A process that has ended, and a descriptor that was closed."""
+        self.restore(self.lock(pid=77), self.lock(fd=55))
+        self.assertTrue(self.free(WRITE, 0, 0))
+        self.assertEqual(
+            [], [fd for fd in os.listdir(f'/proc/{self.pid}/fd')
+                 if int(fd) not in (0, 1, 2, 3, 9)])
