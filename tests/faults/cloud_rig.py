@@ -423,8 +423,16 @@ class Rig(Counting):
         return False
 
     def _after_delete(self, server):
-        base.wait_for(lambda: self._gone(server), _SETTLED, 'its end')
-        return 'deleted'
+        def ended():
+            try:
+                now = self.admin.compute.get_server(server.id)
+            except exceptions.NotFoundException:
+                return 'deleted'
+            # Then its user deletes it once more.
+            failed = now.status == 'ERROR' and now.task_state is None
+            return 'error' if failed else None
+
+        return base.wait_for(ended, _SETTLED, 'its end')
 
     def _after_migrate(self, server):
         base.wait_for(
