@@ -185,13 +185,18 @@ class Daemon:
         if not process.exited(self._pidfd, timeout):
             raise errors.ContainerError(
                 'lost', 'the pages of the guest did not come in time')
-        cause = criu.reason(self._log)
         code = _code(self._result)
-        if cause is None and code != 0:
-            cause = f'the daemon for pages ended with {code}'
-        if cause is not None:
-            raise errors.ContainerError(
-                'lost', 'pages of the guest are lost', cause=cause)
+        cause = criu.reason(self._log)
+        if code == 0:
+            # All have come. What went wrong then is the farewell to a source
+            # that was gone first (disconnect_from_page_server of CRIU's
+            # page-xfer.c).
+            if cause is not None:
+                LOG.info('the daemon for pages, at its end: %s', cause)
+            return
+        raise errors.ContainerError(
+            'lost', 'pages of the guest are lost', cause=cause or (
+                f'the daemon for pages ended with {code}'))
 
     def close(self) -> None:
         """Idempotent."""
