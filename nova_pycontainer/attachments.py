@@ -17,6 +17,7 @@ the source only the process knows that asked for it (``source_bdms`` in
 ``ComputeManager._do_live_migration``), and the agent's migration outlives it.
 """
 
+from nova import exception
 from nova import objects
 from oslo_serialization import jsonutils
 
@@ -54,9 +55,13 @@ def of_source(context, volume_api, instance):
         known = bdm.is_volume and instance.system_metadata.get(
             _KEY + bdm.volume_id)
         if known and known != bdm.attachment_id:
-            info = volume_api.attachment_get(
-                context, known)['connection_info']
             bdm.attachment_id = known
+            try:
+                info = volume_api.attachment_get(
+                    context, known)['connection_info']
+            except exception.VolumeAttachmentNotFound:
+                # The migration was so far already: nothing is connected.
+                continue
             bdm.connection_info = jsonutils.dumps(
                 {'serial': bdm.volume_id, **info})
     return found

@@ -127,6 +127,7 @@ class PyContainerDriver(driver.ComputeDriver):
         # Several computes may share one CONF in a test process, so what
         # belongs to the host is read here, once.
         cpus.check_configuration()
+        self._resources = None
         self._client = self._agent_client(host)
         self._wait_for_agent()
         options = CONF.pycontainer
@@ -215,7 +216,7 @@ class PyContainerDriver(driver.ComputeDriver):
     # The host.
 
     def get_available_nodes(self, refresh=False):
-        self._check_agent()
+        # As below. The rollback of a live migration would end in an error.
         return [self._host.name]
 
     def get_nodenames_by_uuid(self, refresh=False):
@@ -243,15 +244,27 @@ class PyContainerDriver(driver.ComputeDriver):
         self._resize_recovery.start()
         self._suspend_recovery.start()
         self._remove_leftovers()
-        return self._host.resources(self.get_host_uptime())
+        try:
+            self._resources = self._host.resources(self.get_host_uptime())
+        except errors.AgentUnavailable as e:
+            if self._resources is None:
+                raise
+            # The service is disabled, if that lasts.
+            LOG.warning('What there is of resources stays as it was: %s', e)
+        return dict(self._resources)
 
     @_periodic
     def update_provider_tree(self, provider_tree, nodename, allocations=None):
-        self._host.update_provider_tree(
-            provider_tree, nodename,
-            self._get_allocation_ratios(
-                provider_tree.data(nodename).inventory),
-            self._get_reserved_host_disk_gb_from_config())
+        try:
+            self._host.update_provider_tree(
+                provider_tree, nodename,
+                self._get_allocation_ratios(
+                    provider_tree.data(nodename).inventory),
+                self._get_reserved_host_disk_gb_from_config())
+        except errors.AgentUnavailable as e:
+            # Also asked for when a claim is dropped, as at the end of a
+            # migration. The next update sets right what has changed.
+            LOG.warning('The inventory stays as it was: %s', e)
 
     def get_host_ip_addr(self):
         return self._host.ip
@@ -276,11 +289,10 @@ class PyContainerDriver(driver.ComputeDriver):
         return [info for info in self._client.list() if not info.get('kept')]
 
     def instance_exists(self, instance):
-        try:
-            self.get_info(instance)
-        except exception.InstanceNotFound:
-            return False
-        return True
+        with driver_errors.translated(instance):
+            info = self._client.find(instance.uuid)
+        # What has moved and could not be removed is no server.
+        return info is not None and not info.get('moved')
 
     def get_info(self, instance, use_cache=True):
         with driver_errors.translated(instance):
@@ -397,7 +409,7 @@ class PyContainerDriver(driver.ComputeDriver):
     def suspend(self, context, instance):
         with driver_errors.rolled_back(
                 instance, exception.InstanceSuspendFailure):
-            self._client.suspend(instance.uuid)
+            self._power.suspend(instance)
 
     def resume(self, context, instance, network_info,
                block_device_info=None, share_info=None):

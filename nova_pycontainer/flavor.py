@@ -265,7 +265,7 @@ def init_of(image_id, text, stop_signal):
     }
 
 
-def nesting(instance):
+def nesting(instance, flavor=None):
     """Whether the guest may make containers of its own.
 
     The flavor is the operator's, who says ``disabled`` (the default),
@@ -273,11 +273,12 @@ def nesting(instance):
     ``enabled`` in the extra spec ``pycontainer:nesting``. The image is the
     user's, who cannot go beyond that.
 
+    :param flavor: another than the instance has
     :raises nova.exception.InvalidInput: the extra spec is malformed
     :raises nova.exception.ImageUnacceptable: the image needs what the flavor
         does not allow
     """
-    level = instance.flavor.extra_specs.get(
+    level = (flavor or instance.flavor).extra_specs.get(
         'pycontainer:nesting', 'disabled').lower()
     if level not in NESTING:
         raise _invalid('flavor extra spec pycontainer:nesting', level,

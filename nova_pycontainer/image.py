@@ -28,6 +28,7 @@ import time
 import cryptography.exceptions
 from cursive import exception as cursive_exception
 from nova.compute import utils as compute_utils
+from nova.compute import vm_states
 from nova import exception
 from nova.i18n import _
 from nova.image import glance
@@ -189,7 +190,11 @@ class Images:
         _check_formats(image_meta)
         key, digest = self._key(context, image_id)
         # As with virtual machines, an image must fit into the flavor's disk.
-        limit = instance.flavor.root_gb * units.Gi or None
+        # A shelved server's own is what it had: the image that it was made of
+        # and, beside that, what it wrote to its disk.
+        shelved = instance.vm_state == vm_states.SHELVED_OFFLOADED
+        limit = None if shelved else (
+            instance.flavor.root_gb * units.Gi or None)
         # One download and one check at a time for each image; whoever waits
         # here finds the layer afterwards.
         with lockutils.lock(f'pycontainer-layer-{key}'):

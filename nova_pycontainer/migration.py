@@ -15,6 +15,7 @@
 import threading
 import time
 
+from nova.compute import task_states
 from nova.compute import utils as compute_utils
 from nova import context as nova_context
 from nova import exception
@@ -216,8 +217,7 @@ class Source:
                          now - began, status, instance=job.instance)
                 last_logged = now
             if limit and now - began > limit and not acted:
-                acted = True
-                self._late(job, limit)
+                acted = self._late(job, limit)
 
     def _status(self, job):
         """What the agent says, which is waited for as long as it takes.
@@ -251,10 +251,23 @@ class Source:
             time.sleep(_RETRY_S)
             return {'phase': 'unknown'}
         except errors.ContainerError as e:
+            if e.code == 'not_found' and self._is_wanted(job.instance):
+                # A source that keeps a server keeps its container. It has
+                # moved, and what was left here is removed.
+                return {'phase': 'completed', 'error': None}
             return {'phase': 'failed', 'error': e.to_dict()}
         if info.get('moved'):
             return {'phase': 'completed', 'error': None}
         return {'phase': 'failed', 'error': error}
+
+    @staticmethod
+    def _is_wanted(instance):
+        """Whether Nova has it, and does not delete it."""
+        try:
+            instance.refresh()
+        except exception.InstanceNotFound:
+            return False
+        return instance.task_state == task_states.MIGRATING
 
     @staticmethod
     def _outcome(job, status):
@@ -326,7 +339,10 @@ class Source:
         return self._conf.live_migration_completion_timeout * gib
 
     def _late(self, job, limit):
-        """The operator's action for a migration that takes too long."""
+        """The operator's action for a migration that takes too long.
+
+        :returns: whether the agent has heard it
+        """
         LOG.warning('The migration has not completed within %d s', limit,
                     instance=job.instance)
         try:
@@ -338,6 +354,8 @@ class Source:
         except errors.ContainerError as e:
             # Too late, in the other sense; or it is seen at the next look.
             LOG.warning('%s', e, instance=job.instance)
+            return e.code not in ('agent_unavailable', 'timeout')
+        return True
 
     @staticmethod
     def _save(job, status, memory):

@@ -24,6 +24,7 @@ have done then.
 """
 
 import functools
+import time
 
 from nova.compute import task_states
 from nova import context as nova_context
@@ -43,6 +44,8 @@ LOG = logging.getLogger(__name__)
 #: Before them the request is still on its way, and will come (again).
 _BEGUN = ('queued', 'preparing', 'running', 'post-migrating',
           migration.POST_COPY)
+#: Seconds between two questions.
+_RETRY_S = 10.0
 
 
 class Recovery(kept_back.KeptBack):
@@ -89,7 +92,7 @@ class Recovery(kept_back.KeptBack):
             data.src_supports_numa_live_migration = True
         # What the manager would have given to live_migration().
         manager = self._virtapi._compute
-        bdms = attachments.of_source(context, manager.volume_api, instance)
+        bdms = self._block_devices(context, manager, instance)
         post_method = functools.partial(
             manager._post_live_migration_update_host, source_bdms=bdms)
         recover_method = functools.partial(
@@ -107,6 +110,24 @@ class Recovery(kept_back.KeptBack):
                 instance, clean_task_state=True)
         else:
             self._hand_over(context, manager, instance)
+
+    @staticmethod
+    def _block_devices(context, manager, instance):
+        """Those of the source; Cinder is asked for as long as it takes.
+
+        Without them nothing of the rest could be done, either.
+        """
+        while True:
+            try:
+                return attachments.of_source(
+                    context, manager.volume_api, instance)
+            except Exception as e:
+                LOG.warning(
+                    'The migration cannot be finished without what Cinder '
+                    'knows of the volumes, which is asked again in %d s: %s. '
+                    'See that it answers, and that [cinder] in nova.conf has '
+                    'credentials', _RETRY_S, e, instance=instance)
+                time.sleep(_RETRY_S)
 
     @staticmethod
     def _hand_over(context, manager, instance):

@@ -15,6 +15,7 @@
 import contextlib
 
 from nova.compute import power_state
+from nova.compute import vm_states
 from oslo_log import log as logging
 
 from nova_pycontainer import flavor
@@ -40,6 +41,15 @@ POWER_STATES = {
 
 #: States with processes in them.
 ALIVE = ('created', 'running', 'paused')
+
+
+#: Of what the agent accepts, in seconds.
+_LONGEST_SHUTDOWN = 86400
+
+
+def shutdown_s(timeout):
+    """What is meant by ``os_shutdown_timeout``, which may be any number."""
+    return min(max(timeout, 0), _LONGEST_SHUTDOWN)
 
 
 class Power:
@@ -90,7 +100,7 @@ class Power:
         :raises ContainerError: the agent's
         """
         if self._existing(context, instance)['state'] in ALIVE:
-            self._client.stop(instance.uuid, timeout)
+            self._client.stop(instance.uuid, shutdown_s(timeout))
         self.bring_up(
             context, instance, network_info, block_device_info, 'reboot')
 
@@ -110,6 +120,13 @@ class Power:
         else:
             # It may have come while nobody looked.
             self._arrivals.note(instance, info)
+        if (info.get('rescue') and verb != 'rescue' and
+                instance.vm_state != vm_states.RESCUED):
+            # A rescue or its end has failed: it gets its own root, as a
+            # virtual machine does.
+            LOG.warning('It is not to be rescued any more',
+                        instance=instance)
+            self._client.unrescue(uuid)
         if info.get('offered'):
             # Only the host that Nova says the server is on is asked to start
             # it: a resize ended before it was another's.
@@ -158,6 +175,9 @@ class Power:
                     'resources': flavor.resources_of(
                         instance, self._conf.pids_max),
                 }
+                if verb != 'resume':
+                    # What has run with the other value is in its memory.
+                    changes['nesting'] = flavor.nesting(instance)
             if block_device_info is not None:
                 with steps.step('volumes'):
                     changes['volumes'] = self._volumes.connect_all(
@@ -178,6 +198,21 @@ class Power:
             yield steps, changes
             steps.success()
 
+    def suspend(self, instance):
+        """Save the container's memory and end it, unless that is done.
+
+        :raises ContainerError: the agent's; it runs on
+        """
+        try:
+            self._client.suspend(instance.uuid)
+        except errors.ContainerError as e:
+            # A request that waited while nova-compute was restarted, which
+            # has done it then.
+            if e.code != 'bad_state' or (
+                    self._client.info(instance.uuid)['state'] != 'suspended'):
+                raise
+            LOG.info('The container is suspended already', instance=instance)
+
     def off(self, instance, timeout):
         """Stop the container.
 
@@ -185,7 +220,7 @@ class Power:
             kills it at once
         """
         try:
-            self._client.stop(instance.uuid, timeout)
+            self._client.stop(instance.uuid, shutdown_s(timeout))
         except errors.ContainerError as e:
             if e.code != 'not_found':
                 raise

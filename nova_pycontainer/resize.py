@@ -81,7 +81,8 @@ class Resizer:
             with driver_steps.Steps('resize', instance) as steps:
                 with steps.step('stop', lambda: self._again(
                         context, instance, network_info, info)):
-                    self._client.stop(instance.uuid, timeout)
+                    self._client.stop(
+                        instance.uuid, power.shutdown_s(timeout))
                 facts = {}
                 if peer is not None:
                     def take_back():
@@ -132,6 +133,7 @@ class Resizer:
         """
         new = driver_flavor.resources(
             flavor, self._conf.pids_max, on_volume=bool(info.get('root')))
+        driver_flavor.nesting(instance, flavor)
         moving = instance.migration_context
         cpus.check(moving and moving.new_numa_topology)
         if info.get('root'):
@@ -225,6 +227,10 @@ class Resizer:
                 context, info['uuid'], expected_attrs=['system_metadata'])
         except exception.InstanceNotFound:
             return True
+        if info.get('moved') and (
+                instance.vm_state == vm_states.SHELVED_OFFLOADED):
+            # It has gone there, and to Glance since.
+            return instance.task_state is None
         if instance.host in (None, self._host) or (
                 instance.task_state is not None):
             return False

@@ -70,6 +70,11 @@ class Spawner:
         uuid = instance.uuid
         pids_max = self._conf.pids_max
         self.remove_leftovers([uuid])
+        found = self._client.find(uuid)
+        if found is not None and found.get('moved'):
+            LOG.warning('Removing what is left here of an earlier stay',
+                        instance=instance)
+            self._client.delete(uuid)
         with self._volumes.connecting(instance), \
                 contextlib.ExitStack() as waiting, \
                 driver_steps.Steps('spawn', instance) as steps:

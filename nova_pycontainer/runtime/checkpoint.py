@@ -37,6 +37,7 @@ from nova_pycontainer.runtime.migration import announce
 from nova_pycontainer.runtime.migration import clocks
 from nova_pycontainer.runtime.migration import dumping
 from nova_pycontainer.runtime.migration import file_locks
+from nova_pycontainer.runtime.migration import guardian
 from nova_pycontainer.runtime.migration import guest
 from nova_pycontainer.runtime.migration import moment
 from nova_pycontainer.runtime.migration import network_lock
@@ -150,6 +151,10 @@ class Saver:
                 # If this agent dies, CRIU gives up and lets the sockets go.
                 # They would acknowledge what is not in the checkpoint.
                 network_lock.block(self._pid)
+                # While the kernel takes its namespace down, the lock goes
+                # before the interfaces; what still comes then would be
+                # answered by a reset.
+                self._item.hold_network(True, lenient=True)
                 commit()
                 self._saved = True
                 faults.point('suspend.saved')
@@ -225,10 +230,16 @@ class Restorer:
         self._unowned = False
         self._dumped: dict[str, ty.Any] = {}
         self._running = self._resumed = False
+        self._guardian: guardian.Guardian | None = None
 
-    def run(self, commit: ty.Callable[[], None]) -> None:
+    def run(
+        self, begin: ty.Callable[[int], None],
+        commit: ty.Callable[[], None],
+    ) -> None:
         """Restore it and let it run.
 
+        :param begin: called with the pid of CRIU, which must not outlive a
+            next try
         :param commit: called when it is about to run, and its images are
             worth nothing any more
         :raises ContainerError: nothing runs, and nothing is left but the
@@ -245,15 +256,20 @@ class Restorer:
                 network.plug(nic)
             item.take_cpus()
             procs = item.cgroup.create_legacy(item.limits)
-            self._session = stack.enter_context(
-                self._criu.session(cgroup_procs=procs))
+            self._guardian = guardian.Guardian(self._criu, item.cgroup)
+            stack.callback(self._guardian.close)
+            self._session = stack.enter_context(self._criu.session(
+                cgroup_procs=procs, fds=self._guardian.fds))
             stack.callback(self._session.wait)
+            self._guardian.given()
+            begin(self._session.pid)
             self._filler = guest.RamfsFiller()
             try:
                 self._restore()
             finally:
                 self._filler.close()
             self._session.__exit__()
+            self._guardian.close()
             stack.pop_all()
 
     def _read(self) -> None:
@@ -299,7 +315,11 @@ class Restorer:
             # The guest is traced for as long as CRIU is there.
             self._session.kill()
             self._session.wait()
-            notified.resume()
+            try:
+                notified.resume()
+            except Exception:
+                # There is no way back.
+                LOG.exception('instance %s: it runs', item.uuid)
         LOG.info('instance %s: criu restored it in %.3f s', item.uuid,
                  self._session.worked)
 
@@ -335,9 +355,10 @@ class Restorer:
 
     def ready(self, pid: int, master: int | None) -> None:
         item = self._item
-        # From here no death of CRIU's can let the guest run.
-        (item.cgroup.v2 / 'cgroup.freeze').write_text('1')
+        assert self._guardian is not None
         try:
+            faults.point('resume.rebuilt')
+            self._guardian.freeze()
             faults.point('resume.restored')
             clocks.restore(
                 pid, item.cgroup, self._dumped['moment']['timers'])

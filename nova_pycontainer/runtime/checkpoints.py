@@ -27,6 +27,7 @@
     as ``restoring``
 """
 
+import contextlib
 import pathlib
 import time
 import typing as ty
@@ -39,6 +40,7 @@ from nova_pycontainer.runtime import criu
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime.migration import file_locks
 from nova_pycontainer.runtime.migration import recovery
+from nova_pycontainer.runtime import process
 from nova_pycontainer.runtime import rescue
 from nova_pycontainer.runtime import state
 
@@ -63,9 +65,16 @@ class Checkpoints:
         return item.disk.directory / 'checkpoint'
 
     @staticmethod
-    def _mark(item: 'container.Container', phase: str | None) -> None:
+    def _mark(
+        item: 'container.Container', phase: str | None,
+        criu_pid: int | None = None,
+    ) -> None:
         item.st.suspended = (
             {'phase': phase, 'at': time.time()} if phase else None)
+        if item.st.suspended and criu_pid:
+            with contextlib.suppress(ProcessLookupError):
+                item.st.suspended['criu'] = process.ProcessId.of(
+                    criu_pid).to_dict()
         item.st.save(item.directory)
 
     def suspend(self, uuid: str) -> Info:
@@ -98,8 +107,7 @@ class Checkpoints:
             return item.info()
 
     def _put_down(self, item: 'container.Container') -> None:
-        # While the kernel takes the namespace down, its lock goes before its
-        # interfaces; what still comes then would be answered by a reset.
+        # No reset may be sent, see Saver.
         item.hold_network(True, lenient=True)
         item.kill()
         checkpoint.release(self._directory(item))
@@ -125,14 +133,16 @@ class Checkpoints:
                 checkpoint.Restorer(
                     item, self._host.layer_root(item), self._criu,
                     self._directory(item),
-                ).run(lambda: self._mark(item, 'resumed'))
+                ).run(
+                    begin=lambda pid: self._mark(item, 'restoring', pid),
+                    commit=lambda: self._mark(item, 'resumed'))
             except BaseException:
                 item.st.run = None
                 self._mark(item, 'saved')
                 raise
+            self._host.watch(uuid)
             checkpoint.remove(self._directory(item))
             self._mark(item, None)
-            self._host.watch(uuid)
             self._host.note('resumed', uuid)
             return item.info()
 
@@ -170,13 +180,22 @@ class Checkpoints:
         if phase == 'undecided' and alive and not item.cgroup.frozen():
             phase = 'resumed'
         if phase not in ('saving', 'resumed'):
+            # What it traces stays for as long as it does.
+            recovery.end_restore({'criu': suspended.get('criu')})
             self._put_down(item)
             self._mark(item, 'saved')
         elif alive:
             # CRIU has let it go when it lost the agent.
             self._take_locks(item)
             recovery.thaw(item, False)
-            checkpoint.remove(self._directory(item))
+            try:
+                checkpoint.remove(self._directory(item))
+            except OSError as e:
+                # CRIU may still write there, and learns of the end of its
+                # agent at the next thing that it has to say. The next suspend
+                # begins with this.
+                LOG.warning('instance %s: its old checkpoint: %s', item.uuid,
+                            e)
             self._mark(item, None)
         else:
             # What it has done since is on its disk, and not in what was

@@ -143,7 +143,9 @@ class Container:
         """The state, by the kernel: created, running, paused, or not there.
         """
         fd = self.open()
-        if fd is None and self.st.suspended:
+        # Not while it is saved yet, or is saved no more.
+        if fd is None and (self.st.suspended or {}).get('phase') in (
+                'saved', 'restoring', 'undecided'):
             return 'suspended'
         if fd is None:
             ran = self.st.exit or self.st.run or self.st.moved
@@ -551,7 +553,7 @@ class Container:
         for nic in self.spec.nics:
             try:
                 network.hold(nic, on)
-            except errors.ContainerError:
+            except (errors.ContainerError, OSError):
                 if not lenient:
                     raise
 

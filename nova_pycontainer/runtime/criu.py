@@ -197,9 +197,14 @@ class Criu:
 
         :param guard: a command that runs it, given as its last arguments
         """
+        return self.run([*guard, self._path, *arguments], fds)
+
+    def run(
+        self, argv: cabc.Sequence[str], fds: cabc.Mapping[int, int]
+    ) -> int:
+        """Start another long-lived child of the keeper."""
         return self._keeper.spawn(
-            [*guard, self._path, *arguments], fds=fds,
-            env={'PATH': '/usr/bin:/bin', 'LC_ALL': 'C'})
+            argv, fds=fds, env={'PATH': '/usr/bin:/bin', 'LC_ALL': 'C'})
 
     def session(
         self, cgroup_procs: cabc.Sequence[pathlib.Path] = (),
@@ -296,7 +301,7 @@ class Session:
                 'criu_failed', 'criu ended at once') from None
         self._timeout = 0.0
         self._helper: Helper | None = None
-        self._failed = False
+        self._alone = self._failed = False
 
     def __enter__(self) -> 'Session':
         return self
@@ -405,14 +410,15 @@ class Session:
         if helper is not None:
             poller.register(helper, select.POLLIN)
         ready = dict(poller.poll(self._timeout * 1000))
-        if helper is None or set(ready) != {helper.fileno()}:
-            return ready
-        self._helper = None
-        poller.unregister(helper)
-        failed = helper.failed()
-        ready = dict(poller.poll(
-            (_ALONE if failed else self._timeout) * 1000))
-        if failed and not ready:
+        if helper is not None and set(ready) == {helper.fileno()}:
+            self._helper = None
+            poller.unregister(helper)
+            self._alone = helper.failed()
+            if self._alone:
+                # Also for all that CRIU may still say.
+                self._timeout = _ALONE
+            ready = dict(poller.poll(self._timeout * 1000))
+        if self._alone and not ready:
             # It waits for the guest's init, which waits for processes that
             # only their tracer can reap, and that is CRIU.
             self.kill()

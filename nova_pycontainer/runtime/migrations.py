@@ -160,8 +160,10 @@ class Migrations:
             self._expect(migration, uuid, facts['peer'])
         else:
             # Its source runs it: nothing was promised; or it was, and so
-            # little was restored that nothing can have run.
-            if phase == protocol.Phase.COMMITTED:
+            # little was restored that nothing can have run. It may have
+            # committed all the same, and asks.
+            if phase in (protocol.Phase.COMMITTED, protocol.Phase.ABORTED,
+                         protocol.Phase.FAILED):
                 with self._lock:
                     self._destinations[migration] = recovery.Answer(
                         progress, protocol.Phase.FAILED)

@@ -25,6 +25,11 @@ from tests.runtime import base
 RIGHT_S = 30.0
 
 
+#: A connection may be silent for as long: TCP doubles the time between two
+#: tries, and a guest is frozen for a minute at most.
+SILENCE_S = 200.0
+
+
 class After:
     """A part of :class:`tests.faults.rig.Rig`.
 
@@ -111,11 +116,12 @@ class After:
         received = self.stream.received
         base.wait_for(
             lambda: self.stream.received > received + 20 or self.stream.error,
-            'the stream to go on')
+            'the stream to go on', SILENCE_S)
         if self.stream.error and self._cut_allowed:
             self._cut_allowed = False
             self.cut = ', connections cut'
-            self.stream = echo.Echo(one_host.ADDRESS)
+            self.stream = echo.Echo(
+                one_host.ADDRESS, patience=SILENCE_S)
             return
         if self.stream.error:
             raise AssertionError(f'the stream broke: {self.stream.error!r}')

@@ -211,8 +211,11 @@ class ReadOnly(OfHost):
                        if path.is_dir() and path.name != 'lost+found')]
 
     def _change(self, rig, how):
-        subprocess.run(['chattr', how, *map(str, self._directories(rig))],
-                       check=True, timeout=30)
+        top, *others = self._directories(rig)
+        subprocess.run(['chattr', how, top], check=True, timeout=30)
+        # One that was to go does so as soon as it can.
+        subprocess.run(['chattr', how, *others], check=how == '+i',
+                       timeout=30, stderr=subprocess.DEVNULL)
 
     def inject(self, rig):
         self._change(rig, '+i')

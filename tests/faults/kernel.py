@@ -172,10 +172,10 @@ class Copy:
         # As the host sees it; nothing of it is left when its power is off.
         self._cgroup = pathlib.Path(
             f'/proc/{host.pid}/root{_V2}', host.cgroup_parent, uuid)
-        self.pids = {pid for path in self._cgroup.rglob('cgroup.procs')
-                     for pid in map(int, _read(path).split())}
-        self.pids |= {int(p) for p in _read(
-            self._cgroup / 'cgroup.procs').split()}
+        # Of os.walk(), since cgroups may go meanwhile.
+        self.pids = {int(pid) for path, _, _ in os.walk(self._cgroup)
+                     for pid in _read(
+                         pathlib.Path(path, 'cgroup.procs')).split()}
         # An init that has left its cgroup would be a copy as well.
         candidates = self.pids | {
             pid for pid in processes(host) if uuid in _read(

@@ -28,6 +28,7 @@ import struct
 
 from oslo_log import log as logging
 import pyroute2
+from pyroute2.netlink import exceptions as nl_exceptions
 
 from nova_pycontainer.runtime import container
 from nova_pycontainer.runtime import errors
@@ -101,7 +102,8 @@ def announce(item: container.Container, pid: int) -> None:
     try:
         names = network.names_inside(item.spec.nics, pid)
         namespaces.within('net', pid, lambda: _announce(names.values()))
-    except (OSError, errors.ContainerError) as e:
+    except (OSError, errors.ContainerError,
+            nl_exceptions.NetlinkError) as e:
         LOG.warning('instance %s: announcing its addresses: %s', item.uuid,
                     e)
 

@@ -34,6 +34,7 @@ from nova_pycontainer.runtime.migration import bandwidth
 from nova_pycontainer.runtime.migration import channel
 from nova_pycontainer.runtime.migration import clocks
 from nova_pycontainer.runtime.migration import file_locks
+from nova_pycontainer.runtime.migration import guardian
 from nova_pycontainer.runtime.migration import guest
 from nova_pycontainer.runtime.migration import images
 from nova_pycontainer.runtime.migration import keys
@@ -121,6 +122,7 @@ class Destination:
         self._ahead = 0
         #: For whoever lets it run when this agent has died.
         self._locks: list[file_locks.Lock] = []
+        self._guardian: guardian.Guardian | None = None
         #: Whether the console was no session's terminal.
         self._unowned = False
         self._images = images.Receiver(
@@ -156,8 +158,11 @@ class Destination:
             self._undo.callback(item.teardown)
             item.take_cpus()
             procs = item.cgroup.create_legacy(item.limits)
-            self._session = self._stack.enter_context(
-                self._criu.session(cgroup_procs=procs))
+            self._guardian = guardian.Guardian(self._criu, item.cgroup)
+            self._stack.callback(self._guardian.close)
+            self._session = self._stack.enter_context(self._criu.session(
+                cgroup_procs=procs, fds=self._guardian.fds))
+            self._guardian.given()
             self._journal.write(Phase.PREPARED, **self._facts())
             self._filler = guest.RamfsFiller()
             self._messages = self._criu.messages()
@@ -502,7 +507,7 @@ class Destination:
         """
         if self._daemon is not None:
             try:
-                self._daemon.wait(_COPY_TIMEOUT)
+                self._daemon.wait(lazy.LONGEST)
             except errors.ContainerError as e:
                 e.uuid = self._item.uuid
                 self._lose(e)
@@ -556,10 +561,10 @@ class Destination:
             dead
         """
         item = self._item
-        # From here no death of CRIU's can let the guest run.
-        freezer = item.cgroup.v2 / 'cgroup.freeze'
-        freezer.write_text('1')
+        assert self._guardian is not None
         try:
+            faults.point('destination.rebuilt')
+            self._guardian.freeze()
             faults.point('destination.restored')
             clocks.restore(pid, item.cgroup, self._moment['timers'])
             item.st.arrived = {

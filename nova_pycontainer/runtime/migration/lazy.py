@@ -35,6 +35,10 @@ from nova_pycontainer.runtime import process
 
 LOG = logging.getLogger(__name__)
 
+#: For all pages to come, in seconds: of an instance of any size. That no more
+#: of them come is noticed earlier, by those who carry them (``idle_s`` of
+#: :class:`.relay.Relay`).
+LONGEST = 7 * 86400.0
 _PAGES_FD = 10
 _START_TIMEOUT = 10.0
 _SETTINGS = {

@@ -74,7 +74,8 @@ def block(pid: int) -> None:
     """
     try:
         namespaces.within('net', pid, _block)
-    except (OSError, nl_exceptions.NetlinkError) as e:
+    except (OSError, errors.ContainerError,
+            nl_exceptions.NetlinkError) as e:
         LOG.error('blocking the network of process %d: %s', pid, e)
 
 
@@ -86,7 +87,8 @@ def unblock(pid: int) -> None:
     try:
         namespaces.within('net', pid, lambda: _remove(
             [name for name in _locks() if name == _OURS]))
-    except (OSError, nl_exceptions.NetlinkError) as e:
+    except (OSError, errors.ContainerError,
+            nl_exceptions.NetlinkError) as e:
         LOG.error('unblocking the network of process %d: %s', pid, e)
 
 

@@ -254,7 +254,7 @@ def silence(item: container.Container) -> None:
     their connections would end those of the source's.
     """
     for nic in item.spec.nics:
-        with contextlib.suppress(errors.ContainerError):
+        with contextlib.suppress(errors.ContainerError, OSError):
             network.unplug(nic.devname)
 
 

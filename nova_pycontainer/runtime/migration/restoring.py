@@ -163,6 +163,7 @@ class Notified:
         self._lazy = bool(dumped.get('lazy'))
         self._pid: int | None = None
         self._master: int | None = None
+        self._ready = False
 
     def close(self) -> None:
         if self._master is not None:
@@ -214,5 +215,7 @@ class Notified:
         elif script.name == 'pre-resume':
             assert self._pid is not None
             self._owner.ready(self._pid, self._master)
-        elif script.name == 'post-resume':
+            self._ready = True
+        elif script.name == 'post-resume' and self._ready:
+            # CRIU says this of one that was refused, too.
             self.resume()

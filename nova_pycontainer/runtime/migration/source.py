@@ -23,6 +23,7 @@ import types
 import typing as ty
 
 from oslo_log import log as logging
+from pyroute2.netlink import exceptions as nl_exceptions
 
 from nova_pycontainer.runtime import container
 from nova_pycontainer.runtime import criu
@@ -37,6 +38,7 @@ from nova_pycontainer.runtime.migration import guest
 from nova_pycontainer.runtime.migration import images
 from nova_pycontainer.runtime.migration import keys
 from nova_pycontainer.runtime.migration import layer_transfer
+from nova_pycontainer.runtime.migration import lazy
 from nova_pycontainer.runtime.migration import moment
 from nova_pycontainer.runtime.migration import neighbours
 from nova_pycontainer.runtime.migration import network_lock
@@ -385,7 +387,7 @@ class Source:
                 response = dump.session.request(
                     self._criu.rpc.DUMP, options, dump.notified,
                     # The last answer comes when the last page has gone.
-                    frozen.PASS_TIMEOUT if dump.lazy else _CRIU_TIMEOUT)
+                    lazy.LONGEST if dump.lazy else _CRIU_TIMEOUT)
             except BaseException as e:
                 if not self.committed:
                     self._stays(dump)
@@ -477,7 +479,8 @@ class Source:
         with self.progress.timed('restore'):
             self._restorable = True
             self._control.send('dumped', **dumped)
-            with contextlib.suppress(OSError, errors.ContainerError):
+            with contextlib.suppress(OSError, errors.ContainerError,
+                                     nl_exceptions.NetlinkError):
                 neighbours.forget(self._pid)
             # If this agent dies, CRIU gives up and lets the guest's sockets
             # go. They would acknowledge what the guest, which runs on the

@@ -65,7 +65,8 @@ class Verdict:
         while not self._closed:
             try:
                 phase = self._said or self._ask()
-            except (OSError, errors.ContainerError) as e:
+            except Exception as e:
+                # Whatever it is: nothing but an answer may end this.
                 self._progress.error = errors.ContainerError(
                     'network', 'whether the destination runs the instance is '
                     'not known, so it stays frozen here',

@@ -17,6 +17,7 @@ from unittest import mock
 import ddt
 import fixtures
 from nova.compute import power_state
+from nova.compute import provider_tree
 from nova import exception
 from oslo_utils.fixture import uuidsentinel as uuids
 
@@ -201,8 +202,9 @@ class PowerTestCase(driver_base.Base):
     def test_suspend(self):
         self.driver.suspend(self.context, self.instance)
         self.assertEqual(power_state.SUSPENDED, self.state())
-        self.assertRaises(exception.InstanceFaultRollback,
-                          self.driver.suspend, self.context, self.instance)
+        # A request that waited while a restart has done it.
+        self.driver.suspend(self.context, self.instance)
+        self.assertEqual(power_state.SUSPENDED, self.state())
         # By position, as the manager does it, who may repeat it.
         for _ in range(2):
             self.driver.resume(
@@ -309,9 +311,10 @@ class ServiceTestCase(driver_base.Base):
             self.assertRaises(exception.VirtDriverNotReady, call)
         self.driver._watcher.failure = errors.AgentUnavailable(
             'agent_unavailable', 'no answer')
-        for call in (self.driver.get_available_nodes,
-                     self.driver.get_nodenames_by_uuid):
-            self.assertRaises(exception.VirtDriverNotReady, call)
+        self.assertRaises(exception.VirtDriverNotReady,
+                          self.driver.get_nodenames_by_uuid)
+        # What the end of an operation needs.
+        self.assertEqual(['host1'], self.driver.get_available_nodes())
         self.assertTrue(self.driver.node_is_available('host1'))
         self.assertFalse(self.driver.node_is_available('host2'))
 
@@ -329,6 +332,29 @@ class ServiceTestCase(driver_base.Base):
         self.assertIsNotNone(self.driver._watcher._thread)
         self.assertEqual('host1', resources['hypervisor_hostname'])
         self.assertIn('load average', resources['stats']['uptime'])
+
+    def test_resources_without_an_agent(self):
+        """Claims are dropped at the end of an operation all the same."""
+        self.addCleanup(self.driver.cleanup_host, 'host1')
+        self.agent.down = True
+        self.assertRaises(exception.VirtDriverNotReady,
+                          self.driver.get_available_resource, 'host1')
+        self.agent.down = False
+        resources = self.driver.get_available_resource('host1')
+        self.agent.down = True
+        self.assertEqual(
+            resources, self.driver.get_available_resource('host1'))
+        tree = provider_tree.ProviderTree()
+        tree.new_root('host1', uuids.node_host1)
+        self.driver.update_provider_tree(tree, 'host1')
+        self.assertEqual({}, tree.data('host1').inventory)
+
+    def test_shutdown_timeout_of_any_size(self):
+        for given, told in ((-1, 0), (604800, 86400), (7, 7)):
+            with mock.patch.object(
+                    self.agent, 'stop', autospec=True) as stop:
+                self.driver.power_off(self.instance, given)
+            stop.assert_called_once_with(self.instance.uuid, told)
 
     def test_rest_of_a_failed_spawn_that_cannot_be_removed(self):
         self.driver._spawner._leftovers[uuids.instance] = ['tap1']

@@ -240,6 +240,9 @@ class ImageTestCase(base.TestCase):
         error = self.assertRaises(
             errors.ContainerError, self.ensure, base.make_flavor(root_gb=2))
         self.assertEqual('image_too_large', error.code)
+        # What a server has that was shelved is the image and its disk.
+        self.ensure(base.make_flavor(root_gb=2),
+                    vm_state='shelved_offloaded')
 
     @ddt.data({'disk_format': 'qcow2'}, {'container_format': 'ami'},
               {'disk_format': 'iso', 'container_format': 'bare'})

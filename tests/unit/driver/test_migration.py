@@ -350,10 +350,24 @@ class SourceTest(driver_base.Base):
         self.assertIsNone(self.source.watch(self.job))
 
     def test_forgotten_and_deleted(self):
+        self.agent.delete(self.instance.uuid)
+        for gone in (exception.InstanceNotFound(instance_id='it'), None):
+            self.says(errors.ContainerError('not_found', 'which migration?'))
+            self.instance.task_state = task_states.DELETING
+            with mock.patch.object(
+                    type(self.instance), 'refresh', autospec=True,
+                    side_effect=gone):
+                self.assertIsInstance(
+                    self.source.watch(self.job), exception.MigrationError)
+
+    def test_forgotten_and_cleaned_up(self):
+        """It has moved, and its source has removed what it had left."""
         self.says(errors.ContainerError('not_found', 'which migration?'))
         self.agent.delete(self.instance.uuid)
-        self.assertIsInstance(
-            self.source.watch(self.job), exception.MigrationError)
+        self.instance.task_state = task_states.MIGRATING
+        with mock.patch.object(
+                type(self.instance), 'refresh', autospec=True):
+            self.assertIsNone(self.source.watch(self.job))
 
     def test_progress_has_no_zeros(self):
         self.says({'phase': 'completed', 'memory_sent': 0, 'disk_sent': 0,

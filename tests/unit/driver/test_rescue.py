@@ -56,6 +56,17 @@ class RescueTestCase(driver_base.Base):
         self.assertIsNone(self.item['rescue'])
         self.assertEqual(2, len(self.plugged))
 
+    def test_rebooted_when_it_could_not_be_ended(self):
+        """It gets its own root, unless it is rescued still."""
+        for state, rescued in (('rescued', True), ('error', False)):
+            self.rescue()
+            self.instance.vm_state = state
+            self.driver.reboot(
+                self.context, self.instance, self.network_info, 'HARD')
+            self.assertEqual(power_state.RUNNING, self.state())
+            self.assertEqual(rescued, self.item['rescue'] is not None)
+            self.driver.power_off(self.instance)
+
     def test_each_step_fails_and_leaves_it_as_it_was(self):
         names = []
         self.addCleanup(setattr, revert, 'fault_hook', None)

@@ -114,6 +114,16 @@ class LeaveTestCase(TestCase):
         self.assertIn('quota:disk_total_bytes_sec', str(self.refused(
             extra_specs={'quota:disk_total_bytes_sec': '1'})))
 
+    def test_nesting(self):
+        self.assertIn('pycontainer:nesting', str(self.refused(
+            extra_specs={'pycontainer:nesting': 'perhaps'})))
+        for level, nested in (('enabled', True), ('disabled', False)):
+            self.instance.flavor.extra_specs['pycontainer:nesting'] = level
+            self.driver.reboot(
+                self.context, self.instance, self.network_info, 'HARD')
+            self.assertEqual(nested, self.agent.containers[
+                uuids.instance]['spec']['nesting'])
+
     def test_ephemeral_disk(self):
         """It is a part of the root, which is not made smaller."""
         self.assertIn('smaller', str(self.refused(root_gb=7, ephemeral_gb=2)))
@@ -318,6 +328,20 @@ class ForgetTestCase(TestCase):
         self.assertTrue(self.kept(None))
         self.instance.task_state = None
         self.assertFalse(self.kept(None))
+
+    def test_it_has_moved_alive_and_is_shelved(self):
+        item = self.agent.containers[uuids.instance]
+        item.update(offered=None, moved={'migration': uuids.migration})
+        self.instance.host = None
+        self.assertFalse(self.kept(None, 'shelved_offloaded'))
+
+    def test_it_comes_back_before_that(self):
+        item = self.agent.containers[uuids.instance]
+        item.update(offered=None, moved={'migration': uuids.migration},
+                    state='stopped')
+        self.assertFalse(self.driver.instance_exists(self.instance))
+        self.spawn()
+        self.assertTrue(self.driver.instance_exists(self.instance))
 
     def test_it_has_come_and_moved_on(self):
         self.assertFalse(self.kept(uuids.later))
