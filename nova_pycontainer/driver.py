@@ -163,7 +163,7 @@ class PyContainerDriver(driver.ComputeDriver):
         self._resize_recovery = resize_recovery.Recovery(
             self.virtapi, arrivals, host)
         self._watcher = events.Watcher(
-            self._client, self.emit_event, self._agent_up, self._agent_down,
+            self._client, self._emit, self._agent_up, self._agent_down,
             patience=options.agent_lost_timeout)
 
     def process_instances_at_startup(self, context, instances):
@@ -196,6 +196,13 @@ class PyContainerDriver(driver.ComputeDriver):
         # Containers run on. Nothing waits for the thread: its request to the
         # agent may last half a minute, and it is a daemon's.
         self._watcher.stop()
+
+    def _emit(self, event):
+        # The manager would have a server powered off that it is about to
+        # start, because its host has lost its power.
+        if self._migration_recovery.has(event.uuid):
+            return
+        self.emit_event(event)
 
     def _agent_up(self):
         self._remove_leftovers()
@@ -646,7 +653,12 @@ class PyContainerDriver(driver.ComputeDriver):
             block_device_info=None):
         with driver_errors.translated(
                 instance, failure=exception.MigrationError):
-            self._migration_destination.arrived(instance)
+            lost_power = self._migration_destination.arrived(instance)
+            if lost_power and CONF.resume_guests_state_on_host_boot:
+                # The manager does not have it yet among those that it starts
+                # then.
+                self._power.resume(
+                    context, instance, network_info, block_device_info)
 
     def rollback_live_migration_at_destination(  # D
             self, context, instance, network_info, block_device_info,

@@ -31,6 +31,7 @@ class KeptBack(abc.ABC):
     def __init__(self, name):
         self._name = name
         self._found = []
+        self._followed = set()
         self._lock = threading.Lock()
 
     @abc.abstractmethod
@@ -61,7 +62,21 @@ class KeptBack(abc.ABC):
         """Follow those that were kept back. The manager is ready for it."""
         with self._lock:
             found, self._found = self._found, []
+            self._followed.update(instance.uuid for instance, _ in found)
         for instance, begun in found:
             threading.Thread(
-                target=self._follow, args=(instance, begun),
+                target=self._bring_to_its_end, args=(instance, begun),
                 name=f'{self._name}-{instance.uuid}', daemon=True).start()
+
+    def _bring_to_its_end(self, instance, begun):
+        try:
+            self._follow(instance, begun)
+        finally:
+            with self._lock:
+                self._followed.discard(instance.uuid)
+
+    def has(self, uuid):
+        """Whether the manager is kept from an instance still."""
+        with self._lock:
+            return uuid in self._followed or any(
+                instance.uuid == uuid for instance, _ in self._found)

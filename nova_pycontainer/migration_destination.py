@@ -181,16 +181,24 @@ class Destination:
     def arrived(self, instance):
         """Nova makes the server this host's.
 
+        :returns: whether it has ended since with the power of this host
         :raises nova.exception.MigrationError: it is not here
         """
         info = self._client.info(instance.uuid)
-        if info['state'] not in _ALIVE:
+        if info['state'] not in (*_ALIVE, 'stopped'):
             raise exception.MigrationError(
                 reason=_('the container is %s after its migration') %
                 info['state'])
         # The compute manager saves it with the instance.
         instance.system_metadata[spawn.BASE_ID] = str(info['base_id'])
         attachments.forget(instance)
+        if info['state'] != 'stopped':
+            return False
+        # Else its guest has shut down, or was killed.
+        ended = info.get('exit') or {}
+        LOG.warning('It came here, and has ended since: %s', ended,
+                    instance=instance)
+        return ended.get('code') is None and ended.get('signal') is None
 
     def rollback(self, instance, network_info, data):
         """Remove what :meth:`prepare` has made; idempotent.

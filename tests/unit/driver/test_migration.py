@@ -12,6 +12,7 @@
 
 """Live migration: what does not need Nova's services around it."""
 
+import threading
 from unittest import mock
 
 import fixtures
@@ -237,6 +238,20 @@ class DestinationTest(driver_base.Base):
             str(self.info['base_id']),
             self.instance.system_metadata['pycontainer_base_id'])
         self.assertEqual(power_state.PAUSED, self.state())
+
+    def test_arrived_and_ended(self):
+        """The host has lost its power since, or its guest has shut down."""
+        self.prepare()
+        item = self.agent.containers[self.instance.uuid]
+        for resume, ended, found in (
+                (True, {'code': 0, 'signal': None}, power_state.SHUTDOWN),
+                (False, {'code': None, 'signal': None}, power_state.SHUTDOWN),
+                (True, {'code': None, 'signal': None}, power_state.RUNNING)):
+            self.flags(resume_guests_state_on_host_boot=resume)
+            item.update(state='stopped', exit=ended)
+            self.driver.post_live_migration_at_destination(
+                self.context, self.instance, self.network_info)
+            self.assertEqual(found, self.state())
 
     def rollback(self, data):
         self.driver.rollback_live_migration_at_destination(
@@ -478,3 +493,31 @@ class RecoveryTest(driver_base.Base):
         recovery.start()
         self.assertEqual(1, len(followed))
         self.assertIsInstance(recovery, migration_recovery.Recovery)
+
+    def test_no_events_until_the_manager_has_it(self):
+        """It would have it powered off, which it is about to start."""
+        emitted = []
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova_pycontainer.driver.PyContainerDriver.emit_event',
+            lambda driver, event: emitted.append(event)))
+        event = mock.Mock(uuid=self.instance.uuid)
+        self.keep_back(task_states.MIGRATING, {'running': 'live-migration'})
+        self.driver._emit(event)
+        recovery = self.driver._migration_recovery
+        gone_on, seen = threading.Event(), threading.Event()
+
+        def follow(instance, begun):
+            self.driver._emit(event)
+            seen.set()
+            gone_on.wait(30)
+
+        recovery._follow = follow
+        recovery.start()
+        self.assertTrue(seen.wait(30))
+        self.assertEqual([], emitted)
+        gone_on.set()
+        for thread in threading.enumerate():
+            if thread.name.startswith('migration-'):
+                thread.join(30)
+        self.driver._emit(event)
+        self.assertEqual([event], emitted)
