@@ -25,7 +25,7 @@ from nova_pycontainer.runtime import unix_sockets
 #: Seconds to wait for such a moment.
 _PATIENCE = 2.0
 #: Seconds in which a new process executes its program.
-_EXEC = 0.005
+EXEC = 0.005
 #: Seconds for a guest to get over what it is in the middle of.
 _STEP = 0.02
 
@@ -48,9 +48,9 @@ def freeze(group: cgroup.Cgroup, pid: int | None, again: bool = False) -> None:
         if netlink.unread(pid):
             group.freeze(False)
             netlink.wait(pid)
-        elif _in_vfork(group):
+        elif in_vfork(group):
             group.freeze(False)
-            time.sleep(_EXEC)
+            time.sleep(EXEC)
         elif again and unix_sockets.unread(pid):
             group.freeze(False)
             unix_sockets.wait(pid)
@@ -59,7 +59,7 @@ def freeze(group: cgroup.Cgroup, pid: int | None, again: bool = False) -> None:
         group.freeze(True)
 
 
-def _in_vfork(group: cgroup.Cgroup) -> bool:
+def in_vfork(group: cgroup.Cgroup) -> bool:
     """Whether a thread of a frozen guest waits for its child to execute a
     program (vfork(2)).
 

@@ -17,6 +17,7 @@ import dataclasses
 import errno
 import os
 import pathlib
+import re
 import select
 import signal
 import typing as ty
@@ -120,6 +121,19 @@ def uninterruptible(thread: str) -> bool:
     except OSError:
         return False
     return stat.rpartition(') ')[2][:1] == 'D'
+
+
+def traced(thread: str) -> bool:
+    """Whether somebody traces a thread; see ptrace(2).
+
+    :param thread: its directory, of proc_pid_task(5)
+    """
+    try:
+        status = pathlib.Path(thread, 'status').read_text()
+    except OSError:
+        return False
+    found = re.search(r'^TracerPid:\s*(\d+)$', status, re.M)
+    return found is not None and int(found[1]) > 0
 
 
 def exited(pidfd: int, timeout: float = 0.0) -> bool:

@@ -38,22 +38,7 @@ RESULTS = {'futex_absolute': ['ETIMEDOUT'],
 SECONDS = 12
 
 
-class WaitingTestCase(hosts.TwoHostsTestCase):
-
-    @property
-    def messages(self):
-        return criu.Criu(base.tool('criu'), None).messages()
-
-    def _host(self, name, address):
-        host = super()._host(name, address)
-        host.faults = self.faults.get(self._testMethodName, '').format(
-            top=self.top)
-        host.record = self.top / f'points-{name}'
-        return host
-
-    #: An image is changed between its arrival and the restore.
-    faults = {'test_another_uptime': 'destination.images=wait:{top}/go',
-              'test_given_up': 'destination.restored=raise'}
+class Waiting(hosts.TwoHostsTestCase):
 
     def boot(self):
         # Without a network its boot waits for one.
@@ -105,6 +90,24 @@ class WaitingTestCase(hosts.TwoHostsTestCase):
                     end['result'] not in RESULTS.get(name, [0])):
                 wrong[name] = (off, end['result'])
         self.assertEqual({}, wrong)
+
+
+class WaitingTestCase(Waiting):
+
+    @property
+    def messages(self):
+        return criu.Criu(base.tool('criu'), None).messages()
+
+    def _host(self, name, address):
+        host = super()._host(name, address)
+        host.faults = self.faults.get(self._testMethodName, '').format(
+            top=self.top)
+        host.record = self.top / f'points-{name}'
+        return host
+
+    #: An image is changed between its arrival and the restore.
+    faults = {'test_another_uptime': 'destination.images=wait:{top}/go',
+              'test_given_up': 'destination.restored=raise'}
 
     def test_one_move(self):
         uuid = self.boot()

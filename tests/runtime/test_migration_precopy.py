@@ -15,10 +15,16 @@
 it writes to.
 """
 
+import os
+import signal
+import time
+
 from nova_pycontainer.runtime import criu
 from nova_pycontainer.runtime.migration import precopy
+from tests.faults import kernel
 from tests.runtime import base
 from tests.runtime import hosts
+from tests.runtime import test_migration_clocks
 
 #: Writes to a part of its pages for ever, and knows what is in each.
 _WRITER = """
@@ -50,6 +56,19 @@ while True:
             f.write(f'{wrong} wrong of {len(versions)}, {count > 100}')
         os.rename('/root/.answer', '/root/answer')
 """
+#: Sleeps that a round must not end, each in a main thread: for ever, and for
+#: a time. What has ended says so.
+_SLEEPER = '''
+mkdir /root/ends
+sleeper() {
+    setsid sh -c "date +%s >/root/ends/$1.began; $2; date +%s >/root/ends/$1"
+}
+sleeper nanosleep 'sleep 5000' &
+sleeper poll 'sleep 5000 | (read -t 4000 x)' &
+sleeper short 'sleep SECONDS' &
+sleeper loop 'for i in $(seq SECONDS); do sleep 1; done' &
+'''
+_SLEEP = 40
 _SIZE = 144 * base.MIB
 _PAGES = _SIZE // 4096
 
@@ -76,7 +95,7 @@ class RefusedTestCase(hosts.TwoHostsTestCase):
         base.wait_for(lambda: not self.b.list(), 'the destination')
 
 
-class PreCopyTestCase(hosts.TwoHostsTestCase):
+class TrackedTestCase(hosts.TwoHostsTestCase):
 
     def setUp(self):
         super().setUp()
@@ -84,6 +103,26 @@ class PreCopyTestCase(hosts.TwoHostsTestCase):
         if lacking is not None:
             self.skipTest(
                 f'criu check --feature {precopy.FEATURE}: {lacking}')
+
+    def _host(self, name, address):
+        host = super()._host(name, address)
+        host.record = self.top / f'points-{name}'
+        return host
+
+    def rounds(self):
+        """How many have begun."""
+        try:
+            return self.a.record.read_text().split().count('source.round')
+        except FileNotFoundError:
+            return 0
+
+    def tell(self):
+        """Print how long the guest stood still, as the agent has it."""
+        print(*(line for line in self.a.log.read_text().splitlines()
+                if 'stood still' in line or 'ahead' in line), sep='\n')
+
+
+class PreCopyTestCase(TrackedTestCase):
 
     def writer(self, hot):
         uuid = self.run_container('debian13', memory=1024, init={
@@ -162,3 +201,84 @@ class PreCopyTestCase(hosts.TwoHostsTestCase):
             self.migrate(uuid, self.a, self.b, strategy='pre-copy')
         self.migrate(uuid, self.a, self.b, strategy='pre-copy')
         self.assert_right(self.b, uuid)
+
+
+class SleepingTestCase(TrackedTestCase):
+    """What waits for a time waits on, whatever stops it in between."""
+
+    def sleeper(self):
+        uuid = self.run_container()
+        self.sh(self.a, uuid, '(' + _SLEEPER.replace(
+            'SECONDS', str(_SLEEP)) + ') </dev/null >/dev/null 2>&1')
+        base.wait_for(lambda: self.sh(
+            self.a, uuid, 'ls /root/ends/*.began | wc -l') == '4',
+            'the sleepers')
+        # In their calls by then.
+        time.sleep(1)
+        return uuid
+
+    def ends(self, host, uuid):
+        """Name → for how long it slept."""
+        lines = self.sh(
+            host, uuid, 'cd /root/ends; for f in $(ls | grep -v began); do '
+            'echo $f $(cat $f.began $f); done').splitlines()
+        return {name: int(ended) - int(began)
+                for name, began, ended in map(str.split, lines)}
+
+    def assert_slept(self, host, uuid):
+        found = base.wait_for(
+            lambda: len(found := self.ends(host, uuid)) >= 2 and found,
+            'the ends', _SLEEP + base.PATIENCE)
+        self.assertEqual({'loop', 'short'}, set(found), found)
+        for name, slept in found.items():
+            self.assertGreaterEqual(slept, _SLEEP, name)
+
+    def test_sleeps(self):
+        uuid = self.sleeper()
+        # However short a round is, another one follows.
+        source, _ = self.migrate(
+            uuid, self.a, self.b, strategy='pre-copy', max_downtime=0.0)
+        self.assertEqual('pre-copy', source['strategy'], self.logs())
+        self.tell()
+        self.assertGreater(self.rounds(), 1)
+        self.assert_slept(self.b, uuid)
+
+    def test_criu_killed(self):
+        """Between the freeze and its work. The guest is dumped in one go."""
+        go = self.top / 'go'
+        self.a.restart_agent(f'source.round=wait:{go}')
+        uuid = self.sleeper()
+        migration = self.prepare_migration(
+            uuid, self.a, self.b, strategy='pre-copy')
+        base.wait_for(self.rounds, 'a round')
+        for pid in kernel.programs(self.a, 'criu'):
+            os.kill(pid, signal.SIGKILL)
+        go.touch()
+        source, _ = self.finish_migration(uuid, migration, self.a, self.b)
+        self.assertEqual('stop-and-copy', source['strategy'])
+        self.assertEqual(1, self.rounds())
+        self.assert_slept(self.b, uuid)
+
+    def test_agent_killed(self):
+        """While the guest is frozen: the next one lets it go on."""
+        self.a.restart_agent('source.round=kill')
+        uuid = self.sleeper()
+        self.prepare_migration(uuid, self.a, self.b, strategy='pre-copy')
+        self.a.process.wait(base.PATIENCE)
+        self.a.faults = ''
+        self.a.start_agent()
+        base.wait_for(lambda: not self.b.list(), 'the destination')
+        self.assert_slept(self.a, uuid)
+
+
+class WaitingTestCase(TrackedTestCase, test_migration_clocks.Waiting):
+
+    def test_rounds(self):
+        uuid = self.boot()
+        self.start(self.a, uuid, 'rounds', test_migration_clocks.SECONDS)
+        source, _ = self.migrate(
+            uuid, self.a, self.b, strategy='pre-copy', max_downtime=0.0)
+        self.tell()
+        self.assertGreater(self.rounds(), 1)
+        found = self.results(self.b, uuid, 'rounds', 22)
+        self.check(found, source['frozen'])

@@ -46,18 +46,23 @@ _PAUSE = 0.5
 def options(
     tool: criu.Criu, item: container.Container, images: pathlib.Path,
     external: dict[str, str], pid: int, *, track: bool = False,
-    parent: str | None = None,
+    parent: str | None = None, freezer: pathlib.Path | None = None,
+    timeout: int = 300,
 ) -> ty.Any:
     """The ``criu_opts`` of the dump of an init and all below it.
 
     :param track: another dump follows, or this one follows another
     :param parent: the images that this one leads to, as seen from ``images``
+    :param freezer: a cgroup that is frozen, and is to be so again before
+        CRIU lets go of what is in it
+    :param timeout: seconds for CRIU to take hold of all processes
     """
     made = tool.options(criu.Options(
         images=images, root=item.root,
         external=guest.dump_externals(external),
         cgroup='/' + item.cgroup.path,
-        track_memory=track, parent_images=parent))
+        track_memory=track, parent_images=parent, freeze_cgroup=freezer,
+        timeout=timeout))
     made.pid = pid
     return made
 

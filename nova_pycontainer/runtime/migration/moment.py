@@ -61,7 +61,7 @@ class Moment:
         terminals.release(self._group, paused)
         bound_sockets.release(self._group)
         self._names.hold(self._group, self._root)
-        self._sleepers.look()
+        self._sleepers.look(paused)
         # The last one: the next message may come at any time.
         if paused:
             # The kernel tells it of its network while it cannot read.
@@ -85,6 +85,27 @@ class Moment:
     def given_up(self, init: int) -> None:
         """The guest is to go on here. It is frozen, and not traced."""
         self._names.close()
+        self.go_on(init)
+
+    def before_round(self) -> None:
+        """The guest still runs; see :mod:`.standstill`."""
+        self._sleepers.look()
+
+    def in_round(self, init: int) -> list[str]:
+        """The guest is frozen, and not traced.
+
+        What has begun to sleep since the look is noted as well: in a dump the
+        destination finds it in the images, and here nobody would.
+
+        :returns: directories of the threads that sleep
+        """
+        self._sleepers.frozen(
+            clocks.offsets(init)[time.CLOCK_MONOTONIC],
+            time.clock_gettime_ns(time.CLOCK_MONOTONIC))
+        return [thread for thread, *_ in self._sleepers.stopped]
+
+    def go_on(self, init: int) -> None:
+        """Let those sleep on that did so when the guest was frozen."""
         now = (time.clock_gettime_ns(time.CLOCK_MONOTONIC) +
                clocks.offsets(init)[time.CLOCK_MONOTONIC])
         resume.resume(

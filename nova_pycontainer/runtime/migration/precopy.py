@@ -14,10 +14,10 @@
 """Memory that is sent while the guest runs.
 
 CRIU's ``pre-dump`` stops the guest only to mark its pages as clean and to
-take hold of what it has; then it writes that while the guest goes on. The
-next, and the dump, hold what was written to since (``CONFIG_MEM_SOFT_DIRTY``)
-and lead to the one before by a link ``parent``, of which CRIU reads the
-rest: https://criu.org/Incremental_dumps.
+take hold of what it has (:mod:`.standstill`); then it writes that while the
+guest goes on. The next, and the dump, hold what was written to since
+(``CONFIG_MEM_SOFT_DIRTY``) and lead to the one before by a link ``parent``,
+of which CRIU reads the rest: https://criu.org/Incremental_dumps.
 
 Round N lies in the directory N beside the images of the dump, on both hosts.
 """
@@ -31,8 +31,10 @@ import typing as ty
 from oslo_log import log as logging
 
 from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime import faults
 from nova_pycontainer.runtime.migration import channel
 from nova_pycontainer.runtime.migration import images
+from nova_pycontainer.runtime.migration import standstill
 
 if ty.TYPE_CHECKING:
     from nova_pycontainer.runtime.migration import source as src
@@ -95,6 +97,7 @@ class Rounds:
         self._max_downtime = max_downtime
         #: Bytes that were sent, over all rounds.
         self.sent = 0
+        self._stood = 0.0
 
     def run(self) -> str | None:
         """Send the memory until what is left is little, or does not get less.
@@ -120,8 +123,9 @@ class Rounds:
                             self._source.item.uuid, e)
                 return None
             took = time.monotonic() - began
-            LOG.info('instance %s: round %d: %d bytes of memory in %.2f s',
-                     self._source.item.uuid, number, sent, took)
+            LOG.info('instance %s: round %d: %d bytes of memory in %.2f s, '
+                     'for %.3f s of which it stood still',
+                     self._source.item.uuid, number, sent, took, self._stood)
             if took <= self._max_downtime or (
                     number > 1 and sent > previous * _CONVERGES):
                 break
@@ -133,7 +137,6 @@ class Rounds:
         directory = source.images / str(number)
         directory.mkdir(mode=0o755)
         with contextlib.ExitStack() as stack:
-            session = stack.enter_context(source.session({}))
             connection = source.open_round(number)
             stack.callback(connection.close)
             sender = images.Sender(directory, connection, source.limiter)
@@ -141,10 +144,8 @@ class Rounds:
             options = source.round_options(
                 directory, f'../{number - 1}' if number > 1 else None)
             sender.start()
-            response = session.request(
-                source.rpc.PRE_DUMP, options, lambda script: None,
-                _ROUND_TIMEOUT)
             try:
+                response = self._pre_dump(options)
                 if not response.success:
                     raise source.criu_failed(directory, response)
                 sender.finish(self._check)
@@ -155,6 +156,20 @@ class Rounds:
             source.round_taken()
         self.sent += sender.sent
         return sender.sent
+
+    def _pre_dump(self, options: ty.Any) -> ty.Any:
+        source = self._source
+        still = standstill.Standstill(
+            source.item.cgroup, source.moment, options.pid)
+        # If CRIU was killed, all of it has to be before the guest is let go.
+        with still, source.session({}) as session:
+            still.begin()
+            faults.point('source.round')
+            response = session.request(
+                source.rpc.PRE_DUMP, options, lambda script: None,
+                _ROUND_TIMEOUT)
+        self._stood = still.lasted
+        return response
 
     def _check(self) -> None:
         self._source.check_abort()

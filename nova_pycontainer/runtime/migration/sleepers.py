@@ -68,8 +68,8 @@ class _Sleep:
 class Sleepers:
     """The sleeping threads of one container, for one migration.
 
-    It remembers what it has seen: a dump that was tried and given up has
-    interrupted every sleep once.
+    It remembers what it has seen: a dump that was tried and given up, or a
+    round of memory that was sent ahead, has interrupted every sleep once.
     """
 
     def __init__(self, group: cgroup.Cgroup) -> None:
@@ -79,30 +79,35 @@ class Sleepers:
         #: sleeps, its call, what was said of it.
         self.stopped: list[tuple[str, str, int, dict[str, ty.Any]]] = []
 
-    def look(self) -> None:
+    def look(self, paused: bool = False) -> None:
         """Look at every thread. Before the freeze: it takes its time."""
         # Has to move from CPU to CPU.
-        thread = threading.Thread(target=self._look, name='sleepers')
+        thread = threading.Thread(
+            target=self._look, args=(paused,), name='sleepers')
         thread.start()
         thread.join()
 
-    def _look(self) -> None:
+    def _look(self, paused: bool) -> None:
         seen: dict[tuple[str, str], _Sleep] = {}
-        by_cpu: dict[int, list[tuple[str, str, int, int, float]]] = {}
+        by_cpu: dict[int, list[tuple[str, str, int, bool, int, float]]] = {}
         for thread in self._group.threads():
             found = _read(thread)
             if found is not None:
-                where, call, switches, cpu, start = found
+                where, call, continued, switches, cpu, start = found
                 by_cpu.setdefault(cpu, []).append(
-                    (thread, where, call, switches, start))
+                    (thread, where, call, continued, switches, start))
         for cpu, threads in by_cpu.items():
             now, at = _cpu_time(cpu)
-            for thread, where, call, switches, start in threads:
+            for thread, where, call, continued, switches, start in threads:
                 since = None
                 if now is not None and 0 < start <= now:
                     slept = (now - start) * (1 - _SLEW)
                     since = at - int(slept * 1e6)
                 before = self._seen.get((thread, where))
+                if not paused and not continued:
+                    # Another sleep at the same place. One that was begun
+                    # again has what was left then as the whole of its time.
+                    before = None
                 if before is not None and before.since is not None:
                     since = min(before.since, since or at)
                 if call == RESTART and before is not None:
@@ -110,41 +115,57 @@ class Sleepers:
                 seen[thread, where] = _Sleep(call, since, switches)
         self._seen = seen
 
-    def frozen(self, ahead: int) -> list[dict[str, ty.Any]]:
-        """Those that sleep still, now that all are stopped by CRIU.
+    def frozen(
+        self, ahead: int, latest: int | None = None
+    ) -> list[dict[str, ty.Any]]:
+        """Those that sleep still, now that all are stopped.
 
         :param ahead: what the guest's CLOCK_MONOTONIC is ahead of ours, in
             ns
+        :param latest: CLOCK_MONOTONIC, in ns, of the stop. Then those count
+            too that have begun since the look
         :returns: thread's id in the container, its call, since when at least
             it sleeps, and for how long it has asked to, in ns
         """
         self.stopped = []
         for (thread, where), sleep in self._seen.items():
-            try:
-                with open(f'{thread}/syscall') as f:
-                    here = f.read()
-                with open(f'{thread}/status') as f:
-                    status = f.read()
-            except OSError:
-                continue
-            inner = _NSPID.search(status)
-            switches = _SWITCHES.search(status)
-            if not inner or not switches or (
-                    here.split(None, 1)[1:] != [where]):
-                continue
-            # The one switch is CRIU's stop. After more of them it may be
-            # another sleep at the same place.
-            same = int(switches[1]) - sleep.switches <= 1
-            self.stopped.append((thread, where, sleep.call, {
-                'tid': int(inner[1]), 'call': sleep.call,
-                'since': (sleep.since + ahead if same and
-                          sleep.since is not None else None),
-                'asked': _asked(thread, where, sleep.call)}))
+            self._note(thread, where, sleep, ahead, latest)
+        if latest is not None:
+            known = {thread for thread, *_ in self.stopped}
+            for thread in self._group.threads():
+                found = None if thread in known else _read(thread)
+                if found is not None:
+                    self._note(thread, found[0], _Sleep(
+                        found[1], latest, found[3]), ahead, latest)
         return [facts for *_, facts in self.stopped]
 
+    def _note(self, thread: str, where: str, sleep: _Sleep, ahead: int,
+              latest: int | None) -> None:
+        """Note a thread if it is still where it was seen."""
+        try:
+            with open(f'{thread}/syscall') as f:
+                here = f.read()
+            with open(f'{thread}/status') as f:
+                status = f.read()
+        except OSError:
+            return
+        inner = _NSPID.search(status)
+        switches = _SWITCHES.search(status)
+        if not inner or not switches or here.split(None, 1)[1:] != [where]:
+            return
+        # The one switch is the stop. After more of them it may be another
+        # sleep at the same place.
+        same = int(switches[1]) - sleep.switches <= 1
+        since = sleep.since if same else latest
+        self.stopped.append((thread, where, sleep.call, {
+            'tid': int(inner[1]), 'call': sleep.call,
+            'since': None if since is None else since + ahead,
+            'asked': _asked(thread, where, sleep.call)}))
 
-def _read(thread: str) -> tuple[str, int, int, int, float] | None:
-    """Where it sleeps, in which call, context switches, CPU, last run (ms).
+
+def _read(thread: str) -> tuple[str, int, bool, int, int, float] | None:
+    """Where it sleeps, in which call, whether that is continued by the kernel,
+    context switches, CPU, last run (ms).
     """
     try:
         with open(f'{thread}/syscall') as f:
@@ -154,7 +175,8 @@ def _read(thread: str) -> tuple[str, int, int, int, float] | None:
         if not call.isdigit() or int(call) not in _CALLS:
             return None
         number = int(call)
-        if number == RESTART:
+        continued = number == RESTART
+        if continued:
             with open(f'{thread}/stack') as f:
                 number = _continued(f.read(), where.split()[1])
         with open(f'{thread}/status') as f:
@@ -172,8 +194,8 @@ def _read(thread: str) -> tuple[str, int, int, int, float] | None:
     if switches is None:
         return None
     # The call's number changes when it is continued; the rest does not.
-    return (where.split(None, 1)[1], number, int(switches[1]), cpu,
-            float(start[1]) if start else 0.0)
+    return (where.split(None, 1)[1], number, continued, int(switches[1]),
+            cpu, float(start[1]) if start else 0.0)
 
 
 def _asked(thread: str, where: str, call: int) -> int | None:

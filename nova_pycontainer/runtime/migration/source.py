@@ -47,6 +47,7 @@ from nova_pycontainer.runtime.migration import protocol
 from nova_pycontainer.runtime.migration import question
 from nova_pycontainer.runtime.migration import recovery
 from nova_pycontainer.runtime.migration import relay
+from nova_pycontainer.runtime.migration import standstill
 from nova_pycontainer.runtime.migration import sync
 from nova_pycontainer.runtime.migration import sync_links
 from nova_pycontainer.runtime.migration import verdict
@@ -566,7 +567,8 @@ class Source:
         return dumping.options(
             self._criu, self._item, directory,
             guest.external_mounts(self._pid, self._item.nodes), self._pid,
-            track=True, parent=parent)
+            track=True, parent=parent, freezer=self._item.cgroup.v2,
+            timeout=standstill.SEIZE_TIMEOUT)
 
     def open_round(self, number: int) -> channel.Connection:
         """The connection for a round; the destination waits for it."""
