@@ -67,7 +67,10 @@ def steps(mode):
     if mode in _MODULES:
         return [s.name for s in points.listed('verbs')
                 if s.module == _MODULES[mode]]
-    return points.names('life' if mode == 'life' else 'migration')
+    found = points.names('life' if mode == 'life' else 'migration')
+    # Of pre-copy, which is for guests that are larger than these: see
+    # tests/runtime/test_migration_precopy.py.
+    return [name for name in found if name != 'source.round']
 
 
 def faults(mode):
