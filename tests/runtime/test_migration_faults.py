@@ -36,7 +36,7 @@ SOURCE_BEFORE = (
 SOURCE_AFTER = ('source.committed', 'source.go', 'source.running')
 DESTINATION_BEFORE = (
     'destination.prepared', 'destination.pass', 'destination.images',
-    'destination.restored', 'destination.ready')
+    'destination.rebuilt', 'destination.restored', 'destination.ready')
 DESTINATION_AFTER = (
     'destination.go', 'destination.committed', 'destination.resumed',
     'destination.running')
