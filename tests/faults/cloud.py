@@ -35,6 +35,7 @@ from tests.cloud import base
 from tests.faults import cloud_rig
 from tests.faults import inject
 from tests.faults import points
+from tests.faults import rig
 from tests.faults import table
 
 _NOVA, _AGENTS = cloud_rig.NOVA, cloud_rig.AGENTS
@@ -126,7 +127,7 @@ def verbs():
                       _driver('spawn.py', _SPAWN)),
         'delete': Verb([s for s in points.names('life')
                         if s.startswith('delete.')], []),
-        'migrate': Verb(points.names('migration'),
+        'migrate': Verb(rig.steps('move'),
                         _driver('migration_destination.py'), True),
         'suspend': Verb([s for s in _points('runtime/checkpoint.py')
                          if s.startswith('suspend.')], []),
