@@ -23,8 +23,6 @@ from tests.runtime import base
 #: Seconds in which all is right again when a program was killed: those of an
 #: agent count from its next start.
 RIGHT_S = 30.0
-
-
 #: A connection may be silent for as long: TCP doubles the time between two
 #: tries, and a guest is frozen for a minute at most.
 SILENCE_S = 200.0

@@ -17,8 +17,6 @@ its connections. The tables are in the guest's own network namespace.
 """
 
 import contextlib
-import pathlib
-import re
 import socket
 
 from oslo_log import log as logging
@@ -29,6 +27,7 @@ from nova_pycontainer.runtime import cgroup
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime.migration import sockets
 from nova_pycontainer.runtime import namespaces
+from nova_pycontainer.runtime import process
 
 LOG = logging.getLogger(__name__)
 
@@ -47,7 +46,7 @@ def remove(pid: int, group: cgroup.Cgroup) -> None:
     :param pid: the container's init
     """
     try:
-        if _traced(pid):
+        if process.traced(f'/proc/{pid}'):
             return
         names = namespaces.within('net', pid, _locks)
         if names:
@@ -111,12 +110,6 @@ def _end_repair(pid: int) -> None:
                     socket.AF_INET, socket.AF_INET6) and sock.getsockopt(
                         socket.IPPROTO_TCP, _TCP_REPAIR):
                 sock.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR, 0)
-
-
-def _traced(pid: int) -> bool:
-    status = pathlib.Path(f'/proc/{pid}/status').read_text()
-    found = re.search(r'^TracerPid:\s*(\d+)$', status, re.M)
-    return found is not None and found[1] != '0'
 
 
 def _locks() -> list[str]:
