@@ -14,8 +14,8 @@
 
     test_totals.py DIRECTORY GROUP... [--matrix FILE]
 
-Reads DIRECTORY/<group>.subunit and DIRECTORY/checks, names each failed and
-each skipped test with its reason, and prints as the last line the totals.
+Reads DIRECTORY/<group>.subunit and DIRECTORY/checks, names each skipped and
+then each failed test with its reason, and prints as the last line the totals.
 Fails if a test failed, or if a group has no results at all: tests that did
 not run have not passed. With a support matrix: also if a test that it names
 did not run; of those that were skipped it says so.
@@ -151,7 +151,9 @@ def main(argv):
                 lines.append(f'FAILED {name}')
     if args.matrix:
         lines += _check_matrix(args.matrix, statuses, counts)
-    for line in lines:
+    # What failed stands at the end: the last lines of a log are what is kept
+    # and what is read.
+    for line in sorted(lines, key=lambda line: line.startswith('FAILED ')):
         print(line)
     print(f'{counts["passed"]} passed, {counts["failed"]} failed, '
           f'{counts["skipped"]} skipped')
