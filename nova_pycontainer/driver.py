@@ -247,9 +247,6 @@ class PyContainerDriver(driver.ComputeDriver):
         # after its start (pre_start_hook). Before that an event could stop a
         # guest that the manager is about to resume after a host's boot.
         self._watcher.start()
-        self._migration_recovery.start()
-        self._resize_recovery.start()
-        self._suspend_recovery.start()
         self._remove_leftovers()
         try:
             self._resources = self._host.resources(self.get_host_uptime())
@@ -262,6 +259,12 @@ class PyContainerDriver(driver.ComputeDriver):
 
     @_periodic
     def update_provider_tree(self, provider_tree, nodename, allocations=None):
+        # The resource tracker asks for this last, under its lock, so at the
+        # first call it is about to be ready for what these do to it. When it
+        # asks for the resources it knows of no devices yet.
+        self._migration_recovery.start()
+        self._resize_recovery.start()
+        self._suspend_recovery.start()
         try:
             self._host.update_provider_tree(
                 provider_tree, nodename,

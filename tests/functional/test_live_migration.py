@@ -16,11 +16,15 @@ The agents are in memory: two real ones in one network namespace cannot both
 have the interfaces of a server. With real ones see tests/cloud.
 """
 
+import time
+from unittest import mock
+
 import fixtures
 from nova.compute import power_state
 from nova import exception
 from nova import objects
 
+from nova_pycontainer import driver
 from nova_pycontainer import migration
 from nova_pycontainer import migration_checks
 from nova_pycontainer.runtime import errors
@@ -581,7 +585,11 @@ class LiveMigrationTest(migration_base.TestCase):
         self.assertEqual([0, 1], self.pinned('host2'))
         self.lose('host1')
         self.one.proceed()
-        self.restart('host1')
+        # A slow start: nothing may go on before the resource tracker can.
+        with mock.patch.object(
+                driver.PyContainerDriver, 'get_host_uptime', autospec=True,
+                side_effect=lambda *_: time.sleep(1) or 'load average: 9'):
+            self.restart('host1')
         self.wait_for_migration(server, status)
         host = self.host(server)
         self.assertEqual([host], self.allocations(server))
