@@ -138,14 +138,14 @@ class InjectionTest(base.TestCase):
             image=image, networks=[{'port': self.neutron.port_1['id']}])
         client = self.agents.client('host1')
 
-        def address():
-            done = client.exec(server['id'], [
+        def configured():
+            # ifupdown adds the route some time after the address.
+            said = client.exec(server['id'], [
                 '/bin/sh', '-c', 'ip -brief -4 address show eth0; '
-                'ip route show default'])
-            return b'192.168.1.3/24' in done['stdout'] and done['stdout']
+                'ip route show default'])['stdout']
+            return b'192.168.1.3/24' in said and b'via 192.168.1.1' in said
 
-        self.assertIn(b'via 192.168.1.1', self.wait_for(
-            address, 'the address', seconds=120))
+        self.wait_for(configured, 'the address and the route', seconds=120)
 
 
 def _personality(files):
