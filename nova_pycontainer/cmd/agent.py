@@ -34,6 +34,9 @@ LOG = logging.getLogger(__name__)
 #: Seconds between two looks for a signal.
 _LOOK_S = 1.0
 
+#: Seconds by which systemd is asked to wait longer, again and again.
+_EXTEND_S = 60.0
+
 
 def _configure(argv: list[str] | None) -> cfg.ConfigOpts:
     conf = cfg.ConfigOpts()
@@ -54,6 +57,7 @@ class Agent:
         self._notifier = keeper_memory.Notifier()
         self._ended = threading.Event()
         self._failed = False
+        self._signals = 0
 
     def run(self) -> int:
         """:raises ContainerError: the host or the socket cannot be used"""
@@ -100,7 +104,18 @@ class Agent:
         if not served.stop(self._group.agent_stop_timeout):
             LOG.warning('Ending in the middle of requests; what they began '
                         'is undone or finished at the next start')
+        left = host.migrations.drain(
+            self._group.agent_stop_timeout, self._may_wait)
+        for uuid in left:
+            LOG.error('Ending in the middle of the post-copy of instance %s, '
+                      'which is lost if it is not finished', uuid)
         return 1 if self._failed else 0
+
+    def _may_wait(self) -> bool:
+        """Ask systemd for time; whoever does not want to wait says so twice.
+        """
+        self._notifier.send(f'EXTEND_TIMEOUT_USEC={int(_EXTEND_S * 1e6)}')
+        return self._signals < 2
 
     def _loop(self, served: server.AgentServer) -> None:
         try:
@@ -113,6 +128,7 @@ class Agent:
             self._ended.set()
 
     def _on_signal(self, number: int, _: types.FrameType | None) -> None:
+        self._signals += 1
         self._ended.set()
 
 

@@ -32,6 +32,7 @@ from nova_pycontainer.runtime.migration import announce
 from nova_pycontainer.runtime.migration import channel
 from nova_pycontainer.runtime.migration import cold
 from nova_pycontainer.runtime.migration import destination as dst
+from nova_pycontainer.runtime.migration import drain
 from nova_pycontainer.runtime.migration import identity
 from nova_pycontainer.runtime.migration import images
 from nova_pycontainer.runtime.migration import lazy
@@ -98,6 +99,17 @@ class Migrations:
     def close(self) -> None:
         if self._listener is not None:
             self._listener.close()
+
+    def drain(self, grace_s: float,
+              go_on: cabc.Callable[[], bool]) -> list[str]:
+        """Before :meth:`close`; see :func:`.drain.drain`."""
+        return drain.drain(self._lazy, grace_s, go_on)
+
+    def _lazy(self) -> list[src.Source | dst.Destination]:
+        with self._lock:
+            jobs = [*self._sources.values(), *self._destinations.values()]
+        return [job for job in jobs
+                if isinstance(job, src.Source | dst.Destination)]
 
     def identity(self) -> Info:
         """What a source has to know of this host."""

@@ -298,6 +298,11 @@ class Destination:
         self._on_over(self._phase)
 
     @property
+    def lazy(self) -> bool:
+        """Whether it is a post-copy: pages follow the guest."""
+        return self._daemon is not None
+
+    @property
     def _phase(self) -> Phase:
         """For a source that asks: whatever became of it since, it may have
         run here.
