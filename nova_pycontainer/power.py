@@ -13,6 +13,7 @@
 """Start and stop containers that exist."""
 
 import contextlib
+import time
 
 from nova.compute import power_state
 from nova.compute import vm_states
@@ -43,6 +44,10 @@ POWER_STATES = {
 ALIVE = ('created', 'running', 'paused')
 
 
+#: Seconds that an agent may take to come back, and look at all that it has.
+_BACK_S = 60.0
+_RETRY_S = 1.0
+
 #: Of what the agent accepts, in seconds.
 _LONGEST_SHUTDOWN = 86400
 
@@ -50,6 +55,10 @@ _LONGEST_SHUTDOWN = 86400
 def shutdown_s(timeout):
     """What is meant by ``os_shutdown_timeout``, which may be any number."""
     return min(max(timeout, 0), _LONGEST_SHUTDOWN)
+
+
+class _Undone(errors.ContainerError):
+    """It is as before, and may be tried again."""
 
 
 class Power:
@@ -151,10 +160,48 @@ class Power:
             # A resume that a restart of nova-compute repeats.
             LOG.info('The container runs already', instance=instance)
             return
-        with self._wired(context, instance, network_info, block_device_info,
-                         'resume') as (steps, changes):
-            with steps.step('restore'):
-                self._client.resume(instance.uuid, changes)
+
+        def restore():
+            with self._wired(context, instance, network_info,
+                             block_device_info, 'resume') as (steps, changes):
+                with steps.step('restore'):
+                    self._restore(instance, changes)
+
+        try:
+            restore()
+        except _Undone as e:
+            LOG.warning('%s', e, instance=instance)
+            restore()
+
+    def _restore(self, instance, changes):
+        try:
+            self._client.resume(instance.uuid, changes)
+        except errors.AgentUnavailable as e:
+            state = self._state_after(instance, e)
+            if state == 'suspended':
+                # Inside of the steps, which make the interfaces anew.
+                raise _Undone(
+                    'bad_state', 'the agent was restarted in the middle of '
+                    'the resume, and the instance is suspended as before',
+                    uuid=instance.uuid, remedy='Resume it again') from e
+            if state != 'running':
+                raise
+
+    def _state_after(self, instance, error):
+        """Its state when the agent is back that went away in the middle.
+
+        It has finished or undone by then what it had begun.
+
+        :raises AgentUnavailable: ``error``: it is not back in time
+        """
+        deadline = time.monotonic() + _BACK_S
+        while True:
+            try:
+                return self._client.info(instance.uuid)['state']
+            except errors.AgentUnavailable:
+                if time.monotonic() >= deadline:
+                    raise error from None
+                time.sleep(_RETRY_S)
 
     @contextlib.contextmanager
     def _wired(self, context, instance, network_info, block_device_info,
@@ -203,6 +250,14 @@ class Power:
 
         :raises ContainerError: the agent's; it runs on
         """
+        try:
+            self._suspend(instance)
+        except errors.AgentUnavailable as e:
+            LOG.warning('%s', e, instance=instance)
+            if self._state_after(instance, e) != 'suspended':
+                self._suspend(instance)
+
+    def _suspend(self, instance):
         try:
             self._client.suspend(instance.uuid)
         except errors.ContainerError as e:

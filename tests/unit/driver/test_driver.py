@@ -199,6 +199,43 @@ class PowerTestCase(driver_base.Base):
             exception.InstanceNotReady, self.driver.get_serial_console,
             self.context, self.instance)
 
+    def _agent_dies_in(self, verb, *, when_done, times=1):
+        """It is killed in the middle of a verb, and comes back."""
+        real = getattr(self.agent, verb)
+        left = [times]
+
+        def dies(*args, **kwargs):
+            if not left[0]:
+                return real(*args, **kwargs)
+            left[0] -= 1
+            if when_done:
+                real(*args, **kwargs)
+            raise errors.AgentUnavailable('agent_unavailable', 'it went away')
+
+        return mock.patch.object(
+            self.agent, verb, autospec=True, side_effect=dies)
+
+    def _resume(self):
+        self.driver.resume(
+            self.context, self.instance, self.network_info, None, None)
+
+    def test_suspend_and_the_agent_dies(self):
+        for when_done in False, True:
+            with self._agent_dies_in('suspend', when_done=when_done):
+                self.driver.suspend(self.context, self.instance)
+            self.assertEqual(power_state.SUSPENDED, self.state())
+            with self._agent_dies_in('resume', when_done=when_done):
+                self._resume()
+            self.assertEqual(power_state.RUNNING, self.state())
+
+    def test_suspend_and_the_agent_dies_again_and_again(self):
+        self.driver.suspend(self.context, self.instance)
+        with self._agent_dies_in('resume', when_done=False, times=2):
+            error = self.assertRaises(
+                exception.InstanceFaultRollback, self._resume)
+        self.assertIn('suspended as before', str(error.inner_exception))
+        self.assertEqual(power_state.SUSPENDED, self.state())
+
     def test_suspend(self):
         self.driver.suspend(self.context, self.instance)
         self.assertEqual(power_state.SUSPENDED, self.state())
