@@ -46,6 +46,7 @@ from nova_pycontainer import migration_checks
 from nova_pycontainer import migration_destination
 from nova_pycontainer import migration_recovery
 from nova_pycontainer import power
+from nova_pycontainer import replug
 from nova_pycontainer import rescue
 from nova_pycontainer import resize
 from nova_pycontainer import resize_recovery
@@ -164,7 +165,8 @@ class PyContainerDriver(driver.ComputeDriver):
             self.virtapi, arrivals, host)
         self._watcher = events.Watcher(
             self._client, self._emit, self._agent_up, self._agent_down,
-            patience=options.agent_lost_timeout)
+            patience=options.agent_lost_timeout,
+            on_reboot=lambda uuid: replug.begin(self._client, uuid))
 
     def process_instances_at_startup(self, context, instances):
         self._suspend_recovery.settle(instances)

@@ -60,12 +60,16 @@ class Watcher:
         start; again until it returns true
     :param on_down: called with the error when the agent has not answered for
         ``patience`` seconds; again until it returns true
+    :param on_reboot: called with the uuid of a guest that has rebooted by
+        itself
     :param clock: seconds, monotonic
     """
 
     def __init__(self, client, emit, on_up, on_down, *, patience,
-                 poll=_POLL_S, retry=_RETRY_S, clock=time.monotonic):
+                 on_reboot=lambda uuid: None, poll=_POLL_S, retry=_RETRY_S,
+                 clock=time.monotonic):
         self._client = client
+        self._on_reboot = on_reboot
         self._emit = emit
         self._on_up = on_up
         self._on_down = on_down
@@ -123,6 +127,8 @@ class Watcher:
                 last = event['seq']
                 if self._stop.is_set():
                     return
+                if event['type'] == 'rebooted':
+                    self._on_reboot(event['uuid'])
                 translated = lifecycle_event(event)
                 if translated is not None:
                     self._emit(translated)

@@ -44,6 +44,15 @@ class CrashTest(base.CloudTestCase):
     def wait(self, status):
         self.wait_server(self.server.id, status)
 
+    def reboot_inside(self):
+        """By itself, which makes new interfaces."""
+        boot = self.container(self.server)['started_at']
+        self.inside(self.server, 'systemctl reboot')
+        base.wait_for(
+            lambda: (self.container(self.server)['started_at'] or boot) != boot,
+            PATIENCE, 'the guest reboots')
+        self.wait_ssh(self.address, user='debian')
+
     def assert_every_verb_works(self):
         compute = self.demo.compute
         pid = self.ssh_in('pidof systemd-networkd').strip()
@@ -64,6 +73,7 @@ class CrashTest(base.CloudTestCase):
         compute.start_server(self.server.id)
         self.wait('ACTIVE')
         self.wait_ssh(self.address, user='debian')
+        self.reboot_inside()
         for kind in 'SOFT', 'HARD':
             compute.reboot_server(self.server.id, kind)
             self.wait('ACTIVE')
