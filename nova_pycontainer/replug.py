@@ -20,12 +20,10 @@ gone, and the guest would have no network until Nova reboots it.
 import threading
 
 from nova import context as nova_context
-from nova import exception
 from nova import objects
 from nova import utils
 from oslo_log import log as logging
 
-from nova_pycontainer.runtime import errors
 from nova_pycontainer import vif
 
 LOG = logging.getLogger(__name__)
@@ -53,9 +51,8 @@ def _replug_locked(client, uuid):
             return
         instance = objects.Instance.get_by_uuid(
             nova_context.get_admin_context(), uuid)
-        network_info = instance.get_network_info()
-        vif.unplug(instance, network_info)
-        vif.plug(instance, network_info)
-    except (errors.ContainerError, exception.NovaException) as e:
-        LOG.error('Instance %s has rebooted, and has no network until it is '
-                  'rebooted once more: %s', uuid, e)
+        vif.plug_anew(instance, instance.get_network_info())
+    except Exception as e:
+        # It would end the thread without a word.
+        LOG.error('Instance %s has rebooted, and has no network until Nova '
+                  'reboots it: %s', uuid, e)

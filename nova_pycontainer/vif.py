@@ -23,11 +23,16 @@ from nova.network import model
 from nova.network import os_vif_util
 import os_vif
 from os_vif import exception as os_vif_exception
+from oslo_config import cfg
 from oslo_log import log as logging
+from vif_plug_ovs.ovsdb import ovsdb_lib
 
 from nova_pycontainer import flavor
 
 LOG = logging.getLogger(__name__)
+
+#: Plugin of os-vif.
+_OVS = 'ovs'
 
 #: Ethernet's, for a network that has none (RFC 894).
 _DEFAULT_MTU = 1500
@@ -174,3 +179,20 @@ def unplug(instance, network_info):
                 os_vif_exception.ExceptionBase) as e:
             LOG.warning('Port %(port)s could not be unplugged: %(cause)s',
                         {'port': vif['id'], 'cause': e}, instance=instance)
+
+
+def plug_anew(instance, network_info):
+    """Connect outer ends that are others, of the same names, than those that
+    the switch has.
+
+    Not by unplugging them, with which os-vif removes the interface itself.
+
+    :raises nova.exception.VirtualInterfacePlugException: os-vif failed
+    """
+    for vif in network_info or ():
+        vif_object = _os_vif(vif)
+        if vif_object is not None and vif_object.plugin == _OVS:
+            ovsdb_lib.BaseOVS(cfg.CONF.os_vif_ovs).delete_ovs_vif_port(
+                vif_object.network.bridge, vif_object.vif_name,
+                delete_netdev=False)
+    plug(instance, network_info)
