@@ -49,8 +49,8 @@ class CrashTest(base.CloudTestCase):
         boot = self.container(self.server)['started_at']
         self.inside(self.server, 'systemctl reboot')
         base.wait_for(
-            lambda: (self.container(self.server)['started_at'] or boot) != boot,
-            PATIENCE, 'the guest reboots')
+            lambda: self.container(self.server)['started_at'] not in (
+                None, boot), PATIENCE, 'the guest reboots')
         self.wait_ssh(self.address, user='debian')
 
     def assert_every_verb_works(self):

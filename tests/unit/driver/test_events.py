@@ -34,6 +34,7 @@ class WatcherTestCase(base.TestCase):
         super().setUp()
         self.emitted = []
         self.changes = []
+        self.rebooted = []
         self.settles = True
         self.now = 0
         self.watcher = self.make()
@@ -44,7 +45,8 @@ class WatcherTestCase(base.TestCase):
             lambda e: self.emitted.append((e.uuid, e.transition)),
             lambda: self._change('up'),
             lambda error: self._change(str(error)),
-            patience=10, poll=0.2, retry=0.01, clock=lambda: self.now)
+            on_reboot=self.rebooted.append, patience=10, poll=0.2,
+            retry=0.01, clock=lambda: self.now)
 
     def _change(self, change):
         self.changes.append(change)
@@ -89,6 +91,7 @@ class WatcherTestCase(base.TestCase):
              virtevent.EVENT_LIFECYCLE_STARTED,
              virtevent.EVENT_LIFECYCLE_STOPPED],
             [transition for _, transition in self.emitted])
+        self.assertEqual([uuids.instance], self.rebooted)
 
     def test_what_happened_before_is_found_and_not_repeated(self):
         stopped = self.container('running', uuids.stopped)

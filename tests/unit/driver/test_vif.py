@@ -17,7 +17,10 @@ from nova import exception
 from nova.network import model
 import os_vif
 from os_vif import exception as os_vif_exception
+from oslo_config import cfg
 from oslo_utils.fixture import uuidsentinel as uuids
+from vif_plug_ovs import ovs
+from vif_plug_ovs.ovsdb import ovsdb_lib
 
 from nova_pycontainer.runtime import network
 from nova_pycontainer import vif
@@ -92,6 +95,19 @@ class VifTestCase(base.TestCase):
             vif.plug(self.make_instance(), [port])
         plug.assert_not_called()
         self.assertEqual(1442, vif.nic(port)['mtu'])
+
+    def test_plug_anew_keeps_the_interface(self):
+        tap = base.make_vif(2, type=model.VIF_TYPE_TAP)
+        # As os_vif.initialize() does.
+        cfg.CONF.register_opts(ovs.OvsPlugin.CONFIG_OPTS, group='os_vif_ovs')
+        with mock.patch.object(
+                ovsdb_lib, 'BaseOVS', autospec=True) as switch, (
+                mock.patch.object(os_vif, 'plug', autospec=True)) as plug:
+            vif.plug_anew(self.make_instance(), [base.make_vif(), tap])
+        delete = switch.return_value.delete_ovs_vif_port
+        delete.assert_called_once_with(
+            'br-int', 'tap' + uuids.port1[:11], delete_netdev=False)
+        plug.assert_called_once()
 
     def test_failed_plug_is_one_that_nova_handles(self):
         failure = os_vif_exception.PlugException(vif='v', err='no ovsdb')
