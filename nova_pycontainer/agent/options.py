@@ -47,6 +47,8 @@ agent controls all containers of this host.
 Seconds that the agent waits for running requests when it is told to end.
 
 What is not finished by then is undone or finished when the agent starts again.
+Only a post-copy is waited for as long as its pages come, unless the agent is
+told to end once more: its guest would be lost.
 """),
     cfg.StrOpt(
         'state_dir',
