@@ -36,6 +36,9 @@ _MESSAGE_S = 20.0
 _ENDS = {
     'suspended': (vm_states.SUSPENDED, power_state.SUSPENDED),
     'running': (vm_states.ACTIVE, power_state.RUNNING),
+    # The host has lost its power before it was saved, or after it ran again.
+    # The manager finds that it does not run, and does as with the others.
+    'stopped': (vm_states.ACTIVE, power_state.RUNNING),
 }
 
 

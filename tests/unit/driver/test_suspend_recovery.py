@@ -59,6 +59,14 @@ class SettleTestCase(driver_base.Base):
             [(vm_states.ACTIVE, power_state.RUNNING, None)],
             self.settle(task_states.RESUMING, 'running'))
 
+    def test_power_was_lost_meanwhile(self):
+        for task in task_states.SUSPENDING, task_states.RESUMING:
+            self.saved.clear()
+            self.instance.vm_state = vm_states.SUSPENDED
+            self.assertEqual(
+                [(vm_states.ACTIVE, power_state.RUNNING, None)],
+                self.settle(task, 'stopped'))
+
     def test_request_to_resume_is_on_its_way(self):
         self.assertEqual([], self.settle(task_states.RESUMING, 'suspended'))
         self.recovery.asked(self.instance)
