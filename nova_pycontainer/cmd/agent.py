@@ -12,6 +12,7 @@
 
 """pycontainer-agent: the root daemon that owns the containers of a host."""
 
+import contextlib
 import os
 import resource
 import signal
@@ -114,7 +115,8 @@ class Agent:
     def _may_wait(self) -> bool:
         """Ask systemd for time; whoever does not want to wait says so twice.
         """
-        self._notifier.send(f'EXTEND_TIMEOUT_USEC={int(_EXTEND_S * 1e6)}')
+        with contextlib.suppress(OSError):
+            self._notifier.send(f'EXTEND_TIMEOUT_USEC={int(_EXTEND_S * 1e6)}')
         return self._signals < 2
 
     def _loop(self, served: server.AgentServer) -> None:
