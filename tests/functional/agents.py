@@ -148,6 +148,9 @@ preflight_at_start = false
             self._process.wait(PATIENCE)
             self._process = None
 
+    def died(self):
+        return self._process.poll() is not None
+
     def remove(self):
         try:
             self._end()
@@ -227,6 +230,10 @@ class Real:
 
     def stop(self, host):
         self._agent(host).kill()
+
+    def died(self, host):
+        """Whether it has ended by itself."""
+        return self._agent(host).died()
 
     def start(self, host, **env):
         """:param env: more of its environment"""

@@ -97,6 +97,25 @@ class ServersTest(base.TestCase):
         self.action(server, 'SUSPENDED', 'suspend')
         self.action(server, 'ACTIVE', 'resume')
 
+    def test_agent_dies_in_a_suspend(self):
+        """It is restarted, and nobody has to do anything."""
+        if agents.Agents is not agents.Real:
+            self.skipTest('agents need root; run tools/run_tests.sh')
+        server = self.boot()
+        for point, verb, status in (
+                ('suspend.dumped', 'suspend', 'SUSPENDED'),
+                ('resume.restored', 'resume', 'ACTIVE'),
+                ('suspend.saved', 'suspend', 'SUSPENDED'),
+                ('resume.committed', 'resume', 'ACTIVE')):
+            self.agents.stop('host1')
+            self.agents.start('host1', PYCONTAINER_FAULTS=f'{point}=kill')
+            self.api.post_server_action(server['id'], {verb: None})
+            self.wait_for(lambda: self.agents.died('host1'), point)
+            self.agents.start('host1')
+            self.wait(server, status)
+            self._settled(server, status)
+        self.assertEqual('running', self.info(server)['state'])
+
     def _failed(self, server, action):
         actions = self.api.get_instance_actions(server['id'])
         return any(a['action'] == action and a['message'] == 'Error'
