@@ -21,9 +21,10 @@ from tests.runtime import test_migration_faults
 
 #: Keeps 64 MiB in the memory of dd, and sums them up when it may.
 _HOLD = """
-dd if=/dev/urandom of=/file bs=1M count=64 2>/dev/null
-setsid sh -c 'dd if=/file bs=64M count=1 | (until [ -e /go ]; do
-sleep 0.1; done; md5sum > /sum.new; mv /sum.new /sum)' \
+dd if=/dev/urandom of=/file bs=1M count=8 2>/dev/null
+echo 'cat /file /file /file /file /file /file /file /file' > /many
+setsid sh -c 'sh /many | dd bs=64M count=1 iflag=fullblock | (until [ -e /go ]
+do sleep 0.1; done; md5sum > /sum.new; mv /sum.new /sum)' \
     </dev/null >/dev/null 2>&1 &
 until [ "$(cat /proc/$(pidof dd)/statm | cut -d" " -f2)" -gt 16384 ]; do
 sleep 0.1; done
@@ -38,10 +39,10 @@ class DrainTestCase(test_migration_faults.Helpers):
         """
         uuid = self._boot()
         self.sh(self.a, uuid, _HOLD)
-        right = self.sh(self.a, uuid, 'md5sum < /file')
+        right = self.sh(self.a, uuid, 'sh /many | md5sum')
         migration = self.prepare_migration(
             uuid, self.a, self.b, strategy='post-copy',
-            permit_post_copy=True, bandwidth=8 << 20)
+            permit_post_copy=True, bandwidth=5 << 20)
         for host in self.a, self.b:
             base.wait_for(lambda h=host: self._phase(h, migration) ==
                           'running', 'the guest to run')
