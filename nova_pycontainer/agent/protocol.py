@@ -119,6 +119,11 @@ def readable(sock: socket.socket) -> bool:
 
 def internal(cause: object) -> errors.ContainerError:
     """What nobody has foreseen, without telling the client too much."""
+    if isinstance(cause, OSError) and cause.errno in errors.FULL:
+        return errors.ContainerError(
+            'no_space', 'the disk of the host is full', cause=cause.strerror,
+            remedy='Free space there, above all in the state directory of '
+            'pycontainer-agent, and try again')
     return errors.ContainerError(
         'internal', 'the agent failed', cause=repr(cause),
         remedy='See the log of pycontainer-agent on that host')

@@ -273,6 +273,7 @@ class Rig(Counting):
         self._cut_allowed = bool(fault.ends) or fault is inject.MIGRATION[
             'criu-a']
         self.stream, self.cut = None, ''
+        self._heal = lambda: fault.heal(self)
         self.witness = self._server = server = None
         if verb != 'spawn':
             server = (self._of_a_gone_image() if 'layer' in step.split('.')
@@ -461,6 +462,8 @@ class Rig(Counting):
             self.admin.compute.revert_server_resize(server.id)
             self._settled(server, 'ACTIVE')
         elif now.status == 'ERROR':
+            # It is not to be started on a disk that is still full.
+            self._heal()
             self.admin.compute.reset_server_state(server.id, 'active')
             self.demo.compute.reboot_server(server.id, 'HARD')
             self._settled(server, 'ACTIVE')

@@ -13,6 +13,7 @@
 """What goes over the socket arrives as it was."""
 
 import concurrent.futures
+import errno
 import inspect
 import socket
 import time
@@ -20,6 +21,7 @@ import uuid as uuidlib
 
 from nova_pycontainer.agent import client
 from nova_pycontainer.agent import handler
+from nova_pycontainer.agent import protocol
 from nova_pycontainer.agent import server
 from nova_pycontainer.agent import verbs
 from nova_pycontainer.runtime import checkpoints
@@ -140,6 +142,11 @@ class TestVerbs(base.AgentTestCase):
         self.assertIn('log of pycontainer-agent', error.remedy)
         self.assertNotIn('Traceback', str(error))
         self.client.host_info()
+
+    def test_a_full_disk_is_called_so(self):
+        error = protocol.internal(OSError(errno.ENOSPC, 'No space left'))
+        self.assertEqual('no_space', error.code)
+        self.assertIn('Free space', error.remedy)
 
     def test_many_threads_share_a_client(self):
         uuids = [str(uuidlib.uuid4()) for _ in range(40)]
