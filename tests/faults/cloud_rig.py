@@ -458,12 +458,12 @@ class Rig(Counting):
 
     def _after_resize(self, server):
         now = self._settled(server, 'ACTIVE', 'VERIFY_RESIZE', 'ERROR')
+        # Nothing is reverted to or started on a disk that is still full.
+        self._heal()
         if now.status == 'VERIFY_RESIZE':
             self.admin.compute.revert_server_resize(server.id)
             self._settled(server, 'ACTIVE')
         elif now.status == 'ERROR':
-            # It is not to be started on a disk that is still full.
-            self._heal()
             self.admin.compute.reset_server_state(server.id, 'active')
             self.demo.compute.reboot_server(server.id, 'HARD')
             self._settled(server, 'ACTIVE')
