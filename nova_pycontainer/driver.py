@@ -53,6 +53,7 @@ from nova_pycontainer import resize_recovery
 from nova_pycontainer.runtime import errors
 from nova_pycontainer import snapshot
 from nova_pycontainer import spawn
+from nova_pycontainer import stale
 from nova_pycontainer import suspend_recovery
 from nova_pycontainer import volume
 from nova_pycontainer import volume_swap
@@ -409,16 +410,22 @@ class PyContainerDriver(driver.ComputeDriver):
                 context, instance, network_info, block_device_info)
 
     def pause(self, instance):
+        if stale.given_up(instance):
+            return
         with driver_errors.translated(
                 instance, failure=exception.InstanceSuspendFailure):
             self._client.pause(instance.uuid)
 
     def unpause(self, instance):
+        if stale.given_up(instance):
+            return
         with driver_errors.translated(
                 instance, failure=exception.InstanceResumeFailure):
             self._client.unpause(instance.uuid)
 
     def suspend(self, context, instance):
+        if stale.given_up(instance):
+            return
         with driver_errors.rolled_back(
                 instance, exception.InstanceSuspendFailure):
             self._power.suspend(instance)

@@ -97,6 +97,22 @@ class ServersTest(base.TestCase):
         self.action(server, 'SUSPENDED', 'suspend')
         self.action(server, 'ACTIVE', 'resume')
 
+    def test_requests_that_a_restart_has_given_up(self):
+        server = self.boot()
+        manager = self.computes['host1'].manager
+        for verb, task in ((manager.pause_instance, 'pausing'),
+                           (manager.suspend_instance, 'suspending')):
+            # As the message has it. In the database it is none.
+            instance = self.instance(server)
+            instance.task_state = task
+            instance.obj_reset_changes()
+            self.assertRaises(exception.UnexpectedTaskStateError, verb,
+                              instance._context, instance)
+            self.assertEqual('running', self.info(server)['state'])
+            self.wait(server, 'ACTIVE')
+        self.action(server, 'PAUSED', 'pause')
+        self.action(server, 'ACTIVE', 'unpause')
+
     def test_agent_dies_in_a_suspend(self):
         """It is restarted, and nobody has to do anything."""
         if agents.Agents is not agents.Real:
