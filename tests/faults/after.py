@@ -112,9 +112,11 @@ class After:
 
     def _check_stream(self):
         received = self.stream.received
+        # Longer than the stream itself waits for an answer: one that is
+        # silent for good, where that is allowed, has an error then.
         base.wait_for(
             lambda: self.stream.received > received + 20 or self.stream.error,
-            'the stream to go on', SILENCE_S)
+            'the stream to go on', SILENCE_S + 60)
         if self.stream.error and self._cut_allowed:
             self._cut_allowed = False
             self.cut = ', connections cut'
