@@ -170,6 +170,9 @@ class UpgradeInMigrationTestCase(upgrade.Rows):
         self._try(('destination.images', 'kill b', 'source'),
                   ('destination.committed', 'kill b', 'destination'))
 
+    # One of several beside a busy machine loses the database's client, which
+    # is not understood yet; see doc/source/contributor/faults.rst.
+    @cases.more
     def test_both(self):
         self._try(('source.committed', 'kill a-b', 'destination'))
 
