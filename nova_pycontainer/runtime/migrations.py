@@ -103,9 +103,9 @@ class Migrations:
     def drain(self, grace_s: float,
               go_on: cabc.Callable[[], bool]) -> list[str]:
         """Before :meth:`close`; see :func:`.drain.drain`."""
-        return drain.drain(self._lazy, grace_s, go_on)
+        return drain.drain(self._moves, grace_s, go_on)
 
-    def _lazy(self) -> list[src.Source | dst.Destination]:
+    def _moves(self) -> list[src.Source | dst.Destination]:
         with self._lock:
             jobs = [*self._sources.values(), *self._destinations.values()]
         return [job for job in jobs

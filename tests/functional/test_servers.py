@@ -128,8 +128,7 @@ class ServersTest(base.TestCase):
             self.api.post_server_action(server['id'], {verb: None})
             self.wait_for(lambda: self.agents.died('host1'), point)
             self.agents.start('host1')
-            self.wait(server, status)
-            self._settled(server, status)
+            self.wait_for(lambda s=status: self._settled(server, s), point)
         self.assertEqual('running', self.info(server)['state'])
 
     def _failed(self, server, action):

@@ -66,25 +66,22 @@ class DrainTestCase(test_migration_faults.Helpers):
             'the sum of its memory'))
         self._settled(uuid, ['b'])
 
-    def test_source(self):
+    def _restart(self, host, other):
+        """As for an upgrade of one: nothing is lost."""
         uuid, migration, right = self._in_the_middle()
-        self._stop(self.a)
-        self.assertEqual(0, self.a.process.wait(base.PATIENCE))
-        base.wait_for(lambda: self._phase(self.b, migration) == 'completed',
-                      'the end on the destination')
+        self._stop(host)
+        self.assertEqual(0, host.process.wait(base.PATIENCE))
+        base.wait_for(lambda: self._phase(other, migration) == 'completed',
+                      f'the end on {other.name}')
+        host.start_agent()
         self._check(uuid, right)
-        self.a.start_agent()
         self._check_clean(self.a, uuid)
 
+    def test_source(self):
+        self._restart(self.a, self.b)
+
     def test_destination(self):
-        uuid, migration, right = self._in_the_middle()
-        self._stop(self.b)
-        self.assertEqual(0, self.b.process.wait(base.PATIENCE))
-        base.wait_for(lambda: self._phase(self.a, migration) == 'completed',
-                      'the end on the source')
-        self.b.start_agent()
-        self._check(uuid, right)
-        self._check_clean(self.a, uuid)
+        self._restart(self.b, self.a)
 
     def test_before_it_is_given(self):
         """It stays: nothing may be given away by an agent that ends."""
