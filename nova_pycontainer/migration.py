@@ -12,6 +12,7 @@
 
 """Live migration: the source's side."""
 
+import functools
 import threading
 import time
 
@@ -26,6 +27,7 @@ from oslo_log import log as logging
 from nova_pycontainer import attachments
 from nova_pycontainer import errors as driver_errors
 from nova_pycontainer import flavor
+from nova_pycontainer import handover
 from nova_pycontainer import migration_data
 from nova_pycontainer import migration_destination
 from nova_pycontainer.runtime import errors
@@ -105,7 +107,8 @@ class Source:
                 block_migration, data):
         """Move the server, and have Nova told of the end.
 
-        Exactly one of the methods is called, whatever happens.
+        Exactly one of the methods is called, whatever happens; the first
+        maybe several times, see :mod:`.handover`.
 
         :param dest: host name of the destination's service
         """
@@ -143,7 +146,9 @@ class Source:
         if error is None:
             # What this does with the server here must not wait for itself.
             self._forget(job)
-            post_method(context, job.instance, dest, block_migration, data)
+            handover.finish(job.instance, functools.partial(
+                post_method, context, job.instance, dest, block_migration,
+                data))
         else:
             self._recover(context, job, dest, recover_method, data, error)
 

@@ -33,6 +33,7 @@ from nova_pycontainer.runtime.migration import channel
 from nova_pycontainer.runtime.migration import cold
 from nova_pycontainer.runtime.migration import destination as dst
 from nova_pycontainer.runtime.migration import drain
+from nova_pycontainer.runtime.migration import file_locks
 from nova_pycontainer.runtime.migration import identity
 from nova_pycontainer.runtime.migration import images
 from nova_pycontainer.runtime.migration import lazy
@@ -76,6 +77,8 @@ class Migrations:
             recovery.Answer | cold.Offer | cold.Taking] = {}
         self._changed = threading.Condition()
         self._listener: listener.Listener | None = None
+        #: Of the images that another agent has left, by migration.
+        self._left_locks: dict[str, list[file_locks.Lock]] = {}
 
     def start(self) -> None:
         """Open the listener.
@@ -88,6 +91,7 @@ class Migrations:
         # Of migrations that another agent began: their connections are gone.
         for directory in (c.run_dir / 'migration').glob('*'):
             if directory.is_dir():
+                self._left_locks[directory.name] = self._read_locks(directory)
                 images.Memory(directory).unmount()
         for path in (c.run_dir / 'migration').glob('*.conf'):
             path.unlink()
@@ -95,6 +99,14 @@ class Migrations:
         self._listener = listener.Listener(
             c.migration_listen, c.migration_ports, self._identity,
             self._connected)
+
+    def _read_locks(self, directory: pathlib.Path) -> list[file_locks.Lock]:
+        try:
+            return file_locks.read(directory, self._criu.messages())
+        except Exception as e:
+            # The half of an image, for one, of a dump that was cut off.
+            LOG.info('%s: %s', directory, e)
+            return []
 
     def close(self) -> None:
         if self._listener is not None:
@@ -139,6 +151,8 @@ class Migrations:
             return
         migration, phase = str(facts['migration']), facts['phase']
         progress = protocol.Progress(migration, uuid, facts['role'])
+        # An agent of state format 3 has not written them down.
+        facts.setdefault('locks', self._left_locks.get(migration, []))
         LOG.warning('instance %s: its migration %s was %s as %s when the '
                     'agent ended', uuid, migration, phase, facts['role'])
         if facts['role'] == 'source':

@@ -31,8 +31,23 @@ from tests.runtime import base
 
 _SOURCE = pathlib.Path(__file__).with_name('ledger.c')
 _LOG = 'committed'
+#: By it another process knows that somebody has mapped the file beside the
+#: database (sqlite's os_unix.c: UNIX_SHM_DMS).
+_IN_USE = ('READ', '128', '128')
 START = (f'setsid sh -c "ledger run /database /{_LOG}; echo ended: \\$? >&2" '
          '</dev/null >/dev/null 2>/database.error &')
+
+CHECK = 'ledger check /database'
+#: As after the power was lost, of what is on the disk while its client stands
+#: still: the client does not notice.
+CHECK_A_COPY = '''
+pid=$(pidof ledger); mkdir -p /copy; rm -f /copy/*
+kill -STOP $pid
+until grep -q '^State:.T' /proc/$pid/status; do :; done
+cp /database /database-wal /copy/
+kill -CONT $pid
+ledger check /copy/database
+'''
 
 
 def image():
@@ -71,16 +86,17 @@ class Database:
         self.last = self._committed.last
         self.close = self._committed.close
 
-    def problems(self, name, ask):
+    def problems(self, name, ask, check=CHECK):
         """What is wrong with it.
 
         :param name: the host that it is on
         :param ask: runs a command in its guest, and returns the output
+        :param check: that command
         """
         found = self._committed.problems(name)
         # First: what is committed after the look need not be in it.
         said = self._committed.lines(name)
-        verdict, *rows = ask('ledger check /database').splitlines()
+        verdict, *rows = ask(check).splitlines()
         if verdict != 'ok':
             return [*found, f'the database is not whole: {verdict}']
         there = witness.parsed(rows)
@@ -109,11 +125,16 @@ class Guests:
         base.wait_for(lambda: self.database.last('a'),
                       'the database to have rows')
 
-    def check_database(self, host):
+    def is_locked(self, host):
+        """Whether another process in the guest may open it."""
+        return kernel.Copy(host, self.database.uuid).holds(
+            'ledger run', _IN_USE)
+
+    def check_database(self, host, check=CHECK):
         """It is whole, and has lost nothing; the guest runs on the host."""
         uuid = self.database.uuid
         problems = self.database.problems(
-            host.name, lambda command: self.sh(host, uuid, command))
+            host.name, lambda command: self.sh(host, uuid, command), check)
         if problems:
             raise AssertionError('\n'.join(problems))
 

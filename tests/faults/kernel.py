@@ -194,6 +194,18 @@ class Copy:
                          for name in ('stat', 'syscall', 'wchan', 'stack'))
                 for pid in self.pids if command(pid).startswith(start)]
 
+    def holds(self, start, lock):
+        """Whether one of those whose command starts so holds a lock.
+
+        :param lock: kind, first and last byte, as in proc(5)
+        """
+        return any(
+            line.startswith('lock:') and line.split()[-5] == lock[0] and
+            line.split()[-2:] == list(lock[1:])
+            for pid in self.pids if command(pid).startswith(start)
+            for file in (_PROC / str(pid) / 'fdinfo').iterdir()
+            for line in _read(file).splitlines())
+
     def _switches(self):
         total = 0
         for pid in self.pids:

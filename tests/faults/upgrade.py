@@ -30,6 +30,7 @@ import uuid as uuidlib
 
 from nova_pycontainer.agent import client
 from tests import echo
+from tests.faults import database
 from tests.faults import inject
 from tests.faults import kernel
 from tests.faults import releases
@@ -295,7 +296,19 @@ class Rows(releases.Releases, rig.Rig):
         return {'source.committed': 'a', 'destination.restored': 'b'}.get(
             step) in fault.names
 
+    def check_database(self, host):
+        """A guest that an agent of format 3 has brought has lost its locks
+        for good. What opens its database then cuts the file that its client
+        has mapped, which ends the client if it looks at that moment.
+        """
+        if self.is_locked(host):
+            super().check_database(host)
+        else:
+            self.unlocked = True
+            super().check_database(host, database.CHECK_A_COPY)
+
     def row(self, mode, step, name):
+        self.unlocked = False
         found = super().row(mode, step, name)
         for host in (self.a, self.b):
             if self.is_new(host):

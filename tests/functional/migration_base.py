@@ -13,10 +13,14 @@
 """What tests of live migration do, with agents of either kind."""
 
 import sys
+import threading
+from unittest import mock
 
+import fixtures
 from nova import context as nova_context
 from nova import objects
 
+from tests.functional import agents
 from tests.functional import base
 
 
@@ -94,9 +98,94 @@ class TestCase(base.TestCase):
         source._status = lambda job: sys.exit()
         self.wait_for(lambda: not source._jobs, 'the end of the thread')
 
+    def lose_the_end(self, host, answer, times=1):
+        """Who is asked for the destination's part of the end never says that
+        it is done, as if its process were killed.
+
+        :param answer: it is done before that
+        :param times: how often
+        :returns: where the server was, as those were told that were asked
+        """
+        # A process that is there, as here, is waited for longer than one that
+        # is not.
+        self.flags(long_rpc_timeout=4)
+        over = threading.Event()
+        self.addCleanup(over.set)
+        manager = self.computes[host].manager
+        name = 'post_live_migration_at_destination'
+        real = getattr(manager, name)
+        asked = []
+
+        def ask(context, **kwargs):
+            asked.append(kwargs['instance'].host)
+            lost = len(asked) <= times
+            if answer or not lost:
+                real(context, **kwargs)
+            if lost:
+                over.wait()
+
+        patch = mock.patch.object(manager, name, side_effect=ask,
+                                  autospec=True)
+        patch.start()
+        self.addCleanup(patch.stop)
+        return asked
+
     def host(self, server):
         return self.api.get_server(server['id'])['OS-EXT-SRV-ATTR:host']
 
     def wait_until_clean(self, host):
         self.wait_for(lambda: not self.agents.leftovers(host),
                       f'{host} is clean')
+
+
+class InMemoryTestCase(TestCase):
+    """The agents are in memory: two real ones in one network namespace cannot
+    both have the interfaces of a server. With real ones see tests/cloud.
+    """
+
+    def setUp(self):
+        self.useFixture(fixtures.MonkeyPatch(
+            'tests.functional.agents.Agents', agents.InMemory))
+        self.plugs = []
+        super().setUp()
+        self.one = self.agents.client('host1')
+        self.two = self.agents.client('host2')
+        self.addCleanup(self.one.proceed)
+        self.addCleanup(self.two.proceed)
+        # So that the certificates are in the database.
+        for host in base.HOSTS:
+            self.periodic('update_available_resource', host)
+
+    def _plug(self, vif, info):
+        self.plugs.append(('plug', vif.vif_name))
+
+    def _unplug(self, vif, info):
+        self.plugs.append(('unplug', vif.vif_name))
+
+    def bindings(self, server):
+        """Host → status of the bindings of the server's first port."""
+        port = self.info(server, self.host(server))['nics'][0]['id']
+        return {host: binding['status'] for host, binding in
+                self.neutron._port_bindings[port].items()}
+
+    def assert_at(self, server, host, state='running', status='ACTIVE'):
+        """The server is there, and nowhere else is anything of it."""
+        now = self.api.get_server(server['id'])
+        self.assertEqual((host, status, None), (
+            now['OS-EXT-SRV-ATTR:host'], now['status'],
+            now['OS-EXT-STS:task_state']))
+        self.assertEqual(state, self.info(server, host)['state'])
+        for other in base.HOSTS:
+            if other != host:
+                self.wait_until_clean(other)
+        self.assertEqual([host], self.allocations(server))
+        self.wait_for(lambda: [*self.bindings(server)] == [host],
+                      'bindings of one host')
+        instance = self.instance(server, host)
+        self.assertEqual(
+            str(self.info(server, host)['base_id']),
+            instance.system_metadata['pycontainer_base_id'])
+        # Nova forgets them when it has done all else.
+        self.wait_for(lambda: not any(
+            compute.manager._pending_dest_live_migrations
+            for compute in self.computes.values()), 'the end of them')

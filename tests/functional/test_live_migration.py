@@ -36,54 +36,7 @@ from tests.functional import migration_base
 from tests.unit.driver import fake_migration
 
 
-class LiveMigrationTest(migration_base.TestCase):
-
-    def setUp(self):
-        self.useFixture(fixtures.MonkeyPatch(
-            'tests.functional.agents.Agents', agents.InMemory))
-        self.plugs = []
-        super().setUp()
-        self.one = self.agents.client('host1')
-        self.two = self.agents.client('host2')
-        self.addCleanup(self.one.proceed)
-        self.addCleanup(self.two.proceed)
-        # So that the certificates are in the database.
-        for host in base.HOSTS:
-            self.periodic('update_available_resource', host)
-
-    def _plug(self, vif, info):
-        self.plugs.append(('plug', vif.vif_name))
-
-    def _unplug(self, vif, info):
-        self.plugs.append(('unplug', vif.vif_name))
-
-    def bindings(self, server):
-        """Host → status of the bindings of the server's first port."""
-        port = self.info(server, self.host(server))['nics'][0]['id']
-        return {host: binding['status'] for host, binding in
-                self.neutron._port_bindings[port].items()}
-
-    def assert_at(self, server, host, state='running', status='ACTIVE'):
-        """The server is there, and nowhere else is anything of it."""
-        now = self.api.get_server(server['id'])
-        self.assertEqual((host, status, None), (
-            now['OS-EXT-SRV-ATTR:host'], now['status'],
-            now['OS-EXT-STS:task_state']))
-        self.assertEqual(state, self.info(server, host)['state'])
-        for other in base.HOSTS:
-            if other != host:
-                self.wait_until_clean(other)
-        self.assertEqual([host], self.allocations(server))
-        self.wait_for(lambda: [*self.bindings(server)] == [host],
-                      'bindings of one host')
-        instance = self.instance(server, host)
-        self.assertEqual(
-            str(self.info(server, host)['base_id']),
-            instance.system_metadata['pycontainer_base_id'])
-        # Nova forgets them when it has done all else.
-        self.wait_for(lambda: not any(
-            compute.manager._pending_dest_live_migrations
-            for compute in self.computes.values()), 'the end of them')
+class LiveMigrationTest(migration_base.InMemoryTestCase):
 
     # Success
 

@@ -317,6 +317,21 @@ class VolumesTest(TestCase):
         self.assertEqual({}, self.cinder.volume_to_attachment[ident])
 
     @cases.more
+    def test_nova_compute_of_the_destination_is_away(self):
+        server = self.boot()
+        ident, device = self.volume()
+        self.attach(server, ident)
+        asked = self.lose_the_end('host2', True)
+        self.migrate(server)
+        self.wait_for_migration(server, 'completed')
+        self.assertEqual(['host1', 'host1'], asked)
+        self.assertEqual('host2', self.host(server))
+        self.assertEqual(1, len(self.cinder.volume_to_attachment[ident]))
+        self.assert_wrote(server, device, 'there')
+        self.detach(server, ident)
+        self.assertEqual({}, self.cinder.volume_to_attachment[ident])
+
+    @cases.more
     def test_nova_compute_restarts_and_it_has_failed(self):
         server, ident, device, before = self.restarted(
             'failed', PYCONTAINER_FAULTS='destination.restored=raise')

@@ -284,9 +284,8 @@ def release(
     paused = bool(facts.get('paused'))
     item.hold_network(paused)
     try:
-        # An older agent has not written them down.
         file_locks.restore(item.cgroup, [
-            file_locks.Lock(*lock) for lock in facts.get('locks') or ()])
+            file_locks.Lock(*lock) for lock in facts['locks']])
     except OSError:
         LOG.exception('instance %s: its locks', item.uuid)
     thaw(item, paused)
