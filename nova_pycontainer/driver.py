@@ -38,6 +38,7 @@ from nova_pycontainer import diagnostics
 from nova_pycontainer import errors as driver_errors
 from nova_pycontainer import events
 from nova_pycontainer import guest
+from nova_pycontainer import handover
 from nova_pycontainer import host as driver_host
 from nova_pycontainer import image
 from nova_pycontainer import imagecache
@@ -665,7 +666,7 @@ class PyContainerDriver(driver.ComputeDriver):
             block_device_info=None):
         with driver_errors.translated(
                 instance, failure=exception.MigrationError):
-            lost_power = self._migration_destination.arrived(instance)
+            lost_power = handover.arrived(self._client, instance)
             if lost_power and CONF.resume_guests_state_on_host_boot:
                 # The manager does not have it yet among those that it starts
                 # then.

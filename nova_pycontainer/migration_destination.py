@@ -20,12 +20,10 @@ from nova.i18n import _
 from nova import objects
 from oslo_log import log as logging
 
-from nova_pycontainer import attachments
 from nova_pycontainer import cpus
 from nova_pycontainer import migration_data
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime.migration import versions
-from nova_pycontainer import spawn
 from nova_pycontainer import steps as driver_steps
 from nova_pycontainer import vif
 
@@ -177,28 +175,6 @@ class Destination:
         LOG.info('Image %s cannot be had from Glance (%s): its layer will '
                  'come from the source', spec['image_id'], reason,
                  instance=instance)
-
-    def arrived(self, instance):
-        """Nova makes the server this host's.
-
-        :returns: whether it has ended since with the power of this host
-        :raises nova.exception.MigrationError: it is not here
-        """
-        info = self._client.info(instance.uuid)
-        if info['state'] not in (*_ALIVE, 'stopped'):
-            raise exception.MigrationError(
-                reason=_('the container is %s after its migration') %
-                info['state'])
-        # The compute manager saves it with the instance.
-        instance.system_metadata[spawn.BASE_ID] = str(info['base_id'])
-        attachments.forget(instance)
-        if info['state'] != 'stopped':
-            return False
-        # Else its guest has shut down, or was killed.
-        ended = info.get('exit') or {}
-        LOG.warning('It came here, and has ended since: %s', ended,
-                    instance=instance)
-        return ended.get('code') is None and ended.get('signal') is None
 
     def rollback(self, instance, network_info, data):
         """Remove what :meth:`prepare` has made; idempotent.

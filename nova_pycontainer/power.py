@@ -13,13 +13,13 @@
 """Start and stop containers that exist."""
 
 import contextlib
-import time
 
 from nova.compute import power_state
 from nova.compute import vm_states
 from oslo_log import log as logging
 
 from nova_pycontainer import flavor
+from nova_pycontainer import patience
 from nova_pycontainer.runtime import errors
 from nova_pycontainer import steps as driver_steps
 from nova_pycontainer import vif
@@ -42,11 +42,6 @@ POWER_STATES = {
 
 #: States with processes in them.
 ALIVE = ('created', 'running', 'paused')
-
-
-#: Seconds that an agent may take to come back, and look at all that it has.
-_BACK_S = 60.0
-_RETRY_S = 1.0
 
 #: Of what the agent accepts, in seconds.
 _LONGEST_SHUTDOWN = 86400
@@ -177,7 +172,7 @@ class Power:
         try:
             self._client.resume(instance.uuid, changes)
         except errors.AgentUnavailable as e:
-            state = self._state_after(instance, e)
+            state = patience.info(self._client, instance.uuid)['state']
             if state == 'suspended':
                 # Inside of the steps, which make the interfaces anew.
                 raise _Undone(
@@ -186,22 +181,6 @@ class Power:
                     uuid=instance.uuid, remedy='Resume it again') from e
             if state != 'running':
                 raise
-
-    def _state_after(self, instance, error):
-        """Its state when the agent is back that went away in the middle.
-
-        It has finished or undone by then what it had begun.
-
-        :raises AgentUnavailable: ``error``: it is not back in time
-        """
-        deadline = time.monotonic() + _BACK_S
-        while True:
-            try:
-                return self._client.info(instance.uuid)['state']
-            except errors.AgentUnavailable:
-                if time.monotonic() >= deadline:
-                    raise error from None
-                time.sleep(_RETRY_S)
 
     @contextlib.contextmanager
     def _wired(self, context, instance, network_info, block_device_info,
@@ -254,7 +233,8 @@ class Power:
             self._suspend(instance)
         except errors.AgentUnavailable as e:
             LOG.warning('%s', e, instance=instance)
-            if self._state_after(instance, e) != 'suspended':
+            if patience.info(
+                    self._client, instance.uuid)['state'] != 'suspended':
                 self._suspend(instance)
 
     def _suspend(self, instance):

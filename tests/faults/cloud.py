@@ -84,7 +84,7 @@ _RESUME = ('network', 'volumes', 'unplug_vifs', 'plug', 'plug_vifs',
 MODULES = {
     'spawn.py': 'spawn', 'migration_destination.py': 'pre_live_migration',
     'power.py': 'resume', 'resize.py': 'resize',
-    'arrival.py': 'finish_migration',
+    'arrival.py': 'finish_migration', 'handover.py': 'post_live_migration',
 }
 
 
@@ -128,7 +128,8 @@ def verbs():
         'delete': Verb([s for s in points.names('life')
                         if s.startswith('delete.')], []),
         'migrate': Verb(rig.steps('move'),
-                        _driver('migration_destination.py'), True),
+                        _driver('migration_destination.py') +
+                        _driver('handover.py'), True),
         'suspend': Verb([s for s in _points('runtime/checkpoint.py')
                          if s.startswith('suspend.')], []),
         'resume': Verb([s for s in _points('runtime/checkpoint.py')

@@ -12,7 +12,10 @@
 
 """The destination's nova-compute is away when a live migration ends."""
 
+from unittest import mock
+
 import fixtures
+from nova import exception
 
 from tests import cases
 from tests.functional import base
@@ -38,6 +41,21 @@ class HandoverTest(migration_base.InMemoryTestCase):
 
     def test_before_it_has_answered(self):
         self.assert_moved(*self.move(True))
+
+    def test_it_fails(self):
+        """As when Neutron does not answer for a moment."""
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova_pycontainer.handover._PAUSE_S', 0.1))
+        server = self.boot()
+        manager = self.computes['host2'].manager
+        with mock.patch.object(
+                manager.driver, 'post_live_migration_at_destination',
+                autospec=True, side_effect=[
+                    exception.MigrationError(reason='it fails'), mock.DEFAULT],
+                wraps=manager.driver.post_live_migration_at_destination):
+            self.migrate(server)
+            self.wait_for_migration(server, 'completed')
+        self.assert_at(server, 'host2')
 
     def test_it_does_not_come_back(self):
         self.useFixture(fixtures.MonkeyPatch(
