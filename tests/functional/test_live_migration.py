@@ -30,7 +30,6 @@ from nova_pycontainer import migration_checks
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import state
 from tests import cases
-from tests.functional import agents
 from tests.functional import base
 from tests.functional import migration_base
 from tests.unit.driver import fake_migration
