@@ -33,6 +33,7 @@ from oslo_log import log as logging
 
 from nova_pycontainer.runtime import cgroup
 from nova_pycontainer.runtime.migration import imagefile
+from nova_pycontainer.runtime.migration import lazy
 from nova_pycontainer.runtime.migration import tracer
 from nova_pycontainer.runtime import process
 
@@ -140,8 +141,9 @@ def _take(thread: tracer.Thread, pid: int, lock: Lock) -> int:
     address = (thread.registers().sp - _RED_ZONE) & -_FLOCK.size
     # With post-copy it may be still to come, which it does for the process
     # itself, and for nobody who looks into its memory (userfaultfd(2)). This
-    # reads from there, and does nothing else.
-    thread.call(_ACCESS, address, os.F_OK)
+    # reads from there, and does nothing else. The kernel does not break it
+    # off: it ends with the page, or, if that never comes, with the guest.
+    thread.call(_ACCESS, address, os.F_OK, timeout=lazy.LONGEST)
     with open(f'/proc/{pid}/mem', 'r+b', buffering=0) as f:
         f.seek(address)
         before = f.read(_FLOCK.size)

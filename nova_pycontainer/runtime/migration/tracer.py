@@ -20,6 +20,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import re
 import signal
 import time
 
@@ -27,7 +28,7 @@ from nova_pycontainer.runtime import cgroup
 from nova_pycontainer.runtime import syscalls
 
 _SEIZE, _INTERRUPT, _DETACH = 0x4206, 0x4207, 17
-_GETREGS, _SETREGS, _SINGLESTEP = 12, 13, 9
+_GETREGS, _SETREGS, _SINGLESTEP, _CONT = 12, 13, 9, 7
 _WALL = 0x40000000
 _STOP_TIMEOUT = 2.0
 _SYSCALL = b'\x0f\x05'
@@ -81,8 +82,8 @@ class Thread:
         self._ptrace(_INTERRUPT)
         self._wait()
 
-    def _wait(self) -> int:
-        deadline = time.monotonic() + _STOP_TIMEOUT
+    def _wait(self, timeout: float | None = None) -> int:
+        deadline = time.monotonic() + (timeout or _STOP_TIMEOUT)
         while True:
             found, status = os.waitpid(self._tid, _WALL | os.WNOHANG)
             if found:
@@ -104,14 +105,20 @@ class Thread:
     def set_registers(self, regs: UserRegs) -> None:
         self._ptrace(_SETREGS, ctypes.byref(regs))
 
-    def call(self, number: int, *arguments: int) -> int:
+    def call(
+        self, number: int, *arguments: int, timeout: float | None = None
+    ) -> int:
         """Let it make a system call, as if it had wanted to.
 
         What it does itself goes on afterwards, a system call that waits
         included: its registers say so to the kernel.
 
+        :param timeout: seconds that the call may wait, 2 by default. For a
+            page it waits on if need be: the kernel breaks that off for a
+            signal that kills only
         :returns: what the call returns, or -errno
         :raises Interrupted: it has been called, or not
+        :raises TimeoutError: it was broken off
         :raises OSError: it cannot be done with this thread
         """
         before = self.registers()
@@ -127,9 +134,20 @@ class Thread:
                 strict=False):
             setattr(regs, name, value)
         self.set_registers(regs)
+        late: TimeoutError | None = None
         try:
             self._ptrace(_SINGLESTEP)
-            status = self._wait()
+            try:
+                status = self._wait(timeout)
+            except TimeoutError as e:
+                late = e
+                self._ptrace(_INTERRUPT)
+                status = self._wait()
+            if status >> 16 and self._has_trap():
+                # The end of the step is still to come, and would be a signal
+                # to the thread.
+                self._ptrace(_CONT)
+                status = self._wait()
             result = int(self.registers().ax)
         finally:
             self.set_registers(before)
@@ -137,7 +155,14 @@ class Thread:
             if not status >> 16:
                 self._signal = os.WSTOPSIG(status)
             raise Interrupted(f'thread {self._tid}: stopped by {status:#x}')
+        if late:
+            raise late
         return result - (1 << 64) if result >> 63 else result
+
+    def _has_trap(self) -> bool:
+        with open(f'/proc/{self._tid}/status') as status:
+            pending, = re.findall(r'^SigPnd:\s+(\w+)$', status.read(), re.M)
+        return bool(int(pending, 16) >> (signal.SIGTRAP - 1) & 1)
 
     def _instruction(self, ip: int) -> int:
         """Address of a ``syscall`` instruction in its memory."""
