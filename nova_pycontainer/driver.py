@@ -433,6 +433,8 @@ class PyContainerDriver(driver.ComputeDriver):
 
     def resume(self, context, instance, network_info,
                block_device_info=None, share_info=None):
+        if stale.given_up(instance):
+            return
         self._suspend_recovery.asked(instance)
         with driver_errors.rolled_back(
                 instance, exception.InstanceResumeFailure):

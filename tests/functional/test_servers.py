@@ -100,18 +100,25 @@ class ServersTest(base.TestCase):
     def test_requests_that_a_restart_has_given_up(self):
         server = self.boot()
         manager = self.computes['host1'].manager
-        for verb, task in ((manager.pause_instance, 'pausing'),
-                           (manager.suspend_instance, 'suspending')):
+
+        def asked_too_late(verb, task, state):
             # As the message has it. In the database it is none.
             instance = self.instance(server)
+            vm_state = instance.vm_state
             instance.task_state = task
             instance.obj_reset_changes()
             self.assertRaises(exception.UnexpectedTaskStateError, verb,
                               instance._context, instance)
-            self.assertEqual('running', self.info(server)['state'])
-            self.wait(server, 'ACTIVE')
+            self.assertEqual(state, self.info(server)['state'])
+            self.assertEqual(vm_state, self.instance(server).vm_state)
+
+        asked_too_late(manager.pause_instance, 'pausing', 'running')
+        asked_too_late(manager.suspend_instance, 'suspending', 'running')
         self.action(server, 'PAUSED', 'pause')
         self.action(server, 'ACTIVE', 'unpause')
+        self.action(server, 'SUSPENDED', 'suspend')
+        asked_too_late(manager.resume_instance, 'resuming', 'suspended')
+        self.action(server, 'ACTIVE', 'resume')
 
     def test_agent_dies_in_a_suspend(self):
         """It is restarted, and nobody has to do anything."""
