@@ -98,7 +98,7 @@ def arrived(client, instance):
     """
     with steps.Steps('post_live_migration', instance) as changes:
         with changes.step('arrived'):
-            info = patience.info(client, instance.uuid)
+            info = patience.call(client.info, instance.uuid)
             if info['state'] not in ('running', 'paused', 'stopped'):
                 raise exception.MigrationError(
                     reason=_('the container is %s after its migration') %

@@ -22,6 +22,7 @@ from oslo_log import log as logging
 
 from nova_pycontainer import cpus
 from nova_pycontainer import migration_data
+from nova_pycontainer import patience
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime.migration import versions
 from nova_pycontainer import steps as driver_steps
@@ -190,6 +191,8 @@ class Destination:
             migration = None
         else:
             self._over.add(migration)
+        # That the agent has died may be why.
+        patience.call(self._client.find, uuid)
         self._give_up(instance, migration)
         other = self._of_another(instance, migration)
         if other is not None:

@@ -21,17 +21,17 @@ _BACK_S = 60.0
 _RETRY_S = 1.0
 
 
-def info(client, uuid):
-    """What the agent says of a container, when it is there.
+def call(method, *arguments):
+    """Have a method of the agent's client called when the agent is there.
 
-    What it had begun for the container it has finished or undone by then.
+    What it had begun for a container it has finished or undone by then.
 
     :raises AgentUnavailable: it does not come back in time
     """
     deadline = time.monotonic() + _BACK_S
     while True:
         try:
-            return client.info(uuid)
+            return method(*arguments)
         except errors.AgentUnavailable:
             if time.monotonic() >= deadline:
                 raise

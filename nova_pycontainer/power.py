@@ -172,7 +172,7 @@ class Power:
         try:
             self._client.resume(instance.uuid, changes)
         except errors.AgentUnavailable as e:
-            state = patience.info(self._client, instance.uuid)['state']
+            state = patience.call(self._client.info, instance.uuid)['state']
             if state == 'suspended':
                 # Inside of the steps, which make the interfaces anew.
                 raise _Undone(
@@ -233,8 +233,8 @@ class Power:
             self._suspend(instance)
         except errors.AgentUnavailable as e:
             LOG.warning('%s', e, instance=instance)
-            if patience.info(
-                    self._client, instance.uuid)['state'] != 'suspended':
+            info = patience.call(self._client.info, instance.uuid)
+            if info['state'] != 'suspended':
                 self._suspend(instance)
 
     def _suspend(self, instance):

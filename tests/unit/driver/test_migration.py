@@ -269,6 +269,17 @@ class DestinationTest(driver_base.Base):
         self.agent.forget_migrations()
         self.rollback(data)
 
+    def test_rollback_while_the_agent_is_away(self):
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova_pycontainer.patience._RETRY_S', 0.05))
+        data = self.prepare()
+        self.agent.down = True
+        back = threading.Timer(0.3, setattr, (self.agent, 'down', False))
+        back.start()
+        self.addCleanup(back.cancel)
+        self.rollback(data)
+        self.assert_clean()
+
     def test_rollback_of_nothing(self):
         self.rollback(objects.LibvirtLiveMigrateData())
         self.assert_clean()
