@@ -78,6 +78,15 @@ class TestCase(base.TestCase):
         found = self._get_allocations_by_server_uuid(server['id'])
         return [uuids[uuid] for uuid in found]
 
+    def dedicated_flavor(self):
+        """One with a CPU of its own, of two that each host has from now on."""
+        self.flags(cpu_dedicated_set='0-1', group='compute')
+        for host in base.HOSTS:
+            self.periodic('update_available_resource', host)
+        return self._create_flavor(
+            memory_mb=256, vcpu=1, disk=1, ephemeral=0,
+            extra_spec={'hw:cpu_policy': 'dedicated'})
+
     def pinned(self, host):
         """The dedicated CPUs that the resource tracker counts."""
         self.periodic('update_available_resource', host)

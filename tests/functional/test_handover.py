@@ -18,7 +18,6 @@ import fixtures
 from nova import exception
 
 from tests import cases
-from tests.functional import base
 from tests.functional import migration_base
 
 
@@ -70,12 +69,7 @@ class HandoverTest(migration_base.InMemoryTestCase):
 
     @cases.more
     def test_cpus_were_claimed(self):
-        self.flags(cpu_dedicated_set='0-1', group='compute')
-        for host in base.HOSTS:
-            self.periodic('update_available_resource', host)
-        flavor = self._create_flavor(
-            memory_mb=256, vcpu=1, disk=1, ephemeral=0,
-            extra_spec={'hw:cpu_policy': 'dedicated'})
+        flavor = self.dedicated_flavor()
         self.two._ids += 1 << 26
         self.boot(host='host2', flavorRef=flavor)
         server, asked = self.move(True, flavorRef=flavor)

@@ -521,12 +521,7 @@ class LiveMigrationTest(migration_base.InMemoryTestCase):
 
     def restart_with_claimed_cpus(self, error, status):
         """:returns: where the server is, and what is pinned there"""
-        self.flags(cpu_dedicated_set='0-1', group='compute')
-        for host in base.HOSTS:
-            self.periodic('update_available_resource', host)
-        flavor = self._create_flavor(
-            memory_mb=256, vcpu=1, disk=1, ephemeral=0,
-            extra_spec={'hw:cpu_policy': 'dedicated'})
+        flavor = self.dedicated_flavor()
         self.two._ids += 1 << 26
         self.boot(host='host2', flavorRef=flavor)
         server = self.boot(flavorRef=flavor)
