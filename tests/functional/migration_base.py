@@ -13,12 +13,12 @@
 """What tests of live migration do, with agents of either kind."""
 
 import sys
-import threading
-from unittest import mock
 
 import fixtures
+from nova.compute import rpcapi
 from nova import context as nova_context
 from nova import objects
+import oslo_messaging
 
 from tests.functional import agents
 from tests.functional import base
@@ -107,7 +107,7 @@ class TestCase(base.TestCase):
         source._status = lambda job: sys.exit()
         self.wait_for(lambda: not source._jobs, 'the end of the thread')
 
-    def lose_the_end(self, host, answer, times=1):
+    def lose_the_end(self, answer, times=1):
         """Who is asked for the destination's part of the end never says that
         it is done, as if its process were killed.
 
@@ -115,28 +115,20 @@ class TestCase(base.TestCase):
         :param times: how often
         :returns: where the server was, as those were told that were asked
         """
-        # A process that is there, as here, is waited for longer than one that
-        # is not.
-        self.flags(long_rpc_timeout=4)
-        over = threading.Event()
-        self.addCleanup(over.set)
-        manager = self.computes[host].manager
-        name = 'post_live_migration_at_destination'
-        real = getattr(manager, name)
+        real = rpcapi.ComputeAPI.post_live_migration_at_destination
         asked = []
 
-        def ask(context, **kwargs):
-            asked.append(kwargs['instance'].host)
+        def ask(api, context, instance, *args):
+            asked.append(instance.host)
             lost = len(asked) <= times
             if answer or not lost:
-                real(context, **kwargs)
+                real(api, context, instance, *args)
             if lost:
-                over.wait()
+                raise oslo_messaging.MessagingTimeout
 
-        patch = mock.patch.object(manager, name, side_effect=ask,
-                                  autospec=True)
-        patch.start()
-        self.addCleanup(patch.stop)
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.compute.rpcapi.ComputeAPI.'
+            'post_live_migration_at_destination', ask))
         return asked
 
     def host(self, server):

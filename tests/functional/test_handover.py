@@ -26,7 +26,7 @@ class HandoverTest(migration_base.InMemoryTestCase):
     def move(self, answer, times=1, **flavor):
         """:param answer: whether it is only the answer that is lost"""
         server = self.boot(**flavor)
-        asked = self.lose_the_end('host2', answer, times)
+        asked = self.lose_the_end(answer, times)
         self.migrate(server)
         return server, asked
 
