@@ -148,9 +148,9 @@ class PyContainerDriver(driver.ComputeDriver):
         self._snapshotter = snapshot.Snapshotter(self._client)
         self._migration_checks = migration_checks.Checks(self._client)
         self._migration_source = migration.Source(
-            self._client, options, host)
+            self._client, options, host, self.virtapi)
         self._migration_recovery = migration_recovery.Recovery(
-            self._migration_source, self.virtapi)
+            self._migration_source, self.virtapi, host)
         self._migration_destination = migration_destination.Destination(
             self._client, self._images, self._volumes, options)
         arrivals = arrival.Arrivals(
@@ -344,16 +344,24 @@ class PyContainerDriver(driver.ComputeDriver):
                 return
             arrival.goes_back(instance)
         if destroy_disks:
-            self._migration_source.deleted(instance)
+            self._migration_source.deleted(context, instance)
         self.cleanup(context, instance, network_info, block_device_info,
                      destroy_disks)
 
     def cleanup(self, context, instance, network_info, block_device_info=None,
                 destroy_disks=True, migrate_data=None, destroy_vifs=True,
                 destroy_secrets=True):
-        with driver_errors.after_the_move(instance) if migrate_data else (
-                driver_errors.translated(
-                    instance, failure=exception.InstanceTerminationFailure)):
+        if migrate_data:
+            # Of what has moved. Whatever Nova's records say: a server that
+            # runs here is not removed.
+            with driver_errors.after_the_move(instance):
+                if not self._migration_source.is_here(instance):
+                    self._spawner.remove(
+                        instance, network_info, block_device_info,
+                        keep_disk=not destroy_disks, unplug=destroy_vifs)
+            return
+        with driver_errors.translated(
+                instance, failure=exception.InstanceTerminationFailure):
             self._spawner.remove(
                 instance, network_info, block_device_info,
                 keep_disk=not destroy_disks,

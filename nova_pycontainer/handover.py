@@ -17,15 +17,20 @@ part of the end (``ComputeManager._post_live_migration``), it gives up: it
 calls the server the destination's (``_post_live_migration_update_host``), and
 then has it in ERROR. Much can fail for a moment: above all one half is a
 question to the destination's nova-compute, which is lost if that one ends
-meanwhile. So it is done again here, all of it, as after a restart of this
-service.
+meanwhile. So it is done again, as after a restart of this service, as long as
+the records say that it is still to be done.
 """
 
+import enum
+import functools
 import time
 
 from nova.compute import task_states
+from nova.compute import vm_states
 from nova import exception
 from nova.i18n import _
+from nova import objects
+from nova.objects import fields
 from oslo_log import log as logging
 import oslo_messaging
 
@@ -36,57 +41,191 @@ from nova_pycontainer import steps
 
 LOG = logging.getLogger(__name__)
 
-#: Nobody's answer is waited for ``rpc_response_timeout`` (60 s). A host that
-#: never comes back can be evacuated then.
-_TRIES = 5
+#: Seconds. Nobody's answer is waited for ``rpc_response_timeout`` (60 s); a
+#: host that never comes back can be evacuated then.
+_LONGEST_S = 300.0
 _PAUSE_S = 10.0
-#: What the managers change when it fails.
-_RECORD = ('host', 'node', 'compute_id', 'vm_state')
 
 
-def finish(instance, post_method):
-    """Have the compute manager do its part of the end.
+class Record(enum.Enum):
+    """What Nova's database says of the end."""
 
-    :param post_method: called without arguments; it may be called again
+    OPEN = 'the server is migrating'
+    DONE = 'the destination has the server'
+    GONE = 'the server is deleted'
+    CHANGED = 'somebody has done something with it'
+    UNKNOWN = 'the database cannot be read'
+
+
+class Handover:
+    """One server that its agent calls moved.
+
+    :param migration: a nova.objects.Migration
+    :param post_method: the compute manager's
+    :param arguments: for it
     """
-    record = {name: getattr(instance, name) for name in _RECORD}
-    # Somebody deletes it, for one.
-    for_good = (exception.InstanceNotFound, exception.UnexpectedTaskStateError)
-    for left in reversed(range(_TRIES)):
+
+    def __init__(self, context, instance, migration, post_method, arguments):
+        self._context = context
+        self._instance = instance
+        self._migration = migration
+        self._home = instance.host
+        self._give_up = functools.partial(post_method, *arguments)
+        self._manager = self._try = None
+        if isinstance(post_method, functools.partial):
+            self._manager = post_method.func.__self__
+            # What ComputeManager._post_live_migration_update_host does first.
+            self._try = functools.partial(
+                self._manager._post_live_migration, *arguments,
+                **post_method.keywords)
+
+    def finish(self):
+        """Have the compute manager do its part of the end.
+
+        :raises nova.exception.MigrationError: it could not; the server runs
+            on the destination
+        """
+        if self._try is None:
+            # Nova has another way, which nothing is known of.
+            self._give_up()
+            return
+        deadline = time.monotonic() + _LONGEST_S
+        while self._failed(deadline):
+            pass
+
+    def _failed(self, deadline):
+        """:returns: whether it is to be tried again"""
         try:
-            post_method()
+            self._try()
+            return False
+        except Exception as e:
+            error = e
+        found = record(self._instance, self._migration, self._home)
+        LOG.warning(
+            'The server runs on %s, and Nova could not be told (%s: %s); %s. '
+            'See that nova-compute runs there', self._migration.dest_compute,
+            type(error).__name__, error, found.value, instance=self._instance)
+        if found is Record.GONE:
+            self._gone()
+            return False
+        if found is Record.DONE:
+            self._settle()
+            return False
+        if found is Record.CHANGED or time.monotonic() >= deadline:
+            self._let_go(error)
+            return False
+        if not isinstance(error, oslo_messaging.MessagingTimeout):
+            time.sleep(_PAUSE_S)
+        return True
+
+    def _let_go(self, error):
+        """As Nova does: it is the destination's, and in ERROR."""
+        try:
+            self._give_up()
+        except exception.InstanceNotFound:
+            self._gone()
             return
         except Exception as e:
-            if not left or isinstance(e, for_good) or not _take_back(
-                    instance, record):
-                raise
-            LOG.warning(
-                'The server runs on the destination, and that cannot be '
-                'recorded (%s: %s); it is tried again, at most %d times. See '
-                'that nova-compute runs on the destination', type(e).__name__,
-                e, left, instance=instance)
-            if not isinstance(e, oslo_messaging.MessagingTimeout):
-                time.sleep(_PAUSE_S)
-        # What was asked before may be done after all, meanwhile.
-        for_good = (exception.InstanceNotFound,)
+            error = e
+        else:
+            return
+        self._settle()
+        raise exception.MigrationError(
+            reason=_('the server runs on %(host)s, whose nova-compute did not '
+                     'take it over: %(error)s. When that is there again, set '
+                     'the state of the server to active; or evacuate it') %
+            {'host': self._migration.dest_compute,
+             'error': f'{type(error).__name__}: {error}'}) from error
+
+    def _gone(self):
+        delete_at(self._context, self._manager, self._instance,
+                  self._migration.dest_compute)
+        self._settle()
+
+    def _settle(self):
+        settle(self._context, self._manager, self._instance, self._migration)
 
 
-def _take_back(instance, record):
-    """Undo what the managers have made of the server's record.
+def record(instance, migration, home):
+    """What Nova's database says.
 
-    :returns: whether it is as before; else somebody does something with it
+    :param home: the source
     """
+    context = instance._context.elevated()
     try:
-        instance.refresh()
-        for name, value in record.items():
-            setattr(instance, name, value)
-        instance.task_state = task_states.MIGRATING
-        instance.save(expected_task_state=[None, task_states.MIGRATING])
-    except (exception.InstanceNotFound,
-            exception.UnexpectedTaskStateError) as e:
-        LOG.info('Its migration is not finished: %s', e, instance=instance)
-        return False
-    return True
+        now = objects.Instance.get_by_uuid(context, instance.uuid)
+        last = max(found.id for found in live_migrations(
+            context, instance_uuid=instance.uuid))
+    except exception.InstanceNotFound:
+        return Record.GONE
+    except Exception as e:
+        LOG.warning('%s', e, instance=instance)
+        return Record.UNKNOWN
+    if now.host != home or last != migration.id:
+        return Record.DONE
+    if now.task_state == task_states.MIGRATING:
+        return Record.OPEN
+    if (now.task_state == task_states.DELETING or
+            now.vm_state == vm_states.DELETED):
+        return Record.GONE
+    return Record.CHANGED
+
+
+def delete_at(context, manager, instance, host):
+    """Have a server deleted where it is. Never raises.
+
+    Nova has asked the source, which had it when the deletion was asked for.
+    """
+    LOG.info('It is deleted, and is on %s by now, which is asked to', host,
+             instance=instance)
+    try:
+        there = objects.Instance.get_by_uuid(context, instance.uuid)
+        # Also for who is asked after us.
+        there.host = host
+        there.save()
+        manager.compute_rpcapi.terminate_instance(
+            context, there,
+            objects.BlockDeviceMappingList.get_by_instance_uuid(
+                context, instance.uuid))
+    except Exception as e:
+        LOG.error('It is left on %s, where nova-compute looks for such every '
+                  '[DEFAULT]running_deleted_instance_poll_interval seconds: '
+                  '%s', host, e, instance=instance)
+
+
+def live_migrations(context, **filters):
+    return objects.MigrationList.get_by_filters(context, {
+        'migration_type': fields.MigrationType.LIVE_MIGRATION, **filters})
+
+
+def settle(context, manager, instance, migration):
+    """What is left to do when the destination has the server. Never raises.
+
+    :param manager: the source's compute manager
+    """
+    migration.status = 'completed'
+    for what, method in (
+            ('its record', migration.save),
+            ('its allocation', functools.partial(
+                manager._delete_allocation_after_move, context, instance,
+                migration)),
+            ('its port bindings', functools.partial(
+                _unbind, context, manager, instance, migration))):
+        try:
+            method()
+        except Exception as e:
+            LOG.warning('What is left of migration %s, %s: %s',
+                        migration.uuid, what, e, instance=instance)
+
+
+def _unbind(context, manager, instance, migration):
+    try:
+        now = objects.Instance.get_by_uuid(context, instance.uuid)
+    except exception.InstanceNotFound:
+        return
+    if now.host == migration.dest_compute:
+        manager.network_api.setup_networks_on_host(
+            context, now, migration.source_compute, teardown=True)
 
 
 def arrived(client, instance):

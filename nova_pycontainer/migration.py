@@ -12,7 +12,6 @@
 
 """Live migration: the source's side."""
 
-import functools
 import threading
 import time
 
@@ -30,7 +29,9 @@ from nova_pycontainer import flavor
 from nova_pycontainer import handover
 from nova_pycontainer import migration_data
 from nova_pycontainer import migration_destination
+from nova_pycontainer import power
 from nova_pycontainer.runtime import errors
+from nova_pycontainer import stale
 
 LOG = logging.getLogger(__name__)
 
@@ -81,13 +82,18 @@ class Source:
 
     :param client: client of the agent
     :param conf: the options of ``[pycontainer]``
+    :param host: of the service
+    :param virtapi: the compute manager's
     """
 
-    def __init__(self, client, conf, host):
+    def __init__(self, client, conf, host, virtapi):
         self._client = client
         self._conf = conf
         self._host = host
+        self._virtapi = virtapi
         self._jobs = {}
+        #: Until Nova's records say so.
+        self._moved_to = {}
         self._lock = threading.Lock()
 
     def disk_info(self, instance):
@@ -107,8 +113,8 @@ class Source:
                 block_migration, data):
         """Move the server, and have Nova told of the end.
 
-        Exactly one of the methods is called, whatever happens; the first
-        maybe several times, see :mod:`.handover`.
+        Exactly one of the methods is called, whatever happens; or, if the
+        server has moved, what the first one does, see :mod:`.handover`.
 
         :param dest: host name of the destination's service
         """
@@ -144,11 +150,21 @@ class Source:
         if error is None:
             error = self.watch(job)
         if error is None:
+            with self._lock:
+                self._moved_to[job.instance.uuid] = dest
             # What this does with the server here must not wait for itself.
             self._forget(job)
-            handover.finish(job.instance, functools.partial(
-                post_method, context, job.instance, dest, block_migration,
-                data))
+            try:
+                handover.Handover(
+                    context, job.instance, data.migration, post_method,
+                    (context, job.instance, dest, block_migration,
+                     data)).finish()
+            except exception.MigrationError as e:
+                self._record(context, job.instance, e)
+                raise
+            finally:
+                with self._lock:
+                    del self._moved_to[job.instance.uuid]
         else:
             self._recover(context, job, dest, recover_method, data, error)
 
@@ -162,6 +178,10 @@ class Source:
         :returns: None, or the exception that says why it has not
         """
         try:
+            if stale.given_up(job.instance):
+                raise exception.MigrationError(
+                    reason=_('nova-compute was restarted before it began. '
+                             'Ask for it again'))
             self._begin(context, job, dest, data)
         except exception.NovaException as e:
             LOG.error('The migration could not begin: %s', e,
@@ -302,13 +322,26 @@ class Source:
             # It was deleted meanwhile, which ended the migration.
             LOG.info('The server was deleted while it migrated',
                      instance=instance)
-        except exception.UnexpectedDeletingTaskStateError:
-            # It is being deleted. All is cleaned up by now, only that it is
-            # an active server again could not be noted, and should not.
-            LOG.info('The server is deleted while it migrates',
-                     instance=instance)
+        except exception.UnexpectedTaskStateError as e:
+            # It is being deleted, or a restart of this service has given the
+            # request up. All is cleaned up by now, only that the server does
+            # not migrate could not be noted, and should not.
+            LOG.info('It could not be noted that the migration is over: %s',
+                     e, instance=instance)
             job.migration.status = status.get('migration_status', 'failed')
             job.migration.save()
+            self._drop_context(instance)
+
+    @staticmethod
+    def _drop_context(instance):
+        """Of what the destination had claimed."""
+        try:
+            instance.refresh()
+            instance.drop_migration_context()
+            attachments.forget(instance)
+            instance.save()
+        except exception.NovaException as e:
+            LOG.info('%s', e, instance=instance)
 
     def _record(self, context, instance, error):
         """Let the reason be seen by others than readers of the log.
@@ -404,12 +437,53 @@ class Source:
                 instance, failure=exception.MigrationError):
             self._client.migration_force_complete(job.migration.uuid)
 
-    def deleted(self, instance):
+    def is_here(self, instance):
+        """Whether it lives here, whatever Nova takes it for."""
+        info = self._client.find(instance.uuid)
+        here = info is not None and not info['moved'] and (
+            info['state'] in power.ALIVE)
+        if here:
+            LOG.error('It has come back, or never left: it is %s here, and is '
+                      'not cleaned up', info['state'], instance=instance)
+        return here
+
+    def deleted(self, context, instance):
         """The server is deleted: end its migration first, if there is one.
 
         Nova's roll-back gives back what it holds on the destination. Were the
         server's allocations deleted meanwhile, it would fail before that.
+
+        :raises nova.exception.InstanceNotFound: it has gone to another host,
+            which deletes it
         """
+        self._end(instance)
+        host = self._where(context, instance)
+        if host != self._host:
+            handover.delete_at(
+                context, self._virtapi._compute, instance, host)
+            raise exception.InstanceNotFound(instance_id=instance.uuid)
+
+    def _where(self, context, instance):
+        if instance.task_state != task_states.DELETING:
+            return self._host
+        with self._lock:
+            if instance.uuid in self._moved_to:
+                return self._moved_to[instance.uuid]
+        try:
+            info = self._client.find(instance.uuid)
+        except errors.ContainerError as e:
+            # Who asks it to delete the container will say so.
+            LOG.debug('%s', e, instance=instance)
+            return self._host
+        if info is not None and not info['moved']:
+            return self._host
+        try:
+            now = objects.Instance.get_by_uuid(context, instance.uuid)
+        except exception.InstanceNotFound:
+            return self._host
+        return now.host or self._host
+
+    def _end(self, instance):
         with self._lock:
             job = self._jobs.get(instance.uuid)
         if job is None:

@@ -30,10 +30,10 @@ from nova.compute import task_states
 from nova import context as nova_context
 from nova import exception
 from nova import objects
-from nova.objects import fields
 from oslo_log import log as logging
 
 from nova_pycontainer import attachments
+from nova_pycontainer import handover
 from nova_pycontainer import kept_back
 from nova_pycontainer import migration
 from nova_pycontainer import migration_data
@@ -53,12 +53,16 @@ class Recovery(kept_back.KeptBack):
 
     :param source: a nova_pycontainer.migration.Source
     :param virtapi: the compute manager's
+    :param host: of this service
     """
 
-    def __init__(self, source, virtapi):
+    def __init__(self, source, virtapi, host):
         super().__init__('migration')
         self._source = source
+        self._host = host
         self._virtapi = virtapi
+        #: Records of others that this service had begun.
+        self._open = []
 
     def _begun(self, context, instance):
         if instance.task_state != task_states.MIGRATING:
@@ -71,15 +75,57 @@ class Recovery(kept_back.KeptBack):
 
     @staticmethod
     def _migration(context, instance):
-        for status in _BEGUN:
+        """The newest one. Of others the end may not have been written down.
+        """
+        found = handover.live_migrations(
+            context, instance_uuid=instance.uuid)
+        last = max(found, key=lambda record: record.id, default=None)
+        if last is None or last.status not in _BEGUN or (
+                last.source_compute != instance.host):
+            return None
+        return last
+
+    def keep_back(self, context, instances):
+        others = super().keep_back(context, instances)
+        # Before others are asked for.
+        self._open = [record for record in handover.live_migrations(
+            context, source_compute=self._host, status=[*_BEGUN])
+            if not self.has(record.instance_uuid)]
+        return others
+
+    def start(self):
+        super().start()
+        records, self._open = self._open, []
+        for record in records:
             try:
-                found = objects.Migration.get_by_instance_and_status(
-                    context, instance.uuid, status)
-            except exception.MigrationNotFoundByStatus:
-                continue
-            if found.migration_type == fields.MigrationType.LIVE_MIGRATION:
-                return found
-        return None
+                self._close(nova_context.get_admin_context(), record)
+            except Exception:
+                LOG.exception('Migration %s is not settled', record.uuid)
+
+    def _close(self, context, record):
+        """Its end was not written down when nova-compute ended."""
+        manager = self._virtapi._compute
+        try:
+            instance = objects.Instance.get_by_uuid(
+                context, record.instance_uuid)
+        except exception.InstanceNotFound:
+            instance = objects.Instance.get_by_uuid(
+                context.elevated(read_deleted='yes'), record.instance_uuid)
+        else:
+            last = max(found.id for found in handover.live_migrations(
+                context, instance_uuid=instance.uuid))
+            if instance.host == record.source_compute and last == record.id:
+                # It was rolled back, allocations included, or a restart has
+                # given it up.
+                LOG.info('Migration %s was %s when nova-compute ended, and '
+                         'the server is here', record.uuid, record.status,
+                         instance=instance)
+                record.status = 'failed'
+                record.save()
+                return
+        LOG.info('Migration %s was %s when nova-compute ended, and the server '
+                 'has moved', record.uuid, record.status, instance=instance)
+        handover.settle(context, manager, instance, record)
 
     def _follow(self, instance, record):
         context = nova_context.get_admin_context()

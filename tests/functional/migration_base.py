@@ -32,8 +32,8 @@ class TestCase(base.TestCase):
                 'host': host, 'block_migration': 'auto', **kwargs}},
             check_response_status=[status])
 
-    def record(self, server):
-        """The newest of its migrations, or None.
+    def records(self, server):
+        """Of all its migrations.
 
         Not through the API, which gathers them from all cells: that and the
         migration itself lock the fixtures' databases against each other.
@@ -41,9 +41,13 @@ class TestCase(base.TestCase):
         with nova_context.target_cell(
                 nova_context.get_admin_context(),
                 self.host_mappings['host1'].cell_mapping) as context:
-            found = objects.MigrationList.get_by_filters(
+            return objects.MigrationList.get_by_filters(
                 context, {'instance_uuid': server['id']})
-        return max(found, key=lambda record: record.id, default=None)
+
+    def record(self, server):
+        """The newest of its migrations, or None."""
+        return max(self.records(server), key=lambda record: record.id,
+                   default=None)
 
     def wait_for_migration(self, server, *statuses):
         """Until the last migration has a status and the server is free."""
@@ -107,12 +111,13 @@ class TestCase(base.TestCase):
         source._status = lambda job: sys.exit()
         self.wait_for(lambda: not source._jobs, 'the end of the thread')
 
-    def lose_the_end(self, answer, times=1):
+    def lose_the_end(self, answer, times=1, meanwhile=lambda: None):
         """Who is asked for the destination's part of the end never says that
         it is done, as if its process were killed.
 
         :param answer: it is done before that
         :param times: how often
+        :param meanwhile: what happens while an answer is waited for
         :returns: where the server was, as those were told that were asked
         """
         real = rpcapi.ComputeAPI.post_live_migration_at_destination
@@ -124,6 +129,7 @@ class TestCase(base.TestCase):
             if answer or not lost:
                 real(api, context, instance, *args)
             if lost:
+                meanwhile()
                 raise oslo_messaging.MessagingTimeout
 
         self.useFixture(fixtures.MonkeyPatch(

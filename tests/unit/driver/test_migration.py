@@ -459,20 +459,29 @@ class SourceTest(driver_base.Base):
 
 class RecoveryTest(driver_base.Base):
 
-    def keep_back(self, task_state, found):
-        """Which instances the manager gets."""
+    def live(self, status, kind='live-migration', source=None):
+        return status, kind, source or self.instance.host
+
+    def keep_back(self, task_state, *found):
+        """Which instances the manager gets.
+
+        :param found: the records of migrations, the newest one last
+        """
         self.instance.task_state = task_state
 
-        def get(context, uuid, status):
-            if status not in found:
-                raise exception.MigrationNotFoundByStatus(
-                    instance_id=uuid, status=status)
-            return objects.Migration(
-                uuid=uuids.migration, status=status,
-                migration_type=found[status])
+        def get(context, filters):
+            if 'status' in filters:
+                # Those of other servers.
+                return []
+            return [record for record in (
+                objects.Migration(
+                    id=number, uuid=uuids.migration, status=status,
+                    migration_type=kind, source_compute=source,
+                    instance_uuid=self.instance.uuid)
+                for number, (status, kind, source) in enumerate(found))
+                if record.migration_type == filters['migration_type']]
 
-        with mock.patch.object(
-                objects.Migration, 'get_by_instance_and_status', get):
+        with mock.patch.object(objects.MigrationList, 'get_by_filters', get):
             kept = self.driver.process_instances_at_startup(
                 self.context, objects.InstanceList(
                     self.context, objects=[self.instance]))
@@ -480,23 +489,34 @@ class RecoveryTest(driver_base.Base):
 
     def test_not_migrating(self):
         self.assertEqual([self.instance.uuid], self.keep_back(
-            None, {'running': 'live-migration'}))
+            None, self.live('running')))
 
     def test_migrating(self):
         for status in ('queued', 'preparing', 'running',
                        'running (post-copy)'):
             self.assertEqual([], self.keep_back(
-                task_states.MIGRATING, {status: 'live-migration'}))
+                task_states.MIGRATING, self.live(status)))
 
     def test_not_begun(self):
         # The request will come; or the record is of something else.
-        for found in ({}, {'accepted': 'live-migration'},
-                      {'running': 'evacuation'}):
+        for found in ([], [self.live('accepted')],
+                      [self.live('running', 'evacuation')]):
             self.assertEqual([self.instance.uuid], self.keep_back(
-                task_states.MIGRATING, found))
+                task_states.MIGRATING, *found))
+
+    def test_of_an_earlier_one(self):
+        """Its end was not written down."""
+        early = self.live('running')
+        for last in (self.live('accepted'), self.live('completed'),
+                     self.live('running', source='another')):
+            self.assertEqual([self.instance.uuid], self.keep_back(
+                task_states.MIGRATING, early, last))
+        self.assertEqual([], self.keep_back(
+            task_states.MIGRATING, self.live('running', source='another'),
+            early))
 
     def test_followed_once(self):
-        self.keep_back(task_states.MIGRATING, {'running': 'live-migration'})
+        self.keep_back(task_states.MIGRATING, self.live('running'))
         recovery = self.driver._migration_recovery
         followed = []
         recovery._follow = lambda *args: followed.append(args)
@@ -512,7 +532,7 @@ class RecoveryTest(driver_base.Base):
             'nova_pycontainer.driver.PyContainerDriver.emit_event',
             lambda driver, event: emitted.append(event)))
         event = mock.Mock(uuid=self.instance.uuid)
-        self.keep_back(task_states.MIGRATING, {'running': 'live-migration'})
+        self.keep_back(task_states.MIGRATING, self.live('running'))
         self.driver._emit(event)
         recovery = self.driver._migration_recovery
         gone_on, seen = threading.Event(), threading.Event()
