@@ -261,13 +261,16 @@ def silence(item: container.Container) -> None:
 def thaw(item: container.Container, paused: bool) -> None:
     """Let an instance that did not leave run on as it was before."""
     run = item.st.run
-    if run is not None:
-        network_lock.remove(int(run['process']['pid']), item.cgroup)
-    item.hold_network(paused, lenient=True)
-    overruns.tell_noted(item.cgroup, item.unread)
-    with contextlib.suppress(FileNotFoundError):
-        pathlib.Path(item.cgroup.v2, 'cgroup.freeze').write_text(
-            '1' if paused else '0')
+    try:
+        if run is not None:
+            network_lock.remove(int(run['process']['pid']), item.cgroup)
+        item.hold_network(paused, lenient=True)
+        overruns.tell_noted(item.cgroup, item.unread)
+    finally:
+        # Whatever was wrong, nobody else would.
+        with contextlib.suppress(FileNotFoundError):
+            pathlib.Path(item.cgroup.v2, 'cgroup.freeze').write_text(
+                '1' if paused else '0')
     if run is not None:
         # A copy of it may have been heard on another host: its interfaces say
         # something as soon as they are there.

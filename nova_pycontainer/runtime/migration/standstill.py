@@ -123,6 +123,8 @@ class Standstill:
             self._moment.go_on(self._init)
         except OSError as e:
             LOG.info('process %d: its sleeps: %s', self._init, e)
+        except Exception:
+            LOG.exception('process %d: its sleeps', self._init)
         finally:
             self._thaw()
 
