@@ -42,6 +42,8 @@ POWER_STATES = {
 
 #: States with processes in them.
 ALIVE = ('created', 'running', 'paused')
+#: Of one in a list that the agent could not look at.
+UNKNOWN = 'unknown'
 
 #: Of what the agent accepts, in seconds.
 _LONGEST_SHUTDOWN = 86400

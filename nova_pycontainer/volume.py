@@ -144,7 +144,7 @@ class Volumes:
                         info['moved'] or info.get('offered')):
                     users.add(info['uuid'])
                 if info['uuid'] == instance.uuid and not replaced and (
-                        info['state'] in power.ALIVE and
+                        info['state'] in (*power.ALIVE, power.UNKNOWN) and
                         not info['moved']):
                     # Its number could become that of another one's device,
                     # which the node here would open.

@@ -57,6 +57,7 @@ from nova_pycontainer.runtime import network
 from nova_pycontainer.runtime import oci
 from nova_pycontainer.runtime import pausing
 from nova_pycontainer.runtime import quiesce
+from nova_pycontainer.runtime import report
 from nova_pycontainer.runtime import rescue
 from nova_pycontainer.runtime import snapshots
 from nova_pycontainer.runtime import spec as rspec
@@ -187,6 +188,9 @@ class Host:
             # Cleaning up is tried again with the next verb.
             LOG.error('cleaning up after instance %s failed: %s',
                       item.uuid, e)
+        except Exception:
+            # Nor may what nobody has foreseen.
+            LOG.exception('cleaning up after instance %s failed', item.uuid)
 
     def make(self, st: state.State) -> container.Container:
         kind = rescue.Rescued if st.rescue else container.Container
@@ -227,10 +231,20 @@ class Host:
                 raise
 
     def list(self) -> _Infos:
-        return [self._info(e) for e in self.entries() if not e.deleted]
+        return [self._listed(e) for e in self.entries() if not e.deleted]
 
     def info(self, uuid: str) -> Info:
         return self._info(self.entry(uuid))
+
+    def _listed(self, entry: Entry) -> Info:
+        try:
+            return self._info(entry)
+        except Exception:
+            # Whoever wants to know of the others must not go without.
+            LOG.exception('instance %s cannot be looked at',
+                          entry.container.uuid)
+            return report.unknown(entry.container) | {
+                'migration': None, 'quiesced': False}
 
     def _info(self, entry: Entry) -> Info:
         item = entry.container
@@ -518,13 +532,14 @@ class Host:
         with self.locked(uuid) as entry:
             if entry.require('running', 'paused') == 'running':
                 item = entry.container
-                pausing.freeze(item.cgroup, item.live_pid())
-                # As none reach a paused machine.
                 try:
+                    pausing.freeze(item.cgroup, item.live_pid())
+                    # As none reach a paused machine.
                     item.hold_network(True)
-                except errors.ContainerError:
+                except BaseException:
+                    # In this order, and whatever the one says.
+                    item.hold_network(False, lenient=True)
                     item.cgroup.freeze(False)
-                    item.hold_network(False)
                     raise
                 self._events.add('paused', uuid)
             return entry.container.info()

@@ -54,4 +54,7 @@ def containers(
             # One damaged file must not take the others' agent away.
             LOG.error('instance %s cannot be loaded: %s', uuid, e)
             continue
+        except Exception:
+            LOG.exception('instance %s cannot be loaded', uuid)
+            continue
         yield item

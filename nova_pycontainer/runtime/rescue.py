@@ -147,9 +147,14 @@ class Rescues:
         """Remove what a killed agent has left of an end."""
         for entry in self._host.entries():
             item = entry.container
-            if item.st.rescue is None and os.path.lexists(
-                    item.directory / _DIRECTORY):
-                self._remove_scratch(item)
+            try:
+                if item.st.rescue is None and os.path.lexists(
+                        item.directory / _DIRECTORY):
+                    self._remove_scratch(item)
+            except Exception:
+                # One container must not keep the others from their agent.
+                LOG.exception('instance %s: what is left of its rescue',
+                              item.uuid)
 
     def _rescued(
         self, item: container.Container, own: dict[str, ty.Any]

@@ -93,6 +93,9 @@ class Snapshots:
             except (OSError, errors.ContainerError) as e:
                 LOG.error('%s, left by an interrupted snapshot, cannot be '
                           'cleaned up: %s', place, e)
+            except Exception:
+                LOG.exception('%s, left by an interrupted snapshot, cannot '
+                              'be cleaned up', place)
             else:
                 LOG.info('removed %s, left by an interrupted snapshot', place)
 

@@ -73,6 +73,9 @@ class Transfers:
                 # One container must not keep the others from their agent.
                 LOG.error('instance %s cannot be offered any more: %s',
                           item.uuid, e)
+            except Exception:
+                LOG.exception('instance %s cannot be offered any more',
+                              item.uuid)
 
     # Source
 
