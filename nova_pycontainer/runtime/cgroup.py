@@ -31,6 +31,7 @@ from nova_pycontainer.runtime import blockio
 from nova_pycontainer.runtime import cpuset
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import process
+from nova_pycontainer.runtime import procfs
 
 #: Where memory is short, a killed process takes a while to end.
 _REMOVE_TIMEOUT = 30.0
@@ -82,10 +83,6 @@ class Usage:
     oom_kills: int
 
 
-def _unescape(field: str) -> str:
-    return field.encode().decode('unicode_escape')
-
-
 def _read_int(path: pathlib.Path) -> int | None:
     try:
         return int(path.read_text())
@@ -123,14 +120,14 @@ class Hierarchies:
 
     def __init__(self, mountinfo: str | None = None) -> None:
         if mountinfo is None:
-            mountinfo = pathlib.Path('/proc/self/mountinfo').read_text()
+            mountinfo = procfs.text('/proc/self/mountinfo')
         self.v1: dict[str, pathlib.Path] = {}
         v2: list[pathlib.Path] = []
-        for line in mountinfo.splitlines():
+        for line in mountinfo.removesuffix('\n').split('\n'):
             fields, _, rest = line.partition(' - ')
-            columns = fields.split()
-            point = pathlib.Path(_unescape(columns[4]))
-            kind, _, options = rest.split(maxsplit=2)
+            columns = fields.split(' ')
+            point = pathlib.Path(procfs.unescape(columns[4]))
+            kind, _, options = rest.split(' ', 2)
             if columns[3] != '/':
                 # A bind of a part of the tree: its files are not those of
                 # the hierarchy's root.
@@ -484,10 +481,10 @@ def of_process(pid: int, hierarchies: Hierarchies) -> str:
     :raises ProcessLookupError: it is gone
     """
     try:
-        text = pathlib.Path(f'/proc/{pid}/cgroup').read_text()
+        lines = procfs.lines(f'/proc/{pid}/cgroup')
     except FileNotFoundError:
         raise ProcessLookupError(errno.ESRCH, f'no process {pid}') from None
-    for line in text.splitlines():
+    for line in lines:
         number, controllers, path = line.split(':', 2)
         if number == '0' and not controllers:
             return path

@@ -41,6 +41,7 @@ from oslo_log import log as logging
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import keeper_client
 from nova_pycontainer.runtime import process
+from nova_pycontainer.runtime import procfs
 
 LOG = logging.getLogger(__name__)
 
@@ -496,8 +497,7 @@ def failed(
 def _name_pids(text: str) -> str:
     def name(match: re.Match[str]) -> str:
         try:
-            comm = pathlib.Path(
-                f'/proc/{match[1]}/comm').read_text().strip()
+            comm = procfs.text(f'/proc/{match[1]}/comm').strip()
         except OSError:
             return match[0]
         return f'{match[0]} ({comm})'

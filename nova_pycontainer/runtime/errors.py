@@ -18,10 +18,12 @@ and Nova's RPC. Both keep only data, so everything that a person needs
 """
 
 import errno
+import re
 import typing as ty
 
 #: Of a disk, or of a quota, that has no room: ``no_space``.
 FULL: ty.Final = (errno.ENOSPC, errno.EDQUOT)
+_SURROGATE = re.compile('[\ud800-\udfff]')
 #: Every code that may cross the agent's socket, and the HTTP status that the
 #: agent answers with.
 CODES: ty.Final[dict[str, int]] = {
@@ -59,6 +61,15 @@ CODES: ty.Final[dict[str, int]] = {
 }
 
 
+def printable(text: str) -> str:
+    """A text with names of a guest's in it, for logs and databases.
+
+    What is no UTF-8 in a name is a surrogate in Python's texts, which cannot
+    be encoded.
+    """
+    return _SURROGATE.sub('\ufffd', text)
+
+
 class ContainerError(Exception):
     """Something that the runtime could not do, and what to do about it.
 
@@ -84,11 +95,11 @@ class ContainerError(Exception):
         if code not in CODES:
             raise ValueError(f'unknown error code {code!r}')
         self.code = code
-        self.message = message
+        self.message = printable(message)
         self.uuid = uuid
         self.step = step
-        self.cause = cause
-        self.remedy = remedy
+        self.cause = cause and printable(cause)
+        self.remedy = remedy and printable(remedy)
         super().__init__(str(self))
 
     def __str__(self) -> str:

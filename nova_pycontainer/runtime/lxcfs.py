@@ -36,6 +36,7 @@ import typing as ty
 from oslo_log import log as logging
 
 from nova_pycontainer.runtime import errors
+from nova_pycontainer.runtime import procfs
 
 LOG = logging.getLogger(__name__)
 
@@ -123,10 +124,9 @@ def _mounted(directory: pathlib.Path) -> bool:
     """Whether it is what is mounted there, without touching it."""
     wanted = os.path.realpath(directory.parent) + f'/{directory.name}'
     top = None
-    with open('/proc/self/mountinfo') as f:
-        for line in f:
-            left, _, right = line.partition(' - ')
-            if left.split()[4].replace('\\040', ' ') == wanted:
-                # The last one covers the others.
-                top = right.split()[0]
+    for line in procfs.lines('/proc/self/mountinfo'):
+        left, _, right = line.partition(' - ')
+        if procfs.unescape(left.split(' ')[4]) == wanted:
+            # The last one covers the others.
+            top = right.split(' ')[0]
     return top == FSTYPE

@@ -22,6 +22,8 @@ import select
 import signal
 import typing as ty
 
+from nova_pycontainer.runtime import procfs
+
 
 def boot_id() -> str:
     return pathlib.Path(
@@ -91,7 +93,7 @@ def pidfd_open(pid: int) -> int:
 
 def _start_time(pid: int) -> int:
     try:
-        text = pathlib.Path(f'/proc/{pid}/stat').read_text()
+        text = procfs.text(f'/proc/{pid}/stat')
     except (FileNotFoundError, ProcessLookupError):
         raise ProcessLookupError(errno.ESRCH, f'no process {pid}') from None
     # The command's name, in parentheses, may hold anything.
@@ -104,10 +106,9 @@ def numbers(pid: int) -> list[int]:
     :returns: the outermost first (NSpid of proc_pid_status(5))
     :raises OSError: there is none
     """
-    with open(f'/proc/{pid}/status') as f:
-        for line in f:
-            if line.startswith('NSpid:'):
-                return [int(number) for number in line.split()[1:]]
+    for line in procfs.lines(f'/proc/{pid}/status'):
+        if line.startswith('NSpid:'):
+            return [int(number) for number in line.split()[1:]]
     raise ProcessLookupError(pid)
 
 
@@ -117,7 +118,7 @@ def uninterruptible(thread: str) -> bool:
     :param thread: its directory, of proc_pid_task(5)
     """
     try:
-        stat = pathlib.Path(thread, 'stat').read_text()
+        stat = procfs.text(f'{thread}/stat')
     except OSError:
         return False
     return stat.rpartition(') ')[2][:1] == 'D'
@@ -129,7 +130,7 @@ def traced(thread: str) -> bool:
     :param thread: its directory, of proc_pid_task(5)
     """
     try:
-        status = pathlib.Path(thread, 'status').read_text()
+        status = procfs.text(f'{thread}/status')
     except OSError:
         return False
     found = re.search(r'^TracerPid:\s*(\d+)$', status, re.M)
@@ -151,12 +152,12 @@ def heeds(pid: int, number: int) -> bool:
     has its signals blocked, but the kernel does not show that meanwhile.
     """
     try:
-        status = pathlib.Path(f'/proc/{pid}/status').read_text()
-        if 'sigtimedwait' in pathlib.Path(f'/proc/{pid}/wchan').read_text():
+        status = procfs.lines(f'/proc/{pid}/status')
+        if 'sigtimedwait' in procfs.text(f'/proc/{pid}/wchan'):
             return True
     except OSError:
         return False
-    masks = [int(line.split()[1], 16) for line in status.splitlines()
+    masks = [int(line.split()[1], 16) for line in status
              if line.startswith(('SigBlk:', 'SigIgn:', 'SigCgt:'))]
     return any(mask >> (number - 1) & 1 for mask in masks)
 
@@ -180,8 +181,8 @@ def kill_session(session: int, program: str) -> None:
             continue
         try:
             # What is read now is of the process that is held.
-            with open(f'/proc/{name}/stat') as f:
-                fields = f.read().rpartition(')')[2].split()
+            fields = procfs.text(
+                f'/proc/{name}/stat').rpartition(')')[2].split()
             if int(fields[3]) == session and os.path.basename(
                     os.readlink(f'/proc/{name}/exe')) == program:
                 send_signal(pidfd, signal.SIGKILL)

@@ -35,6 +35,7 @@ from nova_pycontainer.runtime import blockio
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import fuse
 from nova_pycontainer.runtime import namespaces
+from nova_pycontainer.runtime import procfs
 from nova_pycontainer.runtime import syscalls
 
 #: Names as virtual machines have them; none is one of a system container's
@@ -118,11 +119,11 @@ def device_of(volume: Volume) -> int:
             'device', remedy='Volumes that are files, as those of NFS, are '
             'not supported')
     number = blockio.number(status.st_rdev)
-    with open('/proc/self/mountinfo') as f:
-        if any(line.split(None, 3)[2] == number for line in f):
-            raise errors.ContainerError(
-                'invalid', f'volume {volume.id}: the host itself has '
-                f'{volume.path} mounted')
+    if any(line.split(' ', 3)[2] == number
+           for line in procfs.lines('/proc/self/mountinfo')):
+        raise errors.ContainerError(
+            'invalid', f'volume {volume.id}: the host itself has '
+            f'{volume.path} mounted')
     return status.st_rdev
 
 

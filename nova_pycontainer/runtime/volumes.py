@@ -21,6 +21,7 @@ from oslo_log import log as logging
 from nova_pycontainer.runtime import blockio
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime.migration import guest
+from nova_pycontainer.runtime import procfs
 from nova_pycontainer.runtime import revert
 from nova_pycontainer.runtime import volume as rvolume
 
@@ -239,7 +240,6 @@ def _open_files(pid: int) -> list[str]:
 
 def _name(pid: int) -> str:
     try:
-        with open(f'/proc/{pid}/comm', errors='replace') as f:
-            return f.read().strip()
+        return procfs.text(f'/proc/{pid}/comm').strip()
     except OSError:
         return 'a process that has ended'

@@ -30,7 +30,6 @@ import collections.abc as cabc
 import ctypes
 import fcntl
 import os
-import pathlib
 import re
 import struct
 import time
@@ -40,6 +39,7 @@ from oslo_log import log as logging
 
 from nova_pycontainer.runtime import cgroup
 from nova_pycontainer.runtime import process
+from nova_pycontainer.runtime import procfs
 from nova_pycontainer.runtime import syscalls
 
 LOG = logging.getLogger(__name__)
@@ -80,11 +80,11 @@ def offsets(pid: int) -> dict[int, int]:
     """
     found = dict.fromkeys(_OFFSETS.values(), 0)
     try:
-        text = pathlib.Path(f'/proc/{pid}/timens_offsets').read_text()
+        lines = procfs.lines(f'/proc/{pid}/timens_offsets')
     except OSError:
         # A kernel without time namespaces.
         return found
-    for line in text.splitlines():
+    for line in lines:
         name, seconds, nanoseconds = line.split()
         if name in _OFFSETS:
             found[_OFFSETS[name]] = int(seconds) * _NS + int(nanoseconds)
@@ -141,10 +141,9 @@ def _read(
 ) -> dict[str, ty.Any] | None:
     """proc_pid_fdinfo(5): what it has left, so the clock is read right after.
     """
-    with open(f'/proc/{pid}/fdinfo/{fd}') as f:
-        text = f.read()
-        clocks = {c: time.clock_gettime_ns(c) for c in (
-            time.CLOCK_REALTIME, time.CLOCK_MONOTONIC, time.CLOCK_BOOTTIME)}
+    text = procfs.text(f'/proc/{pid}/fdinfo/{fd}')
+    clocks = {c: time.clock_gettime_ns(c) for c in (
+        time.CLOCK_REALTIME, time.CLOCK_MONOTONIC, time.CLOCK_BOOTTIME)}
     match = _FDINFO.search(text)
     if not match:
         return None
@@ -239,8 +238,7 @@ def _set(
     ticks = int(timer['ticks'])
     if ticks:
         # It may have fired just now.
-        with open(f'/proc/self/fdinfo/{fd}') as f:
-            match = _FDINFO.search(f.read())
+        match = _FDINFO.search(procfs.text(f'/proc/self/fdinfo/{fd}'))
         if match:
             ticks += int(match[2])
         fcntl.ioctl(fd, _SET_TICKS, struct.pack('=Q', ticks))

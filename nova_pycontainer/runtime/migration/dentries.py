@@ -27,6 +27,7 @@ import re
 from oslo_log import log as logging
 
 from nova_pycontainer.runtime import cgroup
+from nova_pycontainer.runtime import procfs
 
 LOG = logging.getLogger(__name__)
 
@@ -105,8 +106,8 @@ def _forgotten(group: cgroup.Cgroup) -> set[int]:
                 with contextlib.suppress(OSError):
                     if os.readlink(f'{directory}/{number}') != _LINK:
                         continue
-                    with open(f'/proc/{pid}/fdinfo/{number}') as f:
-                        for inode, _, rest in _WATCH.findall(f.read()):
-                            if 'f_handle:' not in rest:
-                                found.add(int(inode, 16))
+                    text = procfs.text(f'/proc/{pid}/fdinfo/{number}')
+                    for inode, _, rest in _WATCH.findall(text):
+                        if 'f_handle:' not in rest:
+                            found.add(int(inode, 16))
     return found

@@ -23,7 +23,6 @@ Of IPv4 only: for IPv6 CRIU itself uses IP_FREEBIND.
 import collections.abc as cabc
 import contextlib
 import ipaddress
-import pathlib
 import socket
 import struct
 
@@ -31,6 +30,7 @@ import pyroute2
 from pyroute2.netlink import exceptions as nl_exceptions
 
 from nova_pycontainer.runtime import namespaces
+from nova_pycontainer.runtime import procfs
 
 _TABLES = ('tcp', 'udp', 'udplite', 'raw', 'icmp')
 _LOOPBACK = 'lo'
@@ -45,8 +45,7 @@ def find(pid: int) -> list[str]:
     bound: set[ipaddress.IPv4Address] = set()
     for table in _TABLES:
         with contextlib.suppress(OSError):
-            text = pathlib.Path(f'/proc/{pid}/net/{table}').read_text()
-            for line in text.splitlines()[1:]:
+            for line in procfs.lines(f'/proc/{pid}/net/{table}')[1:]:
                 # In the byte order of the host.
                 number = int(line.split()[1].partition(':')[0], 16)
                 bound.add(ipaddress.IPv4Address(struct.pack('=I', number)))

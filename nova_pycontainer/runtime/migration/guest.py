@@ -37,6 +37,7 @@ from nova_pycontainer.runtime import cgroup
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime import fuse
 from nova_pycontainer.runtime import lxcfs
+from nova_pycontainer.runtime import procfs
 from nova_pycontainer.runtime import syscalls
 from nova_pycontainer.runtime import volume
 
@@ -54,11 +55,6 @@ FUSE_REMEDY: ty.Final = 'Load the module fuse (modprobe fuse)'
 _RAMFS_LIMIT = 16 << 20
 
 
-def _unescape(text: str) -> str:
-    return re.sub(
-        r'\\([0-7]{3})', lambda m: chr(int(m[1], 8)), text)
-
-
 @dataclasses.dataclass(frozen=True)
 class Mount:
     """A line of /proc/PID/mountinfo, proc_pid_mountinfo(5)."""
@@ -72,14 +68,14 @@ class Mount:
     @classmethod
     def parse(cls, line: str) -> 'Mount':
         left, _, right = line.partition(' - ')
-        columns = left.split()
-        return cls(int(columns[0]), columns[2], _unescape(columns[3]),
-                   _unescape(columns[4]), right.split()[0])
+        columns = left.split(' ')
+        return cls(int(columns[0]), columns[2], procfs.unescape(columns[3]),
+                   procfs.unescape(columns[4]), right.split(' ')[0])
 
 
 def mounts(pid: int) -> list[Mount]:
-    text = pathlib.Path(f'/proc/{pid}/mountinfo').read_text()
-    return [Mount.parse(line) for line in text.splitlines()]
+    return [Mount.parse(line)
+            for line in procfs.lines(f'/proc/{pid}/mountinfo')]
 
 
 def external_mounts(pid: int, nodes: volume.Nodes) -> dict[str, str]:
@@ -320,10 +316,9 @@ def save_ramfs(pid: int) -> list[dict[str, ty.Any]]:
 
 
 def _mount_id(fd: int) -> int:
-    with open(f'/proc/self/fdinfo/{fd}') as f:
-        for line in f:
-            if line.startswith('mnt_id:'):
-                return int(line.split()[1])
+    for line in procfs.lines(f'/proc/self/fdinfo/{fd}'):
+        if line.startswith('mnt_id:'):
+            return int(line.split()[1])
     return -1
 
 

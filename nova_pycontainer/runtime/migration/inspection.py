@@ -32,6 +32,7 @@ from nova_pycontainer.runtime import cgroup
 from nova_pycontainer.runtime import errors
 from nova_pycontainer.runtime.migration import guest
 from nova_pycontainer.runtime import process
+from nova_pycontainer.runtime import procfs
 from nova_pycontainer.runtime import syscalls
 from nova_pycontainer.runtime import volume
 
@@ -100,9 +101,10 @@ class _Process:
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self.directory = f'/proc/{pid}'
-        with open(f'{self.directory}/status') as f:
-            self.status = dict(
-                line.rstrip('\n').split(':', 1) for line in f if ':' in line)
+        self.status = dict(
+            line.split(':', 1)
+            for line in procfs.lines(f'{self.directory}/status')
+            if ':' in line)
         comm = self.status['Name'].strip()
         self.inner = int(self.status['NSpid'].split()[-1])
         printable = ''.join(c if c.isprintable() else '?' for c in comm)
@@ -188,7 +190,8 @@ class Inspection:
     def _add(self, name: str, process: _Process | None, reason: str,
              remedy: str) -> None:
         problem = Problem(
-            name, reason, remedy, process.title if process else None)
+            name, errors.printable(reason), remedy,
+            process.title if process else None)
         if problem not in self.problems:
             self.problems.append(problem)
 
@@ -267,9 +270,7 @@ class Inspection:
                 'hugetlb', process, 'it uses huge pages of the host, which '
                 'need not be free on another one',
                 f'Let it use ordinary memory, {_COLD}')
-        with open(f'{process.directory}/maps', errors='replace') as f:
-            lines = f.read().splitlines()
-        for line in lines:
+        for line in procfs.lines(f'{process.directory}/maps'):
             fields = line.split(None, 5)
             if len(fields) < 6:
                 continue
@@ -370,8 +371,9 @@ class Inspection:
             self._share(process, number, link)
         if not link.startswith('/dev/') and not link.endswith(' (deleted)'):
             return
-        with open(f'{process.directory}/fdinfo/{number}') as f:
-            found = re.search(r'^mnt_id:\s*(\d+)$', f.read(), re.M)
+        found = re.search(
+            r'^mnt_id:\s*(\d+)$',
+            procfs.text(f'{process.directory}/fdinfo/{number}'), re.M)
         if found is None or int(found[1]) in remote:
             return
         status = os.stat(f'{process.directory}/fd/{number}')

@@ -37,6 +37,7 @@ from nova_pycontainer.runtime import cgroup
 from nova_pycontainer.runtime.migration import clocks
 from nova_pycontainer.runtime.migration import imagefile
 from nova_pycontainer.runtime.migration import registers
+from nova_pycontainer.runtime import procfs
 
 LOG = logging.getLogger(__name__)
 
@@ -65,8 +66,7 @@ def pending(group: cgroup.Cgroup) -> list[dict[str, ty.Any]]:
     for pid in group.processes():
         with contextlib.suppress(OSError):
             for tid in os.listdir(f'/proc/{pid}/task'):
-                with open(f'/proc/{pid}/task/{tid}/status') as f:
-                    text = f.read()
+                text = procfs.text(f'/proc/{pid}/task/{tid}/status')
                 masks = {n: int(m, 16) for n, m in _PENDING.findall(text)}
                 # What is of the process is shown in each of its threads.
                 shared = masks['ShdPnd'] if int(tid) == pid else 0

@@ -20,6 +20,7 @@ import socket
 
 from nova_pycontainer.runtime import cgroup
 from nova_pycontainer.runtime.migration import clocks
+from nova_pycontainer.runtime import procfs
 from nova_pycontainer.runtime import syscalls
 
 #: <linux/socket.h>
@@ -107,8 +108,7 @@ def _netlink_of(pid: int, known: dict[str, frozenset[str]]) -> frozenset[str]:
     with contextlib.suppress(OSError):
         namespace = str(pathlib.Path(f'/proc/{pid}/ns/net').readlink())
         if namespace not in known:
-            lines = pathlib.Path(
-                f'/proc/{pid}/net/netlink').read_text().splitlines()[1:]
+            lines = procfs.lines(f'/proc/{pid}/net/netlink')[1:]
             known[namespace] = frozenset(
                 f'socket:[{line.split()[-1]}]' for line in lines)
     return known.get(namespace, frozenset())
