@@ -53,6 +53,15 @@ for line in sys.stdin:
     assert time.monotonic() - before >= float(wait)
     print(int(number) + 1, flush=True)
 '''
+#: Runs without a system call, with a file in its memory.
+_MAPS = '''
+import mmap, os, sys
+with open(os.fsencode(sys.argv[1]), "rb") as f:
+    memory = mmap.mmap(f.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ)
+print("ready", flush=True)
+while True:
+    pass
+'''
 _READ, _GETPID, _ACCESS, _TGKILL = 0, 39, 21, 234
 
 
@@ -70,6 +79,16 @@ class TracerTestCase(cases.TestCase):
         self.page, self.pipe = map(
             int, self.process.stdout.readline().split())
         self.pid = self.process.pid
+
+    def run_python(self, code, *arguments):
+        """:returns: a process that says what it is, and was read"""
+        process = subprocess.Popen(
+            [sys.executable, '-c', code, *arguments], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True)
+        self.addCleanup(process.communicate)
+        self.addCleanup(process.kill)
+        self.assertEqual('ready\n', process.stdout.readline())
+        return process
 
     def ask(self, number, wait=0.0):
         self.process.stdin.write(f'{number} {wait}\n')
@@ -123,6 +142,16 @@ class TracerTestCase(cases.TestCase):
             self.assertEqual(self.pid, thread.call(_GETPID))
         self.ask(1)
         self.goes_on(1)
+
+    def test_file_that_is_called_vdso(self):
+        """It runs code of its own, and has such a file in its memory."""
+        directory = self.useFixture(fixtures.TempDir()).path
+        path = os.path.join(os.fsencode(directory), b'\xff [vdso]')
+        with open(path, 'wb') as file:
+            file.truncate(1 << 40)
+        process = self.run_python(_MAPS, path)
+        with tracer.stopped(process.pid) as thread:
+            self.assertEqual(process.pid, thread.call(_GETPID))
 
     def test_signal_in_between(self):
         """It is the process's."""

@@ -34,6 +34,8 @@ _STOP_TIMEOUT = 2.0
 _SYSCALL = b'\x0f\x05'
 _CS_COMPAT = 0x23
 _U64 = (1 << 64) - 1
+#: Bytes; those of today's kernels have two pages.
+_VDSO_SIZE = 64 << 10
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -160,7 +162,8 @@ class Thread:
         return result - (1 << 64) if result >> 63 else result
 
     def _has_trap(self) -> bool:
-        with open(f'/proc/{self._tid}/status') as status:
+        with open(f'/proc/{self._tid}/status',
+                  errors='surrogateescape') as status:
             pending, = re.findall(r'^SigPnd:\s+(\w+)$', status.read(), re.M)
         return bool(int(pending, 16) >> (signal.SIGTRAP - 1) & 1)
 
@@ -171,19 +174,22 @@ class Thread:
                 f.seek(ip - len(_SYSCALL))
                 if f.read(len(_SYSCALL)) == _SYSCALL:
                     return ip - len(_SYSCALL)
-            start, end = self._vdso()
+            start, size = self._vdso()
             f.seek(start)
-            at = f.read(end - start).find(_SYSCALL)
+            at = f.read(size).find(_SYSCALL)
             if at < 0:
                 raise OSError('no system call instruction in the vDSO')
             return start + at
 
     def _vdso(self) -> tuple[int, int]:
-        with open(f'/proc/{self._tid}/maps') as maps:
+        # Paths are the guest's, in any bytes, and may end like that too. Those
+        # of files begin with "/", and have an inode.
+        with open(f'/proc/{self._tid}/maps', 'rb') as maps:
             for line in maps:
-                if line.rstrip().endswith('[vdso]'):
-                    start, end = line.split(None, 1)[0].split('-')
-                    return int(start, 16), int(end, 16)
+                fields = line.rstrip(b'\n').split(None, 5)
+                if fields[3:] == [b'00:00', b'0', b'[vdso]']:
+                    start, end = (int(n, 16) for n in fields[0].split(b'-'))
+                    return start, min(end - start, _VDSO_SIZE)
         raise OSError('no vDSO')
 
 
