@@ -29,6 +29,7 @@ import fixtures
 from nova_pycontainer.runtime.migration import file_locks
 from nova_pycontainer.runtime.migration import tracer
 from tests import cases
+from tests.runtime import base
 
 #: Has a file open, and answers line by line.
 _HOLDER = '''
@@ -38,6 +39,18 @@ os.dup2(fd, 9)
 print("ready", flush=True)
 for line in sys.stdin:
     print("heard", line.strip(), flush=True)
+'''
+
+#: The same, with no address in its stack pointer.
+_NO_STACK = '''
+import ctypes, mmap, os, sys
+os.dup2(os.open(sys.argv[1], os.O_RDWR), 9)
+code = mmap.mmap(-1, mmap.PAGESIZE, prot=7)
+# mov rsp, 0xf000000000000000; jmp to itself
+code.write(bytes.fromhex('48bc 00000000000000f0 ebfe'))
+print("ready", flush=True)
+address = ctypes.addressof(ctypes.c_char.from_buffer(code))
+ctypes.CFUNCTYPE(None)(address)()
 '''
 
 READ, WRITE = fcntl.F_RDLCK, fcntl.F_WRLCK
@@ -52,10 +65,14 @@ class FileLocksTestCase(cases.TestCase):
         self.file = pathlib.Path(
             self.useFixture(fixtures.TempDir()).path, 'file')
         self.file.write_bytes(bytes(4096))
+        (self.file.parent / 'cgroup.freeze').write_text('0\n')
+        self.start(_HOLDER)
+
+    def start(self, code):
         # In a PID namespace of its own, as a guest: its child is 1 there.
         self.outer = subprocess.Popen(
             ['unshare', '--pid', '--fork', '--kill-child', sys.executable,
-             '-c', _HOLDER, self.file],
+             '-c', code, self.file],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.addCleanup(self.outer.communicate)
         self.addCleanup(self.outer.kill)
@@ -65,7 +82,6 @@ class FileLocksTestCase(cases.TestCase):
         self.pid, = map(int, children.read_text().split())
         self.group = types.SimpleNamespace(
             processes=lambda: [self.pid], v2=self.file.parent)
-        (self.file.parent / 'cgroup.freeze').write_text('0\n')
 
     def lock(self, kind=WRITE, start=0, length=0, fd=9, pid=1):
         return file_locks.Lock(pid, fd, kind, start, length)
@@ -125,3 +141,16 @@ class FileLocksTestCase(cases.TestCase):
         self.assertEqual(
             [], [fd for fd in os.listdir(f'/proc/{self.pid}/fd')
                  if int(fd) not in (0, 1, 2, 3, 9)])
+
+    def test_a_stack_that_is_nowhere(self):
+        self.start(_NO_STACK)
+        stat = pathlib.Path(f'/proc/{self.pid}/stat')
+        # utime of proc_pid_stat(5): it does nothing else then.
+        before = int(stat.read_text().split()[13])
+        base.wait_for(lambda: int(stat.read_text().split()[13]) > before + 10,
+                      'it to run')
+        with self.assertLogs(file_locks.__name__, 'WARNING') as logs:
+            file_locks.restore(self.group, [self.lock()])
+        self.assertIn('has lost a lock', logs.output[0])
+        # It runs on.
+        self.assertIsNone(self.outer.poll())

@@ -105,7 +105,9 @@ def restore(group: cgroup.Cgroup, locks: list[Lock]) -> None:
                 if pid not in held:
                     held[pid] = stack.enter_context(tracer.stopped(pid))
                 result = _take(held[pid], pid, lock)
-            except OSError as e:
+            except (OSError, OverflowError, ValueError) as e:
+                # Its stack pointer may be any number, also one that is no
+                # offset of a file.
                 LOG.warning('process %d has lost a lock: %s', pid, e)
                 continue
             if result < 0:

@@ -289,6 +289,8 @@ def release(
     try:
         file_locks.restore(item.cgroup, [
             file_locks.Lock(*lock) for lock in facts['locks']])
-    except OSError:
+    except Exception:
+        # The guest's own values are in it, and there is no way back: whatever
+        # it is, it must not end the guest.
         LOG.exception('instance %s: its locks', item.uuid)
     thaw(item, paused)

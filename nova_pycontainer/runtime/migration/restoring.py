@@ -176,7 +176,9 @@ class Notified:
         network_lock.unblock(self._pid)
         try:
             file_locks.restore(self._item.cgroup, self._locks)
-        except OSError:
+        except Exception:
+            # The guest's own values are in it, and there is no way back:
+            # whatever it is, it must not end the guest.
             LOG.exception('instance %s: its locks', self._item.uuid)
         self._owner.resumed(self._pid)
 
