@@ -12,32 +12,60 @@
 
 """Another process's threads, stopped by ptrace(2), on x86_64.
 
-All calls for one thread have to come from one thread of ours.
+The kernel lets one thread of ours trace another one, and lets go of all that
+it traces when it ends. So every time that something is held a thread is begun
+that makes all those calls (:class:`_Tracer`), and its end leaves nothing
+traced: neither what does not stop, nor what was killed meanwhile, for both of
+which PTRACE_DETACH fails.
 """
 
 import collections.abc as cabc
+from concurrent import futures
 import contextlib
 import ctypes
 import os
 import platform
-import re
+import queue
 import signal
+import threading
 import time
+import typing as ty
+
+from oslo_log import log as logging
 
 from nova_pycontainer.runtime import cgroup
 from nova_pycontainer.runtime import syscalls
 
+LOG = logging.getLogger(__name__)
+
 _SEIZE, _INTERRUPT, _DETACH = 0x4206, 0x4207, 17
-_GETREGS, _SETREGS, _SINGLESTEP, _CONT = 12, 13, 9, 7
+_GETREGS, _SETREGS, _SYSCALL, _CONT = 12, 13, 24, 7
+_GETEVENTMSG, _GETSIGINFO = 0x4201, 0x4202
+_GETSIGMASK, _SETSIGMASK = 0x420a, 0x420b
+#: PTRACE_O_TRACESYSGOOD, and what it adds to the number of the signal
+_O_SYSGOOD, _SYSGOOD = 1, 0x80
+_EVENT_STOP = 128
+#: PTRACE_EVENTMSG_SYSCALL_ENTRY
+_ENTRY = 1
 _WALL = 0x40000000
+#: Bytes: sigset_t of the kernel, siginfo_t
+_MASK_SIZE, _INFO_SIZE = 8, 128
+#: What the kernel sends to a thread for what it does itself. If it is blocked
+#: the kernel takes away the thread's handler and ends the process.
+_FAULTS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGSYS)
+#: linux/errno.h, ERESTARTSYS to ERESTART_RESTARTBLOCK: not done
+_RESTARTS = range(-516, -511)
+#: ERESTARTNOHAND: interrupted, and begun again if no handler is to run
+_NO_HANDLER = 514
 _STOP_TIMEOUT = 2.0
-_SYSCALL = b'\x0f\x05'
+_INSTRUCTION = b'\x0f\x05'
 _CS_COMPAT = 0x23
 _U64 = (1 << 64) - 1
 #: Bytes; those of today's kernels have two pages.
 _VDSO_SIZE = 64 << 10
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_T = ty.TypeVar('_T')
 
 
 def supported() -> bool:
@@ -58,71 +86,191 @@ class UserRegs(ctypes.Structure):
         return bool(self.cs == _CS_COMPAT)
 
 
-class Interrupted(OSError):
-    """A signal has come in the place of what was waited for."""
+class _Tracer:
+    """The thread of ours that traces."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[cabc.Callable[[], None] | None] = (
+            queue.SimpleQueue())
+        #: They are still in a call that is not theirs.
+        self._unfinished: list[_Tracee] = []
+        # Of an agent that ends it is let go of all the same.
+        self._thread = threading.Thread(
+            target=self._run, name='tracer', daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()
+        for tracee in self._unfinished:
+            # Let go of now, it would run on with the registers of the call.
+            try:
+                tracee.finish()
+            except OSError as e:
+                LOG.info('thread %d is let go of: %s', tracee.tid, e)
+
+    def do(self, function: cabc.Callable[..., _T], *arguments: ty.Any) -> _T:
+        """Let it call something."""
+        future: futures.Future[_T] = futures.Future()
+
+        def job() -> None:
+            try:
+                future.set_result(function(*arguments))
+            except BaseException as e:
+                future.set_exception(e)
+
+        self._jobs.put(job)
+        return future.result()
+
+    def release(self, tracee: '_Tracee') -> None:
+        if tracee.own is not None:
+            self._unfinished.append(tracee)
+            return
+        # It is gone, or does not stop: this thread's end is what helps.
+        with contextlib.suppress(OSError):
+            tracee.detach()
+
+    def close(self) -> None:
+        self._jobs.put(None)
+        if self._unfinished:
+            # That may take as long as it likes.
+            return
+        self._thread.join()
+        # Python's end of a thread comes before the kernel's.
+        deadline = time.monotonic() + _STOP_TIMEOUT
+        while (os.path.exists(f'/proc/self/task/{self._thread.native_id}') and
+               time.monotonic() < deadline):
+            time.sleep(0.0001)
 
 
-class Thread:
-    """A thread that stands still until it is detached."""
+class _Tracee:
+    """A traced thread. Only the thread that traces it may call this."""
 
     def __init__(self, tid: int) -> None:
-        self._tid = tid
-        #: It is the thread's, and is given to it at the end.
-        self._signal = 0
+        self.tid = tid
+        #: Its registers, while it has others.
+        self.own: UserRegs | None = None
+        #: What it has blocked, while all is; and whether the call that it
+        #: waits in, like sigsuspend(2) or ppoll(2), has changed that meanwhile
+        self._mask: tuple[int, bool] | None = None
 
-    def _ptrace(self, request: int, data: object = None) -> None:
-        if _libc.ptrace(ctypes.c_long(request), ctypes.c_long(self._tid),
-                        None, data) < 0:
+    def _ptrace(self, request: int, address: int | None = None,
+                data: object = None) -> None:
+        if _libc.ptrace(ctypes.c_long(request), ctypes.c_long(self.tid),
+                        ctypes.c_void_p(address), data) < 0:
             raise syscalls.oserror('ptrace')
 
-    def seize(self) -> None:
-        """:raises OSError: it has ended, or is traced by somebody else"""
-        self._ptrace(_SEIZE)
+    def _go_on(self, request: int, number: int = 0) -> None:
+        self._ptrace(request, data=ctypes.c_long(number))
 
-    def interrupt(self) -> None:
-        """:raises OSError: it has ended, or does not stop"""
-        self._ptrace(_INTERRUPT)
-        self._wait()
+    def hold(self) -> None:
+        """:raises OSError: it has ended, does not stop, or is traced by
+            somebody else
+        """
+        self._ptrace(_SEIZE, data=ctypes.c_long(_O_SYSGOOD))
+        self._stop()
 
-    def _wait(self, timeout: float | None = None) -> int:
-        deadline = time.monotonic() + (timeout or _STOP_TIMEOUT)
+    def _wait(self, deadline: float | None) -> int:
+        """:param deadline: None: without end"""
         while True:
-            found, status = os.waitpid(self._tid, _WALL | os.WNOHANG)
+            found, status = os.waitpid(
+                self.tid, _WALL if deadline is None else _WALL | os.WNOHANG)
             if found:
                 if os.WIFSTOPPED(status):
                     return status
-                raise ProcessLookupError(self._tid)
-            if time.monotonic() > deadline:
-                raise TimeoutError(f'thread {self._tid} does not stop')
+                self.own = None
+                raise ProcessLookupError(self.tid)
+            if deadline is not None and time.monotonic() > deadline:
+                raise TimeoutError(f'thread {self.tid} does not stop')
             time.sleep(0.0005)
 
+    def _stop(self, number: int | None = None) -> None:
+        """Let it come to the stop that PTRACE_INTERRUPT is for.
+
+        A signal that it got before is given to it, which makes the frame of
+        its handler: the kernel looks for that stop before it looks for another
+        signal, and before any code of the process runs.
+
+        :param number: of the signal that it goes on with; None: it runs
+        """
+        deadline = time.monotonic() + _STOP_TIMEOUT
+        self._ptrace(_INTERRUPT)
+        if number is not None:
+            self._go_on(_CONT, number)
+        while not _is_event(status := self._wait(deadline)):
+            self._go_on(_CONT, os.WSTOPSIG(status) & ~_SYSGOOD
+                        if not _is_call(status) else 0)
+
     def detach(self) -> None:
-        self._ptrace(_DETACH, ctypes.c_long(self._signal))
+        self.give_back()
+        self._go_on(_DETACH)
+
+    def give_back(self) -> None:
+        """Let it have its own signals blocked again; no call comes after."""
+        if self._mask is None or self.own is not None:
+            return
+        mask, changed = self._mask
+        before = self.registers()
+        if changed and before.ax == _U64 + 1 - _NO_HANDLER:
+            self._begin_again(before)
+        self._set_mask(mask)
+        self._mask = None
+
+    def _begin_again(self, before: UserRegs) -> None:
+        """Bring it to the begin of the call that it has waited in.
+
+        What the call blocks would come now and end it, if the kernel began it
+        again with what was blocked before it; and that is what it has to find.
+        At its begin no signal comes any more.
+        """
+        regs = UserRegs.from_buffer_copy(before)
+        regs.ip -= len(_INSTRUCTION)
+        regs.ax, regs.orig_ax = before.orig_ax, _U64
+        self.set_registers(regs)
+        self._go_on(_SYSCALL)
+        with contextlib.suppress(TimeoutError):
+            deadline = time.monotonic() + _STOP_TIMEOUT
+            while _is_event(status := self._wait(deadline)):
+                self._go_on(_SYSCALL)
+            if self._is_entry(status):
+                return
+            self.set_registers(before)
+            self._stop(0)
+            return
+        # Frozen; the kernel begins it.
+        self._stop()
+        self.set_registers(before)
 
     def registers(self) -> UserRegs:
         regs = UserRegs()
-        self._ptrace(_GETREGS, ctypes.byref(regs))
+        self._ptrace(_GETREGS, data=ctypes.byref(regs))
         return regs
 
     def set_registers(self, regs: UserRegs) -> None:
-        self._ptrace(_SETREGS, ctypes.byref(regs))
+        self._ptrace(_SETREGS, data=ctypes.byref(regs))
 
     def call(
-        self, number: int, *arguments: int, timeout: float | None = None
+        self, number: int, arguments: tuple[int, ...], timeout: float | None
     ) -> int:
-        """Let it make a system call, as if it had wanted to.
+        """See :meth:`Thread.call`."""
+        if self.own is not None:
+            raise OSError(f'thread {self.tid} does not stop')
+        deadline = time.monotonic() + (timeout or _STOP_TIMEOUT)
+        while True:
+            self._prepare(number, arguments)
+            status, late = self._run(deadline)
+            fault = self._is_fault(status)
+            result = self._settle(status, fault)
+            if late:
+                raise TimeoutError(f'thread {self.tid}: the call takes long')
+            if fault:
+                raise OSError(
+                    f'thread {self.tid}: signal {os.WSTOPSIG(status)}')
+            # Else a signal has come in its place.
+            if _is_call(status) and result not in _RESTARTS:
+                return result
 
-        What it does itself goes on afterwards, a system call that waits
-        included: its registers say so to the kernel.
-
-        :param timeout: seconds that the call may wait, 2 by default. For a
-            page it waits on if need be: the kernel breaks that off for a
-            signal that kills only
-        :returns: what the call returns, or -errno
-        :raises Interrupted: it has been called, or not
-        :raises TimeoutError: it was broken off
-        :raises OSError: it cannot be done with this thread
-        """
+    def _prepare(self, number: int, arguments: tuple[int, ...]) -> None:
         before = self.registers()
         if before.compat:
             raise OSError('a 32-bit process')
@@ -135,48 +283,111 @@ class Thread:
                 ('di', 'si', 'dx', 'r10', 'r8', 'r9'), arguments,
                 strict=False):
             setattr(regs, name, value)
+        if self._mask is None:
+            # Signals wait, and none comes in the place of the call.
+            mask = ctypes.c_uint64()
+            self._ptrace(_GETSIGMASK, _MASK_SIZE, ctypes.byref(mask))
+            # This is what was blocked before the call that it waits in.
+            self._mask = mask.value, mask.value != self._blocked()
+            self._set_mask(mask.value | (_U64 & ~sum(
+                1 << (fault - 1) for fault in _FAULTS)))
+        self.own = before
         self.set_registers(regs)
-        late: TimeoutError | None = None
-        try:
-            self._ptrace(_SINGLESTEP)
+
+    def _blocked(self) -> int:
+        # A name may be any bytes, but has no line ends.
+        with open(f'/proc/{self.tid}/status', 'rb') as status:
+            for line in status:
+                if line.startswith(b'SigBlk:'):
+                    return int(line.split()[1], 16)
+        raise ProcessLookupError(self.tid)
+
+    def _set_mask(self, mask: int) -> None:
+        self._ptrace(_SETSIGMASK, _MASK_SIZE,
+                     ctypes.byref(ctypes.c_uint64(mask)))
+
+    def _run(self, deadline: float) -> tuple[int, bool]:
+        """Let it make its call.
+
+        Not by a single step, whose end is a signal to the thread: that would
+        take away the handler of one that has SIGTRAP blocked or ignored.
+
+        :returns: status of the stop, and whether the call was broken off
+        :raises TimeoutError: the kernel does not break it off
+        """
+        late = False
+        while True:
+            self._go_on(_SYSCALL)
             try:
-                status = self._wait(timeout)
-            except TimeoutError as e:
-                late = e
+                status = self._wait(deadline)
+            except TimeoutError:
+                late = True
                 self._ptrace(_INTERRUPT)
-                status = self._wait()
-            if status >> 16 and self._has_trap():
-                # The end of the step is still to come, and would be a signal
-                # to the thread.
-                self._ptrace(_CONT)
-                status = self._wait()
-            result = int(self.registers().ax)
-        finally:
-            self.set_registers(before)
-        if os.WSTOPSIG(status) != signal.SIGTRAP or status >> 16:
-            if not status >> 16:
-                self._signal = os.WSTOPSIG(status)
-            raise Interrupted(f'thread {self._tid}: stopped by {status:#x}')
-        if late:
-            raise late
+                status = self._wait(time.monotonic() + _STOP_TIMEOUT)
+            # A process that was stopped by a signal stops before the call.
+            if _is_event(status) and not late:
+                late = time.monotonic() > deadline
+                if not late:
+                    continue
+            if not self._is_entry(status):
+                return status, late
+
+    def _settle(self, status: int, fault: bool) -> int:
+        """Give back what is the thread's.
+
+        :param status: of the stop
+        :param fault: it stopped for a signal that is none of its own
+        :returns: what the call has returned, if it was made
+        """
+        assert self.own is not None
+        result = int(self.registers().ax)
+        self.set_registers(self.own)
+        self.own = None
+        if not _is_event(status) and not _is_call(status) and not fault:
+            # Its handler comes back with what is blocked now.
+            if self._mask is not None:
+                self._set_mask(self._mask[0])
+                self._mask = None
+            self._stop(os.WSTOPSIG(status))
+        elif not _is_event(status):
+            # From the end of a call it would go on in its own code. Where it
+            # was before, the kernel looks whether a call is to begin again.
+            self._stop(0)
         return result - (1 << 64) if result >> 63 else result
 
-    def _has_trap(self) -> bool:
-        with open(f'/proc/{self._tid}/status',
-                  errors='surrogateescape') as status:
-            pending, = re.findall(r'^SigPnd:\s+(\w+)$', status.read(), re.M)
-        return bool(int(pending, 16) >> (signal.SIGTRAP - 1) & 1)
+    def finish(self) -> None:
+        """Wait for the end of its call, however long, and let go of it."""
+        while self._is_entry(status := self._wait(None)):
+            self._go_on(_SYSCALL)
+        self._settle(status, self._is_fault(status))
+        self.detach()
+
+    def _is_entry(self, status: int) -> bool:
+        if not _is_call(status):
+            return False
+        message = ctypes.c_ulong()
+        self._ptrace(_GETEVENTMSG, data=ctypes.byref(message))
+        return message.value == _ENTRY
+
+    def _is_fault(self, status: int) -> bool:
+        """Whether it stopped for what the kernel thinks of the call."""
+        if _is_event(status) or os.WSTOPSIG(status) not in _FAULTS:
+            return False
+        info = (ctypes.c_int * (_INFO_SIZE // 4))()
+        self._ptrace(_GETSIGINFO, data=ctypes.byref(info))
+        # si_code: of what processes send to each other it is at most 0.
+        return info[2] > 0
 
     def _instruction(self, ip: int) -> int:
         """Address of a ``syscall`` instruction in its memory."""
-        with open(f'/proc/{self._tid}/mem', 'rb', buffering=0) as f:
+        with open(f'/proc/{self.tid}/mem', 'rb', buffering=0) as f:
             with contextlib.suppress(OSError, OverflowError, ValueError):
-                f.seek(ip - len(_SYSCALL))
-                if f.read(len(_SYSCALL)) == _SYSCALL:
-                    return ip - len(_SYSCALL)
+                f.seek(ip - len(_INSTRUCTION))
+                if f.read(len(_INSTRUCTION)) == _INSTRUCTION:
+                    return ip - len(_INSTRUCTION)
             start, size = self._vdso()
             f.seek(start)
-            at = f.read(size).find(_SYSCALL)
+            at = f.read(size).find(_INSTRUCTION)
             if at < 0:
                 raise OSError('no system call instruction in the vDSO')
             return start + at
@@ -184,7 +395,7 @@ class Thread:
     def _vdso(self) -> tuple[int, int]:
         # Paths are the guest's, in any bytes, and may end like that too. Those
         # of files begin with "/", and have an inode.
-        with open(f'/proc/{self._tid}/maps', 'rb') as maps:
+        with open(f'/proc/{self.tid}/maps', 'rb') as maps:
             for line in maps:
                 fields = line.rstrip(b'\n').split(None, 5)
                 if fields[3:] == [b'00:00', b'0', b'[vdso]']:
@@ -193,18 +404,79 @@ class Thread:
         raise OSError('no vDSO')
 
 
+def _is_event(status: int) -> bool:
+    return status >> 16 == _EVENT_STOP
+
+
+def _is_call(status: int) -> bool:
+    """Whether it stands at the begin or at the end of a system call."""
+    return not status >> 16 and (
+        os.WSTOPSIG(status) == signal.SIGTRAP | _SYSGOOD)
+
+
+class Thread:
+    """A thread that stands still."""
+
+    def __init__(self, tracer: _Tracer, tracee: _Tracee) -> None:
+        self._tracer = tracer
+        self._tracee = tracee
+
+    def registers(self) -> UserRegs:
+        return self._tracer.do(self._tracee.registers)
+
+    def set_registers(self, regs: UserRegs) -> None:
+        self._tracer.do(self._tracee.set_registers, regs)
+
+    def give_back(self) -> None:
+        """No call comes after this one, which a release does too."""
+        with contextlib.suppress(OSError):
+            self._tracer.do(self._tracee.give_back)
+
+    def call(
+        self, number: int, *arguments: int, timeout: float | None = None
+    ) -> int:
+        """Let it make a system call, as if it had wanted to.
+
+        What it does itself goes on afterwards, a system call that waits
+        included: its registers say so to the kernel. Signals reach it
+        afterwards too.
+
+        :param timeout: seconds that the call may wait, 2 by default. For a
+            page it waits on if need be: the kernel breaks that off for a
+            signal that kills only
+        :returns: what the call returns, or -errno
+        :raises TimeoutError: it was broken off. Where the kernel does not do
+            that the thread stays stopped and traced until the call ends
+        :raises OSError: it cannot be done with this thread
+        """
+        return self._tracer.do(
+            self._tracee.call, number, arguments, timeout)
+
+
+@contextlib.contextmanager
+def _tracing() -> cabc.Iterator[_Tracer]:
+    tracer = _Tracer()
+    try:
+        yield tracer
+    finally:
+        tracer.close()
+
+
+@contextlib.contextmanager
+def _held(tracer: _Tracer, tid: int) -> cabc.Iterator[Thread]:
+    tracee = _Tracee(tid)
+    try:
+        tracer.do(tracee.hold)
+        yield Thread(tracer, tracee)
+    finally:
+        tracer.do(tracer.release, tracee)
+
+
 @contextlib.contextmanager
 def stopped(tid: int) -> cabc.Iterator[Thread]:
     """:raises OSError: it has ended, or does not stop"""
-    thread = Thread(tid)
-    thread.seize()
-    try:
-        thread.interrupt()
+    with _tracing() as tracer, _held(tracer, tid) as thread:
         yield thread
-    finally:
-        # It may be gone: killed.
-        with contextlib.suppress(ProcessLookupError):
-            thread.detach()
 
 
 def held_still(
@@ -216,12 +488,16 @@ def held_still(
     it is frozen first, so that nothing of it runs.
     """
     threads: dict[int, Thread] = {}
+    tracer = stack.enter_context(_tracing())
     for pid in group.processes():
         with contextlib.suppress(FileNotFoundError):
             for name in os.listdir(f'/proc/{pid}/task'):
                 threads[int(name)] = stack.enter_context(
-                    stopped(int(name)))
+                    _held(tracer, int(name)))
     freeze = group.v2 / 'cgroup.freeze'
     stack.callback(freeze.write_text, '1')
+    for thread in threads.values():
+        # Frozen, it could not.
+        stack.callback(thread.give_back)
     freeze.write_text('0')
     return threads
