@@ -53,6 +53,33 @@ address = ctypes.addressof(ctypes.c_char.from_buffer(code))
 ctypes.CFUNCTYPE(None)(address)()
 '''
 
+#: A filter that ends the process for some calls.
+_FILTER = '''
+import ctypes, struct
+def forbid(*calls):
+    libc = ctypes.CDLL(None)
+    code = struct.pack("HBBI", 0x20, 0, 0, 0)
+    for call in calls:
+        code += struct.pack("HBBIHBBI", 0x15, 0, 1, call,
+                            6, 0, 0, 0x80000000)
+    code += struct.pack("HBBI", 6, 0, 0, 0x7fff0000)
+    buffer = ctypes.create_string_buffer(code, len(code))
+    program = struct.pack("HxxxxxxQ", len(code) // 8,
+                          ctypes.addressof(buffer))
+    assert libc.prctl(38, 1, 0, 0, 0) == 0
+    assert libc.prctl(22, 2, program) == 0
+'''
+#: access(2), fcntl(2)
+_NO_ACCESS = f'{_FILTER}\nforbid(21)\n{_HOLDER}'
+_NO_LOCKS = f'''{_FILTER}
+import os
+child = os.fork()
+if child:
+    os.waitpid(child, 0)
+    os._exit(1)
+forbid(21, 72)
+{_HOLDER}'''
+
 READ, WRITE = fcntl.F_RDLCK, fcntl.F_WRLCK
 
 
@@ -77,17 +104,19 @@ class FileLocksTestCase(cases.TestCase):
         self.addCleanup(self.outer.communicate)
         self.addCleanup(self.outer.kill)
         self.assertEqual('ready\n', self.outer.stdout.readline())
-        children = pathlib.Path(
-            f'/proc/{self.outer.pid}/task/{self.outer.pid}/children')
-        self.pid, = map(int, children.read_text().split())
+        self.pid, = self.pids = self.children(self.outer.pid)
         self.group = types.SimpleNamespace(
-            processes=lambda: [self.pid], v2=self.file.parent)
+            processes=lambda: self.pids, v2=self.file.parent)
+
+    def children(self, pid):
+        return [int(child) for child in pathlib.Path(
+            f'/proc/{pid}/task/{pid}/children').read_text().split()]
 
     def lock(self, kind=WRITE, start=0, length=0, fd=9, pid=1):
         return file_locks.Lock(pid, fd, kind, start, length)
 
-    def restore(self, *locks):
-        file_locks.restore(self.group, list(locks))
+    def restore(self, *locks, late=False):
+        file_locks.restore(self.group, list(locks), late)
         # It is as it was, and does not know.
         self.outer.stdin.write('hello\n')
         self.outer.stdin.flush()
@@ -154,3 +183,22 @@ class FileLocksTestCase(cases.TestCase):
         self.assertIn('has lost a lock', logs.output[0])
         # It runs on.
         self.assertIsNone(self.outer.poll())
+
+    def test_pages_that_are_still_to_come(self):
+        self.restore(self.lock(), late=True)
+        self.assertFalse(self.free(READ, 0, 0))
+
+    def test_a_filter_of_all(self):
+        """No more is called than is needed."""
+        self.start(_NO_ACCESS)
+        self.restore(self.lock())
+        self.assertFalse(self.free(READ, 0, 0))
+
+    def test_a_filter_of_its_own(self):
+        """It would be ended for a call that it does not make itself."""
+        self.start(_NO_LOCKS)
+        self.pids += self.children(self.pid)
+        with self.assertLogs(file_locks.__name__, 'WARNING') as logs:
+            self.restore(self.lock(pid=2))
+        self.assertIn('has lost a lock', logs.output[0])
+        self.assertTrue(self.free(WRITE, 0, 0))

@@ -32,6 +32,7 @@ import typing as ty
 from oslo_log import log as logging
 
 from nova_pycontainer.runtime import cgroup
+from nova_pycontainer.runtime.migration import filters
 from nova_pycontainer.runtime.migration import imagefile
 from nova_pycontainer.runtime.migration import lazy
 from nova_pycontainer.runtime.migration import tracer
@@ -81,12 +82,15 @@ def read(images: pathlib.Path, messages: types.ModuleType) -> list[Lock]:
             if entry.flag & _FL_POSIX]
 
 
-def restore(group: cgroup.Cgroup, locks: list[Lock]) -> None:
+def restore(
+    group: cgroup.Cgroup, locks: list[Lock], late: bool = False
+) -> None:
     """Take again what a restored guest does not hold.
 
     Failures are logged: the guest runs, and there is no way back.
 
     :param group: of the guest, frozen or not
+    :param late: pages of its memory may be still to come
     """
     if not locks or not tracer.supported():
         return
@@ -95,6 +99,7 @@ def restore(group: cgroup.Cgroup, locks: list[Lock]) -> None:
             if lock.pid in pids and not _holds(pids[lock.pid], lock)]
     if not lost:
         return
+    usual = filters.usual(group)
     with contextlib.ExitStack() as stack:
         held: dict[int, tracer.Thread] = {}
         if (group.v2 / 'cgroup.freeze').read_text().strip() == '1':
@@ -104,7 +109,8 @@ def restore(group: cgroup.Cgroup, locks: list[Lock]) -> None:
             try:
                 if pid not in held:
                     held[pid] = stack.enter_context(tracer.stopped(pid))
-                result = _take(held[pid], pid, lock)
+                filters.check(pid, usual)
+                result = _take(held[pid], pid, lock, late)
             except (OSError, OverflowError, ValueError) as e:
                 # Its stack pointer may be any number, also one that is no
                 # offset of a file.
@@ -131,21 +137,25 @@ def _holds(pid: int, lock: Lock) -> bool:
     """Whether proc(5) says so, of the descriptor."""
     end = str(lock.start + lock.length - 1) if lock.length else 'EOF'
     try:
-        text = pathlib.Path(f'/proc/{pid}/fdinfo/{lock.fd}').read_text()
+        text = pathlib.Path(f'/proc/{pid}/fdinfo/{lock.fd}').read_text(
+            errors='surrogateescape')
     except OSError:
         return True
     return (('READ', 'WRITE')[lock.kind == 1], str(lock.start), end) in (
         _HELD.findall(text))
 
 
-def _take(thread: tracer.Thread, pid: int, lock: Lock) -> int:
+def _take(
+    thread: tracer.Thread, pid: int, lock: Lock, late: bool
+) -> int:
     # Within one page.
     address = (thread.registers().sp - _RED_ZONE) & -_FLOCK.size
-    # With post-copy it may be still to come, which it does for the process
-    # itself, and for nobody who looks into its memory (userfaultfd(2)). This
-    # reads from there, and does nothing else. The kernel does not break it
-    # off: it ends with the page, or, if that never comes, with the guest.
-    thread.call(_ACCESS, address, os.F_OK, timeout=lazy.LONGEST)
+    if late:
+        # With post-copy it comes for the process itself, and for nobody who
+        # looks into its memory (userfaultfd(2)). This reads from there, and
+        # does nothing else. The kernel does not break it off: it ends with
+        # the page, or, if that never comes, with the guest.
+        thread.call(_ACCESS, address, os.F_OK, timeout=lazy.LONGEST)
     with open(f'/proc/{pid}/mem', 'r+b', buffering=0) as f:
         f.seek(address)
         before = f.read(_FLOCK.size)

@@ -288,7 +288,8 @@ def release(
     item.hold_network(paused)
     try:
         file_locks.restore(item.cgroup, [
-            file_locks.Lock(*lock) for lock in facts['locks']])
+            file_locks.Lock(*lock) for lock in facts['locks']],
+            bool(facts.get('lazy')))
     except Exception:
         # The guest's own values are in it, and there is no way back: whatever
         # it is, it must not end the guest.

@@ -175,7 +175,8 @@ class Notified:
         assert self._pid is not None
         network_lock.unblock(self._pid)
         try:
-            file_locks.restore(self._item.cgroup, self._locks)
+            file_locks.restore(
+                self._item.cgroup, self._locks, self._lazy)
         except Exception:
             # The guest's own values are in it, and there is no way back:
             # whatever it is, it must not end the guest.
