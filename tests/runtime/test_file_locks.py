@@ -53,25 +53,9 @@ address = ctypes.addressof(ctypes.c_char.from_buffer(code))
 ctypes.CFUNCTYPE(None)(address)()
 '''
 
-#: A filter that ends the process for some calls.
-_FILTER = '''
-import ctypes, struct
-def forbid(*calls):
-    libc = ctypes.CDLL(None)
-    code = struct.pack("HBBI", 0x20, 0, 0, 0)
-    for call in calls:
-        code += struct.pack("HBBIHBBI", 0x15, 0, 1, call,
-                            6, 0, 0, 0x80000000)
-    code += struct.pack("HBBI", 6, 0, 0, 0x7fff0000)
-    buffer = ctypes.create_string_buffer(code, len(code))
-    program = struct.pack("HxxxxxxQ", len(code) // 8,
-                          ctypes.addressof(buffer))
-    assert libc.prctl(38, 1, 0, 0, 0) == 0
-    assert libc.prctl(22, 2, program) == 0
-'''
 #: access(2), fcntl(2)
-_NO_ACCESS = f'{_FILTER}\nforbid(21)\n{_HOLDER}'
-_NO_LOCKS = f'''{_FILTER}
+_NO_ACCESS = f'{base.FILTER}\nforbid(21)\n{_HOLDER}'
+_NO_LOCKS = f'''{base.FILTER}
 import os
 child = os.fork()
 if child:

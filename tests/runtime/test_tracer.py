@@ -136,6 +136,17 @@ ctypes.CFUNCTYPE(ctypes.c_int)(address)()
 print("over", flush=True)
 sys.stdin.read()
 '''
+_THREADS = '''
+import threading, time
+def begin():
+    time.sleep(0.001)
+    threading.Thread(target=begin).start()
+for _ in range(4):
+    begin()
+print("ready", flush=True)
+while True:
+    time.sleep(0.001)
+'''
 _READ, _GETPID, _ACCESS, _TGKILL = 0, 39, 21, 234
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -397,6 +408,18 @@ class TracerTestCase(cases.TestCase):
         self.goes_on(1)
         base.wait_for(lambda: self.tracer_of(self.pid) == '0', 'its release')
         self.assertEqual(self.pid, self.call(_GETPID))
+
+    def test_all_threads(self):
+        """Of a process that makes new ones all the time."""
+        process = self.run_python(_THREADS)
+        for _ in range(20):
+            with tracer.held(process.pid) as threads:
+                self.assertIn(process.pid, threads)
+                found = os.listdir(f'/proc/{process.pid}/task')
+                self.assertEqual(['t'] * len(found), [
+                    self.state(f'{process.pid}/task/{tid}') for tid in found])
+                self.assertEqual(
+                    process.pid, threads[process.pid].call(_GETPID))
 
     def test_killed_while_it_is_held(self):
         """Its parent hears of it."""

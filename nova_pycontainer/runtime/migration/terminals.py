@@ -42,6 +42,7 @@ import typing as ty
 from oslo_log import log as logging
 
 from nova_pycontainer.runtime import cgroup
+from nova_pycontainer.runtime.migration import filters
 from nova_pycontainer.runtime.migration import guest
 from nova_pycontainer.runtime.migration import imagefile
 from nova_pycontainer.runtime.migration import tracer
@@ -66,34 +67,56 @@ _FDINFO = re.compile(r'^(flags|mnt_id):\s*(\d+)$', re.M)
 Sessions = dict[int, tuple[int, int]]
 
 
+class _Descriptor(ty.NamedTuple):
+    number: int
+    device: int
+    #: on exec
+    closed: bool
+
+
+def _open(path: str) -> ty.TextIO:
+    # Names may be any bytes but a line end, also what others end lines with.
+    return open(path, errors='surrogateescape', newline='\n')
+
+
 class _Process:
     """:raises OSError: it has ended"""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
-        with open(f'/proc/{pid}/stat') as f:
+        with _open(f'/proc/{pid}/stat') as f:
             fields = f.read().rpartition(')')[2].split()
         # proc_pid_stat(5), from the third field on
         self.group, self.session, self.terminal, self.foreground = (
             int(n) for n in fields[2:6])
+        self._started = int(fields[19])
+
+    def same(self) -> '_Process':
+        """:raises OSError: it has ended, or has another terminal"""
+        now = _Process(self.pid)
+        if (now._started, now.session, now.terminal) != (
+                self._started, self.session, self.terminal):
+            raise OSError('it has changed meanwhile')
+        return now
 
     def has_terminal(self) -> bool:
         return self.terminal > 0 and os.major(self.terminal) in _SLAVES
 
-    def terminals(self) -> cabc.Iterator[tuple[int, int, bool]]:
-        """Its descriptors of terminals: number, device, closed on exec."""
+    def terminals(self) -> cabc.Iterator[_Descriptor]:
+        """Those of terminals."""
         kinds = {mount.id: mount.fstype for mount in guest.mounts(self.pid)}
         for fd in os.listdir(f'/proc/{self.pid}/fd'):
             with contextlib.suppress(OSError, KeyError):
-                with open(f'/proc/{self.pid}/fdinfo/{fd}') as f:
+                with _open(f'/proc/{self.pid}/fdinfo/{fd}') as f:
                     info = dict(_FDINFO.findall(f.read()))
                 # Others may let us wait for a process of the guest's.
                 if kinds.get(int(info['mnt_id'])) in (
                         'devpts', 'devtmpfs', 'tmpfs'):
                     device = os.stat(f'/proc/{self.pid}/fd/{fd}').st_rdev
                     if device:
-                        yield (int(fd), device,
-                               bool(int(info['flags'], 8) & os.O_CLOEXEC))
+                        yield _Descriptor(
+                            int(fd), device,
+                            bool(int(info['flags'], 8) & os.O_CLOEXEC))
 
 
 def _processes(group: cgroup.Cgroup) -> list[_Process]:
@@ -111,33 +134,40 @@ def release(group: cgroup.Cgroup, frozen: bool) -> None:
     """
     if not tracer.supported():
         return
-    wanted: list[tuple[_Process, int, int, bool]] = []
+    wanted: list[tuple[_Process, _Descriptor, _Descriptor]] = []
     open_in: dict[int, set[int]] = {}
     for item in _processes(group):
         with contextlib.suppress(OSError):
             held = list(item.terminals())
-            for _, device, _ in held:
-                open_in.setdefault(device, set()).add(item.session)
-            same = [fd for fd, device, _ in held if device == item.terminal]
+            for found in held:
+                open_in.setdefault(found.device, set()).add(item.session)
+            same = [d for d in held if d.device == item.terminal]
             if item.has_terminal() and same:
-                wanted.extend(
-                    (item, fd, same[0], cloexec)
-                    for fd, device, cloexec in held if device == _DEV_TTY)
+                wanted.extend((item, found, same[0]) for found in held
+                              if found.device == _DEV_TTY)
     wanted = [w for w in wanted
               if open_in[w[0].terminal] != {w[0].session}]
     if not wanted:
         return
+    usual = filters.usual(group)
     with contextlib.ExitStack() as stack:
         held_still = tracer.held_still(group, stack) if frozen else {}
-        for item, fd, terminal, cloexec in wanted:
-            arguments = (_DUP3, terminal, fd, os.O_CLOEXEC if cloexec else 0)
+        for item, found, terminal in wanted:
             try:
-                if frozen:
-                    result = held_still[item.pid].call(*arguments)
-                else:
-                    with tracer.stopped(item.pid) as thread:
-                        result = thread.call(*arguments)
-                if result != fd:
+                with contextlib.ExitStack() as own:
+                    threads = held_still if frozen else own.enter_context(
+                        tracer.held(item.pid))
+                    # It has run until now. What another process does that
+                    # shares its descriptors (CLONE_FILES) is not seen.
+                    if item.pid not in group.processes():
+                        raise ProcessLookupError(item.pid)
+                    if not {found, terminal} <= set(item.same().terminals()):
+                        raise OSError('it has other files open')
+                    filters.check(item.pid, usual)
+                    result = threads[item.pid].call(
+                        _DUP3, terminal.number, found.number,
+                        os.O_CLOEXEC if found.closed else 0)
+                if result != found.number:
                     LOG.info('process %d: dup3: %d', item.pid, result)
             except (OSError, KeyError) as e:
                 # Then the dump says why it fails.
@@ -152,7 +182,7 @@ def sessions(group: cgroup.Cgroup) -> Sessions:
     # terminal, and the group in its foreground is of others.
     for item in _processes(group):
         with contextlib.suppress(OSError, KeyError):
-            with open(f'/proc/{item.pid}/status') as f:
+            with _open(f'/proc/{item.pid}/status') as f:
                 ids = dict(_IDS.findall(f.read()))
             inner[item.group] = int(ids['NSpgid'])
             inner[item.session] = int(ids['NSsid'])

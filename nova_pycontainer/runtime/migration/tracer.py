@@ -479,6 +479,36 @@ def stopped(tid: int) -> cabc.Iterator[Thread]:
         yield thread
 
 
+@contextlib.contextmanager
+def held(pid: int) -> cabc.Iterator[dict[int, Thread]]:
+    """Hold every thread of a process that runs.
+
+    :raises OSError: it has ended, or one of them does not stop
+    """
+    threads: dict[int, Thread] = {}
+    seen: set[int] = set()
+    with _tracing() as tracer, contextlib.ExitStack() as stack:
+        # Those that run make others meanwhile.
+        while new := {int(n) for n in os.listdir(f'/proc/{pid}/task')} - seen:
+            seen |= new
+            for tid in new:
+                try:
+                    threads[tid] = stack.enter_context(_held(tracer, tid))
+                except (ProcessLookupError, PermissionError):
+                    # Also what ptrace(2) says of one that is about to end.
+                    if _lives(f'/proc/{pid}/task/{tid}'):
+                        raise
+        yield threads
+
+
+def _lives(thread: str) -> bool:
+    try:
+        with open(f'{thread}/stat', 'rb') as f:
+            return f.read().rpartition(b') ')[2][:1] not in b'ZX'
+    except OSError:
+        return False
+
+
 def held_still(
     group: cgroup.Cgroup, stack: contextlib.ExitStack
 ) -> dict[int, Thread]:
