@@ -207,7 +207,7 @@ class TracerTestCase(cases.TestCase):
 
     def test_call_that_waits(self):
         self.useFixture(fixtures.MonkeyPatch(
-            'nova_pycontainer.runtime.migration.tracer._STOP_TIMEOUT', 0.3))
+            'nova_pycontainer.runtime.migration.ptrace.STOP_TIMEOUT', 0.3))
         for number, wait in (1, 0.0), (2, 0.5):
             self.ask(number, wait)
             if wait:
@@ -227,7 +227,7 @@ class TracerTestCase(cases.TestCase):
 
     def test_calls_after_one_that_waits(self):
         self.useFixture(fixtures.MonkeyPatch(
-            'nova_pycontainer.runtime.migration.tracer._STOP_TIMEOUT', 0.3))
+            'nova_pycontainer.runtime.migration.ptrace.STOP_TIMEOUT', 0.3))
         with tracer.stopped(self.pid) as thread:
             self.assertRaises(
                 TimeoutError, thread.call, _READ, self.pipe, self.page, 1)
@@ -384,7 +384,7 @@ class TracerTestCase(cases.TestCase):
     def test_thread_that_does_not_stop(self):
         """It is let go of: somebody else may trace it, and it runs on."""
         self.useFixture(fixtures.MonkeyPatch(
-            'nova_pycontainer.runtime.migration.tracer._STOP_TIMEOUT', 0.3))
+            'nova_pycontainer.runtime.migration.ptrace.STOP_TIMEOUT', 0.3))
         process = self.run_python(_VFORKS)
         self.waits(process.pid, 'kernel_clone')
         with testtools.ExpectedException(TimeoutError):
@@ -398,7 +398,7 @@ class TracerTestCase(cases.TestCase):
     def test_call_that_does_not_end(self):
         """It goes on with its own registers when that ends."""
         self.useFixture(fixtures.MonkeyPatch(
-            'nova_pycontainer.runtime.migration.tracer._STOP_TIMEOUT', 0.2))
+            'nova_pycontainer.runtime.migration.ptrace.STOP_TIMEOUT', 0.2))
         self.ask(1, 0.5)
         self.sleeps()
         with tracer.stopped(self.pid) as thread:
