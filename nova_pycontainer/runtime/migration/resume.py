@@ -70,7 +70,9 @@ def resume(
 
 
 def _status(thread: str) -> dict[str, str]:
-    with open(f'{thread}/status') as f:
+    # A name may be any bytes but a line end, also what others end lines with.
+    with open(f'{thread}/status', errors='surrogateescape',
+              newline='\n') as f:
         return dict(_STATUS.findall(f.read()))
 
 

@@ -145,7 +145,7 @@ class Sleepers:
         try:
             with open(f'{thread}/syscall') as f:
                 here = f.read()
-            with open(f'{thread}/status') as f:
+            with _open(f'{thread}/status') as f:
                 status = f.read()
         except OSError:
             return
@@ -161,6 +161,11 @@ class Sleepers:
             'tid': int(inner[1]), 'call': sleep.call,
             'since': None if since is None else since + ahead,
             'asked': _asked(thread, where, sleep.call)}))
+
+
+def _open(path: str) -> ty.TextIO:
+    # Names may be any bytes but a line end, also what others end lines with.
+    return open(path, errors='surrogateescape', newline='\n')
 
 
 def _read(thread: str) -> tuple[str, int, bool, int, int, float] | None:
@@ -179,12 +184,12 @@ def _read(thread: str) -> tuple[str, int, bool, int, int, float] | None:
         if continued:
             with open(f'{thread}/stack') as f:
                 number = _continued(f.read(), where.split()[1])
-        with open(f'{thread}/status') as f:
+        with _open(f'{thread}/status') as f:
             switches = _SWITCHES.search(f.read())
-        with open(f'{thread}/stat') as f:
+        with _open(f'{thread}/stat') as f:
             cpu = int(f.read().rpartition(')')[2].split()[36])
         try:
-            with open(f'{thread}/sched') as f:
+            with _open(f'{thread}/sched') as f:
                 start = _EXEC_START.search(f.read())
         except OSError:
             # A kernel without CONFIG_SCHED_DEBUG.
