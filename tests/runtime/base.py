@@ -50,12 +50,12 @@ MIB = 1 << 20
 #: For Python: a filter, seccomp(2), that ends the process for some calls.
 FILTER = '''
 import ctypes, struct
-def forbid(*calls):
+def forbid(*calls, action=0x80000000):
     libc = ctypes.CDLL(None)
     code = struct.pack("HBBI", 0x20, 0, 0, 0)
     for call in calls:
         code += struct.pack("HBBIHBBI", 0x15, 0, 1, call,
-                            6, 0, 0, 0x80000000)
+                            6, 0, 0, action)
     code += struct.pack("HBBI", 6, 0, 0, 0x7fff0000)
     buffer = ctypes.create_string_buffer(code, len(code))
     program = struct.pack("HxxxxxxQ", len(code) // 8,

@@ -70,20 +70,22 @@ while True:
 '''
 #: Counts the signals that it gets; its end, and the number, by another one.
 _SIGNALS = '''
-import fcntl, os, signal, threading
+import fcntl, os, resource, select, signal, threading
+# All processes of the user have one number of them that may wait.
+resource.setrlimit(resource.RLIMIT_SIGPENDING, (1000, 1000))
 first, last = signal.SIGRTMIN, signal.SIGRTMIN + 1
 counted = first, signal.SIGSEGV, signal.SIGSYS, signal.SIGTRAP
 read, write = os.pipe()
 os.set_blocking(write, False)
 fcntl.fcntl(write, 1031, 1 << 20)
 def count():
-    number = 0
-    while True:
+    number, over = 0, False
+    while not over or select.select([read], [], [], 0.5)[0]:
         got = os.read(read, 1 << 20)
         number += sum(got.count(n) for n in counted)
-        if last in got:
-            print(number, flush=True)
-            os._exit(0)
+        over = over or last in got
+    print(number, flush=True)
+    os._exit(0)
 signal.pthread_sigmask(signal.SIG_BLOCK, [first, last])
 threading.Thread(target=count, daemon=True).start()
 # One byte for each, written by the handler itself.
@@ -135,6 +137,21 @@ print("ready", flush=True)
 ctypes.CFUNCTYPE(ctypes.c_int)(address)()
 print("over", flush=True)
 sys.stdin.read()
+'''
+_ENDS = '''
+import ctypes, threading, time
+threading.Thread(target=time.sleep, args=(1000,)).start()
+print("ready", flush=True)
+ctypes.CDLL(None).syscall(60, 0)
+'''
+_REFUSES = '''
+import signal, sys
+seen = []
+signal.signal(signal.SIGSYS, lambda *_: seen.append(1))
+forbid(39, action=0x30000)
+print("ready", flush=True)
+sys.stdin.readline()
+print(seen, flush=True)
 '''
 _THREADS = '''
 import threading, time
@@ -276,7 +293,10 @@ class TracerTestCase(cases.TestCase):
         finally:
             over.set()
             thread.join()
-        # Those with lower numbers come first.
+        base.wait_for(lambda: not int(re.search(
+            r'^ShdPnd:\t(\w+)$', pathlib.Path(
+                f'/proc/{process.pid}/status').read_text(), re.M)[1], 16),
+            'it to get them')
         os.kill(process.pid, signal.SIGRTMIN + 1)
         self.assertEqual(f'{sent}\n', process.stdout.readline())
 
@@ -420,6 +440,26 @@ class TracerTestCase(cases.TestCase):
                     self.state(f'{process.pid}/task/{tid}') for tid in found])
                 self.assertEqual(
                     process.pid, threads[process.pid].call(_GETPID))
+
+    def test_main_thread_that_has_ended(self):
+        """The others are the process."""
+        process = self.run_python(_ENDS)
+        base.wait_for(lambda: self.state(process.pid) == 'Z', 'its end')
+        with tracer.held(process.pid) as threads:
+            (tid, thread), = threads.items()
+            self.assertNotEqual(process.pid, tid)
+            self.assertEqual(process.pid, thread.call(_GETPID))
+
+    def test_call_that_is_refused(self):
+        """By a filter with a signal, which the process does not get."""
+        process = self.run_python(f'{base.FILTER}{_REFUSES}')
+        for _ in range(2):
+            with tracer.stopped(process.pid) as thread:
+                self.assertRaises(OSError, thread.call, _GETPID)
+                self.assertRaises(OSError, thread.call, _GETPID)
+        process.stdin.write('hello\n')
+        process.stdin.flush()
+        self.assertEqual('[]\n', process.stdout.readline())
 
     def test_killed_while_it_is_held(self):
         """Its parent hears of it."""

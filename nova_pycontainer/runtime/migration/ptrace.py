@@ -38,6 +38,7 @@ _MASK_SIZE, _INFO_SIZE = 8, 128
 #: What the kernel sends to a thread for what it does itself. If it is blocked
 #: the kernel takes away the thread's handler and ends the process.
 _FAULTS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGSYS)
+_FAULTS_MASK = sum(1 << (fault - 1) for fault in _FAULTS)
 #: linux/errno.h, ERESTARTSYS to ERESTART_RESTARTBLOCK: not done
 _RESTARTS = range(-516, -511)
 #: ERESTARTNOHAND: interrupted, and begun again if no handler is to run
@@ -183,13 +184,11 @@ class Tracee:
         while True:
             self._prepare(number, arguments)
             status, late = self._run(deadline)
-            fault = self._is_fault(status)
-            result = self._settle(status, fault)
+            result, fault = self._settle(status)
             if late:
                 raise TimeoutError(f'thread {self.tid}: the call takes long')
             if fault:
-                raise OSError(
-                    f'thread {self.tid}: signal {os.WSTOPSIG(status)}')
+                raise OSError(f'thread {self.tid} may not make the call')
             # Else a signal has come in its place.
             if _is_call(status) and result not in _RESTARTS:
                 return result
@@ -212,17 +211,17 @@ class Tracee:
             mask = ctypes.c_uint64()
             self._ptrace(_GETSIGMASK, _MASK_SIZE, ctypes.byref(mask))
             # This is what was blocked before the call that it waits in.
-            self._mask = mask.value, mask.value != self._blocked()
-            self._set_mask(mask.value | (_U64 & ~sum(
-                1 << (fault - 1) for fault in _FAULTS)))
+            self._mask = mask.value, mask.value != self._signals('SigBlk')
+            self._set_mask(mask.value | (_U64 & ~_FAULTS_MASK))
         self.own = before
         self.set_registers(regs)
 
-    def _blocked(self) -> int:
+    def _signals(self, name: str) -> int:
+        """A set of them, of proc_pid_status(5)."""
         # A name may be any bytes, but has no line ends.
         with open(f'/proc/{self.tid}/status', 'rb') as status:
             for line in status:
-                if line.startswith(b'SigBlk:'):
+                if line.startswith(name.encode() + b':'):
                     return int(line.split()[1], 16)
         raise ProcessLookupError(self.tid)
 
@@ -256,17 +255,27 @@ class Tracee:
             if not self._is_entry(status):
                 return status, late
 
-    def _settle(self, status: int, fault: bool) -> int:
+    def _settle(self, status: int) -> tuple[int, bool]:
         """Give back what is the thread's.
 
         :param status: of the stop
-        :param fault: it stopped for a signal that is none of its own
-        :returns: what the call has returned, if it was made
+        :returns: what the call has returned, if it was made, and whether the
+            kernel has sent a signal for it
         """
         assert self.own is not None
         result = int(self.registers().ax)
         self.set_registers(self.own)
         self.own = None
+        if _is_call(status):
+            # A filter, seccomp(2), sends its signal before the end of the call
+            # that it refuses, and it comes after that.
+            deadline = time.monotonic() + STOP_TIMEOUT
+            while (_is_call(status) or _is_event(status)) and (
+                    self._signals('SigPnd') & ~self._signals('SigBlk') &
+                    _FAULTS_MASK):
+                self._go_on(_CONT)
+                status = self._wait(deadline)
+        fault = self._is_fault(status)
         if not _is_event(status) and not _is_call(status) and not fault:
             # Its handler comes back with what is blocked now.
             if self._mask is not None:
@@ -277,13 +286,13 @@ class Tracee:
             # From the end of a call it would go on in its own code. Where it
             # was before, the kernel looks whether a call is to begin again.
             self._stop(0)
-        return result - (1 << 64) if result >> 63 else result
+        return result - (1 << 64) if result >> 63 else result, fault
 
     def finish(self) -> None:
         """Wait for the end of its call, however long, and let go of it."""
         while self._is_entry(status := self._wait(None)):
             self._go_on(_SYSCALL)
-        self._settle(status, self._is_fault(status))
+        self._settle(status)
         self.detach()
 
     def _is_entry(self, status: int) -> bool:

@@ -165,6 +165,20 @@ def stopped(tid: int) -> cabc.Iterator[Thread]:
         yield thread
 
 
+def _hold(
+    tracer: _Tracer, stack: contextlib.ExitStack, threads: dict[int, Thread],
+    tid: int
+) -> None:
+    """Hold a thread too, if it has not ended."""
+    try:
+        threads[tid] = stack.enter_context(_held(tracer, tid))
+    except (ProcessLookupError, PermissionError):
+        # The second one too is what ptrace(2) says of one that has ended, as
+        # a main thread may, and is waited for by the others or by nobody yet.
+        if _lives(f'/proc/{tid}'):
+            raise
+
+
 @contextlib.contextmanager
 def held(pid: int) -> cabc.Iterator[dict[int, Thread]]:
     """Hold every thread of a process that runs.
@@ -178,12 +192,7 @@ def held(pid: int) -> cabc.Iterator[dict[int, Thread]]:
         while new := {int(n) for n in os.listdir(f'/proc/{pid}/task')} - seen:
             seen |= new
             for tid in new:
-                try:
-                    threads[tid] = stack.enter_context(_held(tracer, tid))
-                except (ProcessLookupError, PermissionError):
-                    # Also what ptrace(2) says of one that is about to end.
-                    if _lives(f'/proc/{pid}/task/{tid}'):
-                        raise
+                _hold(tracer, stack, threads, tid)
         yield threads
 
 
@@ -208,8 +217,7 @@ def held_still(
     for pid in group.processes():
         with contextlib.suppress(FileNotFoundError):
             for name in os.listdir(f'/proc/{pid}/task'):
-                threads[int(name)] = stack.enter_context(
-                    _held(tracer, int(name)))
+                _hold(tracer, stack, threads, int(name))
     freeze = group.v2 / 'cgroup.freeze'
     stack.callback(freeze.write_text, '1')
     for thread in threads.values():
