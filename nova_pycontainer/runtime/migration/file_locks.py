@@ -37,6 +37,7 @@ from nova_pycontainer.runtime.migration import imagefile
 from nova_pycontainer.runtime.migration import lazy
 from nova_pycontainer.runtime.migration import tracer
 from nova_pycontainer.runtime import process
+from nova_pycontainer.runtime import procfs
 
 LOG = logging.getLogger(__name__)
 
@@ -137,8 +138,7 @@ def _holds(pid: int, lock: Lock) -> bool:
     """Whether proc(5) says so, of the descriptor."""
     end = str(lock.start + lock.length - 1) if lock.length else 'EOF'
     try:
-        text = pathlib.Path(f'/proc/{pid}/fdinfo/{lock.fd}').read_text(
-            errors='surrogateescape')
+        text = procfs.text(f'/proc/{pid}/fdinfo/{lock.fd}')
     except OSError:
         return True
     return (('READ', 'WRITE')[lock.kind == 1], str(lock.start), end) in (

@@ -27,6 +27,7 @@ from oslo_log import log as logging
 
 from nova_pycontainer.runtime.migration import registers
 from nova_pycontainer.runtime.migration import tracer
+from nova_pycontainer.runtime import procfs
 
 LOG = logging.getLogger(__name__)
 
@@ -70,10 +71,7 @@ def resume(
 
 
 def _status(thread: str) -> dict[str, str]:
-    # A name may be any bytes but a line end, also what others end lines with.
-    with open(f'{thread}/status', errors='surrogateescape',
-              newline='\n') as f:
-        return dict(_STATUS.findall(f.read()))
+    return dict(_STATUS.findall(procfs.text(f'{thread}/status')))
 
 
 def _resume(sleep: Sleep, now: int, usual: str | None) -> None:

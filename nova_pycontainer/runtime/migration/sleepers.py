@@ -35,6 +35,7 @@ import typing as ty
 from oslo_log import log as logging
 
 from nova_pycontainer.runtime import cgroup
+from nova_pycontainer.runtime import procfs
 
 LOG = logging.getLogger(__name__)
 
@@ -145,8 +146,7 @@ class Sleepers:
         try:
             with open(f'{thread}/syscall') as f:
                 here = f.read()
-            with _open(f'{thread}/status') as f:
-                status = f.read()
+            status = procfs.text(f'{thread}/status')
         except OSError:
             return
         inner = _NSPID.search(status)
@@ -161,11 +161,6 @@ class Sleepers:
             'tid': int(inner[1]), 'call': sleep.call,
             'since': None if since is None else since + ahead,
             'asked': _asked(thread, where, sleep.call)}))
-
-
-def _open(path: str) -> ty.TextIO:
-    # Names may be any bytes but a line end, also what others end lines with.
-    return open(path, errors='surrogateescape', newline='\n')
 
 
 def _read(thread: str) -> tuple[str, int, bool, int, int, float] | None:
@@ -184,13 +179,10 @@ def _read(thread: str) -> tuple[str, int, bool, int, int, float] | None:
         if continued:
             with open(f'{thread}/stack') as f:
                 number = _continued(f.read(), where.split()[1])
-        with _open(f'{thread}/status') as f:
-            switches = _SWITCHES.search(f.read())
-        with _open(f'{thread}/stat') as f:
-            cpu = int(f.read().rpartition(')')[2].split()[36])
+        switches = _SWITCHES.search(procfs.text(f'{thread}/status'))
+        cpu = int(procfs.text(f'{thread}/stat').rpartition(')')[2].split()[36])
         try:
-            with _open(f'{thread}/sched') as f:
-                start = _EXEC_START.search(f.read())
+            start = _EXEC_START.search(procfs.text(f'{thread}/sched'))
         except OSError:
             # A kernel without CONFIG_SCHED_DEBUG.
             start = None

@@ -46,6 +46,7 @@ from nova_pycontainer.runtime.migration import filters
 from nova_pycontainer.runtime.migration import guest
 from nova_pycontainer.runtime.migration import imagefile
 from nova_pycontainer.runtime.migration import tracer
+from nova_pycontainer.runtime import procfs
 
 LOG = logging.getLogger(__name__)
 
@@ -74,18 +75,12 @@ class _Descriptor(ty.NamedTuple):
     closed: bool
 
 
-def _open(path: str) -> ty.TextIO:
-    # Names may be any bytes but a line end, also what others end lines with.
-    return open(path, errors='surrogateescape', newline='\n')
-
-
 class _Process:
     """:raises OSError: it has ended"""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
-        with _open(f'/proc/{pid}/stat') as f:
-            fields = f.read().rpartition(')')[2].split()
+        fields = procfs.text(f'/proc/{pid}/stat').rpartition(')')[2].split()
         # proc_pid_stat(5), from the third field on
         self.group, self.session, self.terminal, self.foreground = (
             int(n) for n in fields[2:6])
@@ -107,8 +102,8 @@ class _Process:
         kinds = {mount.id: mount.fstype for mount in guest.mounts(self.pid)}
         for fd in os.listdir(f'/proc/{self.pid}/fd'):
             with contextlib.suppress(OSError, KeyError):
-                with _open(f'/proc/{self.pid}/fdinfo/{fd}') as f:
-                    info = dict(_FDINFO.findall(f.read()))
+                info = dict(_FDINFO.findall(
+                    procfs.text(f'/proc/{self.pid}/fdinfo/{fd}')))
                 # Others may let us wait for a process of the guest's.
                 if kinds.get(int(info['mnt_id'])) in (
                         'devpts', 'devtmpfs', 'tmpfs'):
@@ -182,8 +177,7 @@ def sessions(group: cgroup.Cgroup) -> Sessions:
     # terminal, and the group in its foreground is of others.
     for item in _processes(group):
         with contextlib.suppress(OSError, KeyError):
-            with _open(f'/proc/{item.pid}/status') as f:
-                ids = dict(_IDS.findall(f.read()))
+            ids = dict(_IDS.findall(procfs.text(f'/proc/{item.pid}/status')))
             inner[item.group] = int(ids['NSpgid'])
             inner[item.session] = int(ids['NSsid'])
             if item.has_terminal():
