@@ -351,17 +351,13 @@ class PyContainerDriver(driver.ComputeDriver):
     def cleanup(self, context, instance, network_info, block_device_info=None,
                 destroy_disks=True, migrate_data=None, destroy_vifs=True,
                 destroy_secrets=True):
-        if migrate_data:
+        with driver_errors.after_the_move(instance) if migrate_data else (
+                driver_errors.translated(
+                    instance, failure=exception.InstanceTerminationFailure)):
             # Of what has moved. Whatever Nova's records say: a server that
             # runs here is not removed.
-            with driver_errors.after_the_move(instance):
-                if not self._migration_source.is_here(instance):
-                    self._spawner.remove(
-                        instance, network_info, block_device_info,
-                        keep_disk=not destroy_disks, unplug=destroy_vifs)
-            return
-        with driver_errors.translated(
-                instance, failure=exception.InstanceTerminationFailure):
+            if migrate_data and self._migration_source.is_here(instance):
+                return
             self._spawner.remove(
                 instance, network_info, block_device_info,
                 keep_disk=not destroy_disks,

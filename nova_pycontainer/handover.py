@@ -69,7 +69,6 @@ class Handover:
         self._context = context
         self._instance = instance
         self._migration = migration
-        self._home = instance.host
         self._give_up = functools.partial(post_method, *arguments)
         self._manager = self._try = None
         if isinstance(post_method, functools.partial):
@@ -100,7 +99,7 @@ class Handover:
             return False
         except Exception as e:
             error = e
-        found = record(self._instance, self._migration, self._home)
+        found = record(self._instance, self._migration)
         LOG.warning(
             'The server runs on %s, and Nova could not be told (%s: %s); %s. '
             'See that nova-compute runs there', self._migration.dest_compute,
@@ -146,22 +145,18 @@ class Handover:
         settle(self._context, self._manager, self._instance, self._migration)
 
 
-def record(instance, migration, home):
-    """What Nova's database says.
-
-    :param home: the source
-    """
+def record(instance, migration):
+    """What Nova's database says."""
     context = instance._context.elevated()
     try:
         now = objects.Instance.get_by_uuid(context, instance.uuid)
-        last = max(found.id for found in live_migrations(
-            context, instance_uuid=instance.uuid))
+        last = last_live_migration(context, instance.uuid)
     except exception.InstanceNotFound:
         return Record.GONE
     except Exception as e:
         LOG.warning('%s', e, instance=instance)
         return Record.UNKNOWN
-    if now.host != home or last != migration.id:
+    if now.host != migration.source_compute or last.id != migration.id:
         return Record.DONE
     if now.task_state == task_states.MIGRATING:
         return Record.OPEN
@@ -196,6 +191,12 @@ def delete_at(context, manager, instance, host):
 def live_migrations(context, **filters):
     return objects.MigrationList.get_by_filters(context, {
         'migration_type': fields.MigrationType.LIVE_MIGRATION, **filters})
+
+
+def last_live_migration(context, uuid):
+    """The newest one of a server, or None."""
+    return max(live_migrations(context, instance_uuid=uuid),
+               key=lambda found: found.id, default=None)
 
 
 def settle(context, manager, instance, migration):

@@ -77,9 +77,7 @@ class Recovery(kept_back.KeptBack):
     def _migration(context, instance):
         """The newest one. Of others the end may not have been written down.
         """
-        found = handover.live_migrations(
-            context, instance_uuid=instance.uuid)
-        last = max(found, key=lambda record: record.id, default=None)
+        last = handover.last_live_migration(context, instance.uuid)
         if last is None or last.status not in _BEGUN or (
                 last.source_compute != instance.host):
             return None
@@ -112,9 +110,9 @@ class Recovery(kept_back.KeptBack):
             instance = objects.Instance.get_by_uuid(
                 context.elevated(read_deleted='yes'), record.instance_uuid)
         else:
-            last = max(found.id for found in handover.live_migrations(
-                context, instance_uuid=instance.uuid))
-            if instance.host == record.source_compute and last == record.id:
+            last = handover.last_live_migration(context, instance.uuid)
+            if instance.host == record.source_compute and (
+                    last.id == record.id):
                 # It was rolled back, allocations included, or a restart has
                 # given it up.
                 LOG.info('Migration %s was %s when nova-compute ended, and '

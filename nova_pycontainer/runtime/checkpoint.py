@@ -208,13 +208,7 @@ class Saver:
         (self._item.cgroup.v2 / 'cgroup.freeze').write_text('1')
 
     def _thaw(self) -> None:
-        try:
-            self._moment.given_up(self._pid)
-        except Exception:
-            # Whatever it is, the guest must not stay frozen for it. It may
-            # as well have ended.
-            LOG.warning('instance %s: what slept in it', self._item.uuid,
-                        exc_info=True)
+        self._moment.given_up(self._pid)
         recovery.thaw(self._item, False)
 
 

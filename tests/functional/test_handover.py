@@ -70,7 +70,7 @@ class HandoverTest(migration_base.InMemoryTestCase):
         self.useFixture(fixtures.MonkeyPatch(
             'nova_pycontainer.handover._LONGEST_S', 0))
         server, asked = self.move(False, times=2)
-        now = self.wait(server, 'ERROR')
+        self.wait(server, 'ERROR')
         self.wait_for(lambda: self.record(server).status == 'error', 'it')
         self.assertEqual(['host1', 'host1'], asked)
         # Where it is, and can be evacuated from.

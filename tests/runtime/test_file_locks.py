@@ -20,16 +20,13 @@ That CRIU loses them, and that a database needs them, is what
 import fcntl
 import os
 import pathlib
-import subprocess
-import sys
 import types
 
 import fixtures
 
 from nova_pycontainer.runtime.migration import file_locks
-from nova_pycontainer.runtime.migration import tracer
-from tests import cases
 from tests.runtime import base
+from tests.runtime import traced
 
 #: Has a file open, and answers line by line.
 _HOLDER = '''
@@ -67,12 +64,10 @@ forbid(21, 72)
 READ, WRITE = fcntl.F_RDLCK, fcntl.F_WRLCK
 
 
-class FileLocksTestCase(cases.TestCase):
+class FileLocksTestCase(traced.TracedTestCase):
 
     def setUp(self):
         super().setUp()
-        if not tracer.supported():
-            self.skipTest('no processes can be traced on this architecture')
         self.file = pathlib.Path(
             self.useFixture(fixtures.TempDir()).path, 'file')
         self.file.write_bytes(bytes(4096))
@@ -80,21 +75,11 @@ class FileLocksTestCase(cases.TestCase):
         self.start(_HOLDER)
 
     def start(self, code):
-        # In a PID namespace of its own, as a guest: its child is 1 there.
-        self.outer = subprocess.Popen(
-            ['unshare', '--pid', '--fork', '--kill-child', sys.executable,
-             '-c', code, self.file],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.addCleanup(self.outer.communicate)
-        self.addCleanup(self.outer.kill)
+        self.outer = self.begin(code, self.file, by=traced.GUEST)
         self.assertEqual('ready\n', self.outer.stdout.readline())
         self.pid, = self.pids = self.children(self.outer.pid)
         self.group = types.SimpleNamespace(
             processes=lambda: self.pids, v2=self.file.parent)
-
-    def children(self, pid):
-        return [int(child) for child in pathlib.Path(
-            f'/proc/{pid}/task/{pid}/children').read_text().split()]
 
     def lock(self, kind=WRITE, start=0, length=0, fd=9, pid=1):
         return file_locks.Lock(pid, fd, kind, start, length)

@@ -16,17 +16,14 @@ That their sleep goes on is what ``test_migration_clocks`` shows.
 """
 
 import pathlib
-import subprocess
-import sys
 import time
 import types
 
 from nova_pycontainer.runtime.migration import resume
 from nova_pycontainer.runtime.migration import sleepers
 from nova_pycontainer.runtime.migration import terminals
-from nova_pycontainer.runtime.migration import tracer
-from tests import cases
 from tests.runtime import base
+from tests.runtime import traced
 
 #: Has a name that is not in UTF-8, and that looks like more lines.
 _SLEEPS = '''
@@ -39,16 +36,11 @@ print(1.99 < time.monotonic() - begin, flush=True)
 '''
 
 
-class SleepersTestCase(cases.TestCase):
+class SleepersTestCase(traced.TracedTestCase):
 
     def setUp(self):
         super().setUp()
-        if not tracer.supported():
-            self.skipTest('no processes can be traced on this architecture')
-        self.process = subprocess.Popen(
-            [sys.executable, '-c', _SLEEPS], stdout=subprocess.PIPE, text=True)
-        self.addCleanup(self.process.communicate)
-        self.addCleanup(self.process.kill)
+        self.process = self.begin(_SLEEPS)
         self.assertEqual('ready\n', self.process.stdout.readline())
         self.pid = self.process.pid
         base.wait_for(lambda: 'nanosleep' in pathlib.Path(

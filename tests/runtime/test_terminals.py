@@ -16,16 +16,14 @@ That a shell keeps its terminal is what ``test_migration_terminals`` shows.
 """
 
 import pathlib
-import subprocess
-import sys
 import types
 
 import fixtures
 
 from nova_pycontainer.runtime.migration import terminals
 from nova_pycontainer.runtime.migration import tracer
-from tests import cases
 from tests.runtime import base
+from tests.runtime import traced
 
 #: The first process of a guest, which keeps a terminal open, and a shell of
 #: that terminal, which has got /dev/tty as 9 and does what it is told.
@@ -51,27 +49,16 @@ for line in sys.stdin:
 '''
 
 
-class TerminalsTestCase(cases.TestCase):
+class TerminalsTestCase(traced.TracedTestCase):
 
     def setUp(self):
         super().setUp()
-        if not tracer.supported():
-            self.skipTest('no processes can be traced on this architecture')
-        self.outer = subprocess.Popen(
-            ['unshare', '--pid', '--fork', '--kill-child', sys.executable,
-             '-c', _SHELL],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.addCleanup(self.outer.communicate)
-        self.addCleanup(self.outer.kill)
+        self.outer = self.begin(_SHELL, by=traced.GUEST)
         self.assertEqual('ready\n', self.outer.stdout.readline())
         init, = self.children(self.outer.pid)
         self.shell, = self.children(init)
         self.group = types.SimpleNamespace(
             processes=lambda: iter([init, self.shell]))
-
-    def children(self, pid):
-        return [int(child) for child in pathlib.Path(
-            f'/proc/{pid}/task/{pid}/children').read_text().split()]
 
     def tell(self, code):
         self.outer.stdin.write(f'{code}\n')

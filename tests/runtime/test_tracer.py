@@ -29,8 +29,8 @@ import testtools
 
 from nova_pycontainer.runtime import cgroup
 from nova_pycontainer.runtime.migration import tracer
-from tests import cases
 from tests.runtime import base
+from tests.runtime import traced
 
 #: Counts, waits in between, and has a page that comes a second after it is
 #: needed (userfaultfd(2)).
@@ -174,17 +174,11 @@ def _tgkill(pid, number):
     _libc.syscall(_TGKILL, pid, pid, number)
 
 
-class TracerTestCase(cases.TestCase):
+class TracerTestCase(traced.TracedTestCase):
 
     def setUp(self):
         super().setUp()
-        if not tracer.supported():
-            self.skipTest('no processes can be traced on this architecture')
-        self.process = subprocess.Popen(
-            [sys.executable, '-c', _COUNTS], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, text=True)
-        self.addCleanup(self.process.communicate)
-        self.addCleanup(self.process.kill)
+        self.process = self.begin(_COUNTS)
         self.page, self.pipe = map(
             int, self.process.stdout.readline().split())
         self.pid = self.process.pid

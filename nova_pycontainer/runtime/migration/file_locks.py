@@ -86,15 +86,22 @@ def read(images: pathlib.Path, messages: types.ModuleType) -> list[Lock]:
 def restore(
     group: cgroup.Cgroup, locks: list[Lock], late: bool = False
 ) -> None:
-    """Take again what a restored guest does not hold.
-
-    Failures are logged: the guest runs, and there is no way back.
+    """Take again what a restored guest does not hold. Never raises.
 
     :param group: of the guest, frozen or not
     :param late: pages of its memory may be still to come
     """
     if not locks or not tracer.supported():
         return
+    try:
+        _restore(group, locks, late)
+    except Exception:
+        # The guest's own values are in it, and there is no way back: whatever
+        # it is, it must not end the guest.
+        LOG.exception('%s: its locks', group.v2)
+
+
+def _restore(group: cgroup.Cgroup, locks: list[Lock], late: bool) -> None:
     pids = _pids(group)
     lost = [lock for lock in locks
             if lock.pid in pids and not _holds(pids[lock.pid], lock)]

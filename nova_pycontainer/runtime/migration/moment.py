@@ -19,6 +19,8 @@ import pathlib
 import time
 import typing as ty
 
+from oslo_log import log as logging
+
 from nova_pycontainer.runtime import cgroup
 from nova_pycontainer.runtime.migration import bound_sockets
 from nova_pycontainer.runtime.migration import clocks
@@ -31,6 +33,8 @@ from nova_pycontainer.runtime.migration import sleepers
 from nova_pycontainer.runtime.migration import terminals
 from nova_pycontainer.runtime import netlink
 from nova_pycontainer.runtime import pausing
+
+LOG = logging.getLogger(__name__)
 
 #: Attempts in which a guest may read what it was told.
 _READS = 2
@@ -83,9 +87,17 @@ class Moment:
         }
 
     def given_up(self, init: int) -> None:
-        """The guest is to go on here. It is frozen, and not traced."""
-        self._names.close()
-        self.go_on(init)
+        """The guest is to go on here. It is frozen, and not traced.
+
+        Never raises.
+        """
+        try:
+            self._names.close()
+            self.go_on(init)
+        except Exception:
+            # Whatever it is, the guest must not stay frozen for it. It may
+            # as well have ended.
+            LOG.warning('process %d: what slept in it', init, exc_info=True)
 
     def before_round(self) -> None:
         """The guest still runs; see :mod:`.standstill`."""

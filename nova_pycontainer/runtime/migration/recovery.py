@@ -286,12 +286,7 @@ def release(
     """
     paused = bool(facts.get('paused'))
     item.hold_network(paused)
-    try:
-        file_locks.restore(item.cgroup, [
-            file_locks.Lock(*lock) for lock in facts['locks']],
-            bool(facts.get('lazy')))
-    except Exception:
-        # The guest's own values are in it, and there is no way back: whatever
-        # it is, it must not end the guest.
-        LOG.exception('instance %s: its locks', item.uuid)
+    file_locks.restore(
+        item.cgroup, [file_locks.Lock(*lock) for lock in facts['locks']],
+        bool(facts.get('lazy')))
     thaw(item, paused)

@@ -174,13 +174,7 @@ class Notified:
         """What is left to do when CRIU has let go of the guest."""
         assert self._pid is not None
         network_lock.unblock(self._pid)
-        try:
-            file_locks.restore(
-                self._item.cgroup, self._locks, self._lazy)
-        except Exception:
-            # The guest's own values are in it, and there is no way back:
-            # whatever it is, it must not end the guest.
-            LOG.exception('instance %s: its locks', self._item.uuid)
+        file_locks.restore(self._item.cgroup, self._locks, self._lazy)
         self._owner.resumed(self._pid)
 
     def notified(self, script: criu.Script) -> None:

@@ -460,13 +460,7 @@ class Source:
 
     def _thaw(self) -> None:
         """Whatever was tried: the guest is again as it was."""
-        try:
-            self.moment.given_up(self._pid)
-        except Exception:
-            # Whatever it is, the guest must not stay frozen for it. It may
-            # as well have ended.
-            LOG.warning('instance %s: what slept in it', self._item.uuid,
-                        exc_info=True)
+        self.moment.given_up(self._pid)
         recovery.thaw(self._item, self._paused)
 
     @property
